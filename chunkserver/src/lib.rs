@@ -1,1 +1,4 @@
 //! Skeleton.
+
+pub mod chunk_store;
+pub mod disk;
