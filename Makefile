@@ -1,0 +1,85 @@
+# The front door. `make help` says what there is.
+#
+# Build output goes outside the clone, so that a fresh one builds in seconds where another was built before.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+export CARGO_TARGET_DIR ?= $(HOME)/.cache/evolute/target
+# Colour codes and redrawn progress bars only where a person watches.
+export CARGO_TERM_PROGRESS_WHEN ?= auto
+
+OUT ?=
+QUICK ?=
+RUN := $(CARGO_TARGET_DIR)/evolute-run
+STEP := .ci/step
+BINARIES := cargo build --release --workspace --bins
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test verify fix bench guest-tests images deps build
+
+help:
+	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
+	@echo 'make test         everything: dependencies, images, verify, guest tests'
+	@echo 'make verify       only looks: format, clippy, tests, docs and their links, licences'
+	@echo 'make fix          writes: format, and what clippy can mend by itself'
+	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
+	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 two minutes'
+	@echo 'make images       the kernel and the root file systems the guests boot'
+	@echo 'make deps         installs missing Debian packages (says which and why; needs root or sudo)'
+	@echo 'make build        the programs, into $(CARGO_TARGET_DIR)/release'
+
+deps:
+	@.ci/deps
+
+build:
+	@$(BINARIES)
+
+images: deps
+	@$(MAKE) --no-print-directory -C images
+
+demo:
+	@mkdir -p $(RUN); rm -f $(RUN)/steps
+	@export EVOLUTE_STEPS=$(RUN)/steps; \
+	 $(STEP) 'Debian packages' .ci/deps; \
+	 $(STEP) 'guest images' $(MAKE) --no-print-directory -C images; \
+	 $(STEP) 'programs' $(BINARIES); \
+	 $(STEP) 'demo' cargo run --release --quiet -p evolute-guest-tests --bin demo; \
+	 printf '\nTime of each step:\n'; cat $(RUN)/steps
+
+test:
+	@mkdir -p $(RUN); rm -f $(RUN)/steps $(RUN)/tests; touch $(RUN)/tests
+	@export EVOLUTE_STEPS=$(RUN)/steps EVOLUTE_TESTS=$(RUN)/tests; status=0; \
+	 $(STEP) 'Debian packages' .ci/deps; \
+	 $(STEP) 'guest images' $(MAKE) --no-print-directory -C images; \
+	 $(MAKE) --no-print-directory verify || status=1; \
+	 $(MAKE) --no-print-directory guest-tests || status=1; \
+	 printf '\nTime of each step:\n'; cat $(RUN)/steps; \
+	 .ci/count-tests $(RUN)/tests || status=1; \
+	 exit $$status
+
+# Never writes to the work tree. Looks at everything before it says no, so that one run shows all there is to mend.
+verify:
+	@status=0; \
+	 $(STEP) 'format' cargo fmt --all --check || status=1; \
+	 $(STEP) 'clippy' cargo clippy --release --workspace --all-targets -- -D warnings || status=1; \
+	 $(STEP) 'tests' .ci/cargo-test --workspace --exclude evolute-guest-tests || status=1; \
+	 RUSTDOCFLAGS='-D warnings' $(STEP) 'documentation' \
+	   cargo doc --release --workspace --no-deps --document-private-items --quiet || status=1; \
+	 if command -v cargo-deny >/dev/null; then \
+	   $(STEP) 'licences and advisories' cargo deny --workspace check || status=1; \
+	 else \
+	   printf '\n==> licences and advisories: NOT checked, cargo-deny is not installed (cargo install cargo-deny)\n'; \
+	 fi; \
+	 exit $$status
+
+fix:
+	cargo clippy --release --workspace --all-targets --fix --allow-dirty --allow-staged
+	cargo fmt --all
+
+guest-tests:
+	@$(STEP) 'programs for the guest tests' $(BINARIES)
+	@$(STEP) 'guest tests' .ci/cargo-test -p evolute-guest-tests $(TEST) -- --test-threads=1
+
+bench: deps
+	@$(STEP) 'programs' $(BINARIES)
+	@$(CARGO_TARGET_DIR)/release/evolute-bench $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))

@@ -1,0 +1,41 @@
+//! Reads the command line, runs one command, turns its failure into words and an exit status.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use evolute_cli::args::{Args, ClusterCommand, Command, VolumeCommand};
+use evolute_cli::failure::Failure;
+use evolute_cli::mds::Mds;
+use evolute_cli::output::Output;
+use evolute_cli::{cluster, dev, import, volume};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let output = Output::new(args.json);
+    // One thread: `dev` starts children that die with the thread that started them.
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(source) => return output.failure(&Failure::Io { doing: "starting".to_owned(), source }),
+    };
+    match runtime.block_on(run(args, output)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => output.failure(&failure),
+    }
+}
+
+async fn run(args: Args, output: Output) -> Result<(), Failure> {
+    let mds = || Mds::new(&args.mds, args.timeout);
+    match args.command {
+        Command::Volume(VolumeCommand::Create { name, size, width }) => {
+            volume::create(&mut mds()?, output, name, size, width).await
+        }
+        Command::Volume(VolumeCommand::List) => volume::list(&mut mds()?, output).await,
+        Command::Volume(VolumeCommand::Show { name }) => volume::show(&mut mds()?, output, name).await,
+        Command::Volume(VolumeCommand::Delete { name, force }) => {
+            volume::delete(&mut mds()?, output, name, force).await
+        }
+        Command::Volume(VolumeCommand::Import(wanted)) => import::run(mds()?, output, wanted).await,
+        Command::Cluster(ClusterCommand::Status) => cluster::status(&mut mds()?, output).await,
+        Command::Dev(wanted) => dev::run(output, wanted).await,
+    }
+}

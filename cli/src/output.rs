@@ -1,0 +1,150 @@
+//! What the tool prints: words for people, one JSON document for programs, never a mixture.
+
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
+use std::process::ExitCode;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Serialize;
+use serde_json::json;
+
+use crate::failure::Failure;
+
+/// How the person or program wants to be told.
+#[derive(Debug, Clone, Copy)]
+pub struct Output {
+    pub json: bool,
+}
+
+impl Output {
+    pub fn new(json: bool) -> Self {
+        Self { json }
+    }
+
+    /// The answer of a command: `value` with `--json`, else what `words` makes.
+    pub fn answer(self, value: &impl Serialize, words: impl FnOnce() -> String) {
+        let text = if self.json {
+            serde_json::to_string_pretty(value).expect("our own types have string keys and finite numbers")
+        } else {
+            words()
+        };
+        say(&text);
+    }
+
+    /// One of several things that happen during a command: a line either way.
+    pub fn event(self, value: &impl Serialize, words: impl FnOnce() -> String) {
+        let text = if self.json {
+            serde_json::to_string(value).expect("our own types have string keys and finite numbers")
+        } else {
+            words()
+        };
+        say(&text);
+    }
+
+    pub fn failure(self, failure: &Failure) -> ExitCode {
+        if self.json {
+            let error = json!({"error": {
+                "word": failure.word(),
+                "message": failure.to_string(),
+                "next": failure.next(),
+                "exit": failure.exit_status(),
+            }});
+            eprintln!("{error}");
+        } else {
+            eprintln!("evolute: {failure}");
+            if let Some(next) = failure.next() {
+                eprintln!("  {next}");
+            }
+        }
+        ExitCode::from(failure.exit_status())
+    }
+}
+
+/// A line to standard output. A reader that has gone away (`| head`) is no reason to panic.
+pub fn say(text: &str) {
+    let mut out = io::stdout().lock();
+    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+}
+
+/// Columns as wide as their widest cell. A column whose heading starts with `>` is aligned to the right.
+pub fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count());
+        cells.chain([headings[column].trim_start_matches('>').len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..headings.len()).map(width).collect();
+    let headings_row: Vec<String> = headings.iter().map(|h| h.trim_start_matches('>').to_owned()).collect();
+    let mut text = String::new();
+    for row in std::iter::once(&headings_row).chain(rows) {
+        let mut line = String::new();
+        for (column, cell) in row.iter().enumerate() {
+            let width = widths[column];
+            if headings[column].starts_with('>') {
+                let _ = write!(line, "{cell:>width$}  ");
+            } else {
+                let _ = write!(line, "{cell:<width$}  ");
+            }
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text.truncate(text.trim_end().len());
+    text
+}
+
+/// `2026-11-22 15:41:42 UTC`, from milliseconds since 1970.
+pub fn time(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000;
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    // Howard Hinnant's civil-from-days: the year begins in March, so that leap days come last.
+    let shifted = days + 719_468;
+    let era = shifted / 146_097;
+    let day_of_era = shifted % 146_097;
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted_month + 2) / 5 + 1;
+    let month = if shifted_month < 10 { shifted_month + 3 } else { shifted_month - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02} UTC", rest / 3600, rest / 60 % 60, rest % 60)
+}
+
+/// `3 s ago`, `2 h ago`.
+pub fn ago(ms: u64) -> String {
+    match ms / 1000 {
+        s @ 0..120 => format!("{s} s ago"),
+        s @ 120..7200 => format!("{} min ago", s / 60),
+        s @ 7200..172_800 => format!("{} h ago", s / 3600),
+        s => format!("{} days ago", s / 86_400),
+    }
+}
+
+pub fn unix_ms_now() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ago, table, time};
+
+    #[test]
+    fn times_are_those_of_the_calendar() {
+        for (ms, text) in [
+            (0, "1970-01-01 00:00:00 UTC"),
+            (951_782_400_000, "2000-02-29 00:00:00 UTC"),
+            (1_795_362_102_999, "2026-11-22 15:41:42 UTC"),
+            (4_107_542_399_000, "2100-02-28 23:59:59 UTC"),
+        ] {
+            assert_eq!(time(ms), text);
+        }
+        assert_eq!((ago(1999).as_str(), ago(7_200_000).as_str()), ("1 s ago", "2 h ago"));
+    }
+
+    #[test]
+    fn columns_stay_under_their_headings() {
+        let rows =
+            vec![vec!["a".into(), "1".into(), "x".into()], vec!["long".into(), "100".into(), String::new()]];
+        assert_eq!(table(&["NAME", ">N", "Z"], &rows), "NAME    N  Z\na       1  x\nlong  100");
+    }
+}
