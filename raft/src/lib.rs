@@ -45,7 +45,7 @@ pub use log::{Log, LogError, LogOptions, LogOwner, LogUsage};
 pub use machine::{Applying, Restored, StateMachine};
 pub use node::{Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};
-pub use thread::{Handle, spawn_thread};
+pub use thread::{Handle, HandleError, spawn_thread};
 
 /// A Raft group. Given by the control plane, never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

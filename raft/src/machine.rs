@@ -1,0 +1,222 @@
+//! The owner's side of a group: what it does with committed entries, and how openraft's state machine is made of it.
+//!
+//! openraft's *snapshot* is the owner's checkpoint: a position, the membership there, and no data, because the owner
+//! keeps its own. It lets the log before it be purged. Sending a replica the data itself (a raft snapshot proper)
+//! will go through [`StateMachine`] too; until then the retain floor ([`crate::Group::checkpointed`]) keeps every
+//! entry that some member still lacks, so that none is ever needed.
+
+use std::io;
+use std::rc::Rc;
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use futures::{Stream, TryStreamExt};
+use openraft::OptionalSend;
+use openraft::entry::RaftEntry;
+use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
+
+use crate::group::State;
+use crate::types::{
+    Host, LogId, Membership, Payload, Snapshot, SnapshotMeta, StoredMembership, Types, log_id, position,
+};
+use crate::{Command, Position};
+
+/// What an entry says.
+#[derive(Debug)]
+pub enum Applying {
+    /// What somebody proposed.
+    Command(Command),
+    /// The group's members changed. Opaque: keep it and hand it back in [`Restored::membership`].
+    Membership(Bytes),
+    /// A new leader's first entry. Means nothing, but moves the position.
+    Blank,
+}
+
+/// How far an owner's own storage has come, durably.
+#[derive(Debug, Clone, Default)]
+pub struct Restored {
+    /// The last entry whose effect it holds. `None`: nothing yet.
+    pub applied: Option<Position>,
+    /// The last membership applied at or before that.
+    pub membership: Option<Bytes>,
+}
+
+/// What a group's entries do. Lives on the group's thread.
+pub trait StateMachine: 'static {
+    /// What the owner's own storage holds durably; entries after it are applied (again) from the log.
+    fn restored(&self) -> Restored;
+
+    /// Applies one entry, in log order. The result goes to whoever proposed it (empty: plain ok, costs nothing).
+    /// Called for the same entry again after a restart unless a checkpoint covered it.
+    fn apply(&mut self, at: Position, what: Applying) -> Bytes;
+}
+
+/// Entries applied before other tasks of the thread get their turn: about a hundred microseconds of overlay inserts.
+/// Ticks and elections must not wait behind a long replay.
+const APPLY_TURN: u32 = 128;
+
+/// openraft's view of the owner's state machine.
+pub(crate) struct Machine {
+    owner: Box<dyn StateMachine>,
+    state: Rc<State>,
+    membership: StoredMembership,
+}
+
+impl Machine {
+    pub fn new(owner: Box<dyn StateMachine>, state: Rc<State>, membership: StoredMembership) -> Self {
+        Self { owner, state, membership }
+    }
+
+    fn apply_one(&mut self, id: LogId, payload: Payload) -> Bytes {
+        let at = position(&id);
+        let what = match payload {
+            Payload::Normal(command) => Applying::Command(command),
+            Payload::Blank => Applying::Blank,
+            Payload::Membership(membership) => {
+                self.membership = StoredMembership::new(Some(id), membership);
+                self.state.membership_applied(&self.membership);
+                Applying::Membership(encode_membership(&self.membership))
+            }
+        };
+        let result = self.owner.apply(at, what);
+        self.state.applied.set(Some(at));
+        result
+    }
+}
+
+impl RaftStateMachine<Types> for Machine {
+    type SnapshotData = ();
+    type SnapshotBuilder = Checkpoint;
+
+    async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
+        Ok((self.state.applied.get().map(log_id), self.membership.clone()))
+    }
+
+    async fn apply<S>(&mut self, mut entries: S) -> Result<(), io::Error>
+    where
+        S: Stream<Item = Result<EntryResponder<Types>, io::Error>> + Unpin + OptionalSend,
+    {
+        let mut turn = 0;
+        while let Some((entry, responder)) = entries.try_next().await? {
+            let result = self.apply_one(entry.log_id(), entry.payload);
+            if let Some(responder) = responder {
+                responder.send(result);
+            }
+            turn += 1;
+            if turn == APPLY_TURN {
+                turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(())
+    }
+
+    async fn get_snapshot_builder(&mut self) -> Checkpoint {
+        Checkpoint(self.state.clone())
+    }
+
+    async fn install_snapshot(&mut self, meta: &SnapshotMeta, _snapshot: ()) -> Result<(), io::Error> {
+        let at = meta.last_log_id.as_ref().map(position);
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("a raft snapshot at {at:?} carries no data yet"),
+        ))
+    }
+
+    async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        let meta = self.state.checkpointed.borrow().clone();
+        Ok(meta.last_log_id.is_some().then_some(Snapshot { meta, snapshot: () }))
+    }
+}
+
+/// Tells openraft how far the owner's checkpoint has come.
+pub(crate) struct Checkpoint(Rc<State>);
+
+impl RaftSnapshotBuilder<Types> for Checkpoint {
+    type SnapshotData = ();
+
+    async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
+        Ok(Snapshot { meta: self.0.checkpointed.borrow().clone(), snapshot: () })
+    }
+}
+
+/// A membership and its position, as owners keep it and the log and peers carry it (docs/log-format.md).
+pub(crate) fn encode_membership(stored: &StoredMembership) -> Bytes {
+    let mut out = BytesMut::new();
+    let at = stored.log_id().as_ref().map(position);
+    out.put_u8(u8::from(at.is_some()));
+    let at = at.unwrap_or_default();
+    out.put_u64_le(at.term);
+    out.put_u64_le(at.index);
+    put_membership(&mut out, stored.membership());
+    out.freeze()
+}
+
+/// `None` when the bytes are not what [`encode_membership`] makes.
+pub(crate) fn decode_membership(bytes: &[u8]) -> Option<StoredMembership> {
+    let mut from = bytes;
+    let known = from.try_get_u8().ok()? == 1;
+    let at = Position { term: from.try_get_u64_le().ok()?, index: from.try_get_u64_le().ok()? };
+    let membership = get_membership(&mut from)?;
+    from.is_empty().then(|| StoredMembership::new(known.then(|| log_id(at)), membership))
+}
+
+pub(crate) fn put_membership(out: &mut BytesMut, membership: &Membership) {
+    let configs = membership.get_joint_config();
+    out.put_u32_le(length(configs.len()));
+    for config in configs {
+        out.put_u32_le(length(config.len()));
+        for &replica in config {
+            out.put_u64_le(replica);
+        }
+    }
+    out.put_u32_le(length(membership.nodes().count()));
+    for (&replica, host) in membership.nodes() {
+        out.put_u64_le(replica);
+        out.put_u64_le(host.0);
+    }
+}
+
+pub(crate) fn get_membership(from: &mut &[u8]) -> Option<Membership> {
+    let mut configs = Vec::new();
+    for _ in 0..from.try_get_u32_le().ok()? {
+        let mut config = std::collections::BTreeSet::new();
+        for _ in 0..from.try_get_u32_le().ok()? {
+            config.insert(from.try_get_u64_le().ok()?);
+        }
+        configs.push(config);
+    }
+    let mut nodes = std::collections::BTreeMap::new();
+    for _ in 0..from.try_get_u32_le().ok()? {
+        nodes.insert(from.try_get_u64_le().ok()?, Host(from.try_get_u64_le().ok()?));
+    }
+    Membership::new(configs, nodes).ok()
+}
+
+fn length(n: usize) -> u32 {
+    u32::try_from(n).expect("a membership has a handful of members")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::{decode_membership, encode_membership};
+    use crate::types::{Host, Membership, StoredMembership, log_id};
+    use crate::{Position, group};
+
+    #[test]
+    fn a_membership_survives_its_bytes_and_nothing_else_passes_for_one() {
+        let nodes = BTreeMap::from([(1, Host(10)), (2, Host(20)), (3, Host(30)), (4, Host(40))]);
+        let joint = vec![BTreeSet::from([1, 2, 3]), BTreeSet::from([2, 3, 4])];
+        let membership = Membership::new(joint, nodes).expect("every voter is a node");
+        let stored = StoredMembership::new(Some(log_id(Position { term: 3, index: 9 })), membership);
+        for stored in [stored, group::no_membership()] {
+            let bytes = encode_membership(&stored);
+            assert_eq!(decode_membership(&bytes), Some(stored));
+            for cut in 0..bytes.len() {
+                assert_eq!(decode_membership(&bytes[..cut]), None, "cut at {cut}");
+            }
+        }
+        assert_eq!(decode_membership(&[0xff; 64]), None);
+    }
+}

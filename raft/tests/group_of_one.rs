@@ -1,0 +1,83 @@
+//! A group of one replica commits by itself, and everything it answered is there after a restart.
+
+use std::cell::RefCell;
+use std::io;
+use std::path::Path;
+use std::rc::Rc;
+
+use bytes::Bytes;
+use evolute_raft::{
+    Applied, Applying, Command, Dial, DialFuture, Group, GroupId, Log, LogOptions, LogOwner, Member, Node,
+    Peers, Position, ProcessId, ReplicaId, Restored, StateMachine, Timing, spawn_thread,
+};
+
+const ME: Member = Member { replica: ReplicaId(1), process: ProcessId(1) };
+
+struct Nobody;
+
+impl Dial for Nobody {
+    fn dial(&self, _to: ProcessId) -> DialFuture {
+        Box::pin(async { Err(io::ErrorKind::ConnectionRefused.into()) })
+    }
+}
+
+/// Keeps every command, and answers with how many there are.
+#[derive(Clone, Default)]
+struct Kept(Rc<RefCell<Vec<Bytes>>>);
+
+impl StateMachine for Kept {
+    fn restored(&self) -> Restored {
+        Restored::default()
+    }
+
+    fn apply(&mut self, _at: Position, what: Applying) -> Bytes {
+        if let Applying::Command(command) = what {
+            let len = command.len();
+            self.0.borrow_mut().push(command.into_cursor().take(len).expect("all of it"));
+        }
+        Bytes::from(self.0.borrow().len().to_string())
+    }
+}
+
+async fn start(dir: &Path) -> (Node, Group, Kept) {
+    let owner = LogOwner { cluster: [7; 16], process: ME.process };
+    let log = Log::open(dir, LogOptions::new(owner)).await.expect("a log");
+    let timing = Timing { heartbeat_ms: 20, election_ms_min: 100, election_ms_max: 200 };
+    let node = Node::new(log, Peers::new(ME.process, Rc::new(Nobody)), timing);
+    let kept = Kept::default();
+    let group = node.start_group(GroupId(1), ME.replica, kept.clone()).await.expect("a group");
+    group.initialize(vec![ME]).await.expect("a new group, or an old one");
+    while group.leadership().is_none() {
+        tokio::task::yield_now().await;
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    (node, group, kept)
+}
+
+async fn propose(group: &Group, command: &'static [u8]) -> Applied {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    group.propose(Command::from(Bytes::from_static(command)), move |outcome| drop(tell.send(outcome)));
+    told.await.expect("an answer").expect("applied")
+}
+
+#[test]
+fn it_applies_what_it_answers_in_order() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().to_owned();
+    spawn_thread("raft", move || async move {
+        let (node, group, kept) = start(&path).await;
+        let first = propose(&group, b"a").await;
+        let second = propose(&group, b"b").await;
+        assert!(first.at < second.at);
+        assert_eq!((&first.result[..], &second.result[..]), (&b"1"[..], &b"2"[..]));
+        assert_eq!(*kept.0.borrow(), [&b"a"[..], b"b"]);
+        let handle = group.handle();
+        assert_eq!(handle.propose(Bytes::from_static(b"c")).await.expect("applied").result, b"3"[..]);
+        assert_eq!(group.status().applied, group.applied());
+        node.shutdown().await;
+        assert_eq!(group.leadership(), None);
+    })
+    .expect("a thread")
+    .join()
+    .expect("no panic");
+}
