@@ -1,4 +1,18 @@
-//! Skeleton.
+//! Stores replicas of chunks on one disk.
+//!
+//! In the order data flows: [`server`] takes requests from sockets, [`copyset`] makes them entries of a Raft group's
+//! log and applies them, [`chunk_store`] keeps the bytes, [`disk`] is the only one to open chunk files. [`shard`] is
+//! the thread all of that lives on; [`heartbeat`] talks to the control plane from another one.
+//!
+//! Start at [`shard`].
 
+pub mod addresses;
+mod checkpoint;
 pub mod chunk_store;
+pub mod config;
+pub mod copyset;
+pub mod data_dir;
 pub mod disk;
+pub mod heartbeat;
+mod server;
+pub mod shard;

@@ -72,7 +72,14 @@ impl ChunkStore {
     /// `data` at `offset`, one checksum per piece. The range is checked: whole sectors inside the chunk.
     /// `data` is kept by reference: it should not pin a buffer much larger than what was written into the store
     /// from that buffer.
-    pub fn write(&mut self, copyset: CopysetId, chunk: ChunkKey, offset: u32, data: Bytes, checksums: &[u32]) {
+    pub fn write(
+        &mut self,
+        copyset: CopysetId,
+        chunk: ChunkKey,
+        offset: u32,
+        data: Bytes,
+        checksums: &[u32],
+    ) {
         let _ = (copyset, chunk, offset, data, checksums);
         panic!("not built yet")
     }

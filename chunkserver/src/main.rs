@@ -1,0 +1,129 @@
+//! `evolute-chunkserver`: config → directory → identity → shard → heartbeats, until told to stop.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use bytes::Bytes;
+use clap::Parser;
+use evolute_chunkserver::addresses::Addresses;
+use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
+use evolute_chunkserver::config::{Args, Config};
+use evolute_chunkserver::data_dir::DataDir;
+use evolute_chunkserver::heartbeat::{self, Introduction};
+use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
+use evolute_daemon::Stop;
+use evolute_protocol::geometry::MIB;
+use evolute_protocol::id::{ChunkserverId, ClusterId};
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    evolute_daemon::start();
+    match run(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("evolute-chunkserver: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
+    let config = args.or(file).check()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    runtime.block_on(serve(config))
+}
+
+async fn serve(config: Config) -> Result<()> {
+    let mut stop = Stop::new()?;
+    let data_dir = DataDir::take(&config.data_dir)?;
+    let listener = std::net::TcpListener::bind(config.listen)
+        .with_context(|| format!("cannot listen on {} (is the port in use?)", config.listen))?;
+    listener.set_nonblocking(true)?;
+    let address = match &config.advertise {
+        Some(address) => address.clone(),
+        None => listener.local_addr()?.to_string(),
+    };
+    let who = Introduction {
+        mds: config.mds.clone(),
+        address: address.clone(),
+        zone: config.zone.clone(),
+        server: config.server.clone(),
+        capacity_bytes: capacity(data_dir.path(), config.capacity_bytes)?,
+        instance: instance()?,
+        heartbeat_interval_s: config.heartbeat_interval_s,
+    };
+    let identity = tokio::select! {
+        identity = identity(&data_dir, &who) => identity?,
+        () = stop.requested() => return Ok(()),
+    };
+    let addresses = Addresses::open(data_dir.path());
+    let store = StoreOptions {
+        overlay_bytes_max: config.overlay_mib * MIB,
+        capacity_bytes: config.capacity_bytes,
+        ..StoreOptions::default()
+    };
+    let (handle, thread) = shard::start(ShardOptions {
+        data_dir: data_dir.path().to_owned(),
+        identity: identity.clone(),
+        store,
+        log_file_mib: config.log_file_mib,
+        listener,
+        addresses: addresses.clone(),
+    })
+    .await?;
+    tracing::info!(chunkserver = %identity.chunkserver, cluster = %identity.cluster, address, "serving");
+    if let Some(path) = &config.ready_file {
+        let content = serde_json::json!({
+            "pid": std::process::id(), "address": address, "chunkserver": identity.chunkserver.0,
+        });
+        evolute_daemon::write_ready_file(path, &content)?;
+    }
+    let mut joined = tokio::task::spawn_blocking(move || thread.join());
+    tokio::select! {
+        () = stop.requested() => {
+            handle.send(ToShard::Stop);
+            let ended = joined.await?;
+            ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok(())
+        }
+        refused = heartbeat::run(&who, &identity, &handle, &addresses) => {
+            handle.send(ToShard::Stop);
+            let _ = joined.await;
+            Err(refused.into())
+        }
+        ended = &mut joined => {
+            ended?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+            Ok(())
+        }
+    }
+}
+
+/// Who we are: what the disk says, or, for an empty one, what the control plane gives us.
+async fn identity(data_dir: &DataDir, who: &Introduction) -> Result<Identity> {
+    if let Some(identity) = ChunkStore::identity(&data_dir.store())? {
+        return Ok(identity);
+    }
+    let given = heartbeat::register(who, None).await?;
+    let cluster =
+        given.cluster_id.try_into().ok().context("the control plane gave a cluster id that is none")?;
+    Ok(Identity {
+        cluster: ClusterId(cluster),
+        chunkserver: ChunkserverId(given.chunkserver),
+        token: Bytes::from(given.token),
+    })
+}
+
+fn capacity(data_dir: &Path, limit: Option<u64>) -> Result<u64> {
+    let disk = rustix::fs::statvfs(data_dir).context("cannot ask the file system for its size")?;
+    let size = disk.f_blocks * disk.f_frsize;
+    Ok(limit.map_or(size, |limit| limit.min(size)))
+}
+
+/// Random, new at every start: tells two running servers with one identity apart.
+fn instance() -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 16];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}

@@ -1,0 +1,276 @@
+//! Requests in, replies out: sockets on one side, copysets on the other.
+//!
+//! ```text
+//!  accept ─▶ Hello ─▶ client: frames ─▶ Request ─▶ copyset.submit … at the end of what arrived: copyset.flush
+//!                │                                          └──▶ Outbox ─▶ one write for all replies of a turn
+//!                └─▶ peer: handed to raft
+//! ```
+//!
+//! What always holds: garbage closes its own connection and nothing else; a client that does not read its replies is
+//! not read from either ([`UNANSWERED_MAX`], [`UNSENT_BYTES_MAX`]); nothing here looks into a chunk.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::rc::Rc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
+use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
+use evolute_protocol::wire::reply::{Refusal, Reply};
+use evolute_protocol::wire::request::Request;
+use evolute_protocol::wire::{FrameReader, RequestId, WireError};
+use evolute_raft::Peers;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Notify;
+use tokio::task::spawn_local;
+
+use crate::copyset::registry::Registry;
+use crate::copyset::{Answer, Caller, Copyset};
+
+/// Requests of one connection that were read and not answered. A backend serves one volume and keeps far fewer in
+/// flight; 4096 × 1 MiB is never reached because of what may wait on a copyset.
+const UNANSWERED_MAX: usize = 4096;
+/// Replies of one connection that the client has not taken yet: 16 of the longest.
+const UNSENT_BYTES_MAX: usize = 16 << 20;
+/// Connections at a time; a few hundred backends and the other chunkservers.
+const CONNECTIONS_MAX: usize = 4096;
+/// A caller says who it is at once, or leaves.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
+/// Data up to this length is copied behind its frame: a copy of 4 KiB costs less than one more part of a `writev`.
+const COPIED_BYTES_MAX: usize = 8 << 10;
+
+/// Who this server is, and where requests go.
+pub struct Server {
+    pub cluster: ClusterId,
+    pub me: ChunkserverId,
+    pub registry: Rc<Registry>,
+    pub peers: Peers,
+    pub connections: Cell<usize>,
+}
+
+impl Server {
+    /// Accepts until dropped.
+    pub async fn run(self: Rc<Self>, listener: TcpListener) {
+        loop {
+            let (stream, from) = match listener.accept().await {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of file descriptors, most likely: those who are connected are served on.
+                    tracing::warn!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            };
+            if self.connections.get() >= CONNECTIONS_MAX {
+                tracing::warn!(%from, "refused: {CONNECTIONS_MAX} connections already");
+                continue;
+            }
+            self.connections.set(self.connections.get() + 1);
+            let server = Rc::clone(&self);
+            spawn_local(async move {
+                if let Err(error) = server.serve(stream).await {
+                    tracing::debug!(%from, %error, "connection closed");
+                }
+                server.connections.set(server.connections.get() - 1);
+            });
+        }
+    }
+
+    async fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        let mut bytes = [0; HELLO_BYTES];
+        tokio::time::timeout(HELLO_TIMEOUT, stream.read_exact(&mut bytes)).await??;
+        let hello = Hello::decode(&bytes).map_err(io::Error::other)?;
+        let welcome = hello.judge(self.cluster, self.me);
+        stream.write_all(&HelloReply::new(welcome).encode()).await?;
+        if let Err(unwelcome) = welcome {
+            let from = stream.peer_addr()?;
+            tracing::info!(%from, %unwelcome, "refused a connection");
+            return Ok(());
+        }
+        match hello.role {
+            Role::Peer { .. } => self.peers.accept(stream),
+            Role::Client => self.serve_client(stream).await?,
+        }
+        Ok(())
+    }
+
+    async fn serve_client(&self, stream: TcpStream) -> io::Result<()> {
+        let (read, write) = stream.into_split();
+        let outbox = Rc::new(Outbox::default());
+        let writer = spawn_local(send_replies(Rc::clone(&outbox), write));
+        let result = self.read_requests(read, &outbox).await;
+        outbox.close();
+        writer.abort();
+        result
+    }
+
+    async fn read_requests(&self, mut socket: OwnedReadHalf, outbox: &Rc<Outbox>) -> io::Result<()> {
+        let mut reader = FrameReader::default();
+        let mut touched: Vec<Rc<Copyset>> = Vec::new();
+        loop {
+            outbox.room().await;
+            if outbox.closed.get() || socket.read_buf(reader.space()).await? == 0 {
+                return Ok(());
+            }
+            let refused = loop {
+                match reader.next() {
+                    Ok(Some(frame)) => match Request::decode(&frame) {
+                        Ok(request) => {
+                            self.dispatch(frame.copyset, frame.request, request, outbox, &mut touched)
+                        }
+                        Err(error) => break Some(error),
+                    },
+                    Ok(None) => break None,
+                    Err(error) => break Some(error),
+                }
+            };
+            touched.drain(..).for_each(|copyset| copyset.flush());
+            if let Some(error) = refused {
+                return Err(refuse_connection(error));
+            }
+        }
+    }
+
+    fn dispatch(
+        &self,
+        copyset: CopysetId,
+        id: RequestId,
+        request: Request,
+        outbox: &Rc<Outbox>,
+        touched: &mut Vec<Rc<Copyset>>,
+    ) {
+        outbox.unanswered.set(outbox.unanswered.get() + 1);
+        let Some(copyset) =
+            touched.iter().find(|c| c.id() == copyset).cloned().or_else(|| self.registry.get(copyset))
+        else {
+            return outbox.answer(copyset, id, &Reply::Refused(Refusal::NoSuchCopyset));
+        };
+        let to: Rc<dyn Answer> = Rc::<Outbox>::clone(outbox);
+        copyset.submit(request, Caller { to, request: id });
+        if !touched.iter().any(|c| Rc::ptr_eq(c, &copyset)) {
+            touched.push(copyset);
+        }
+    }
+}
+
+fn refuse_connection(error: WireError) -> io::Error {
+    tracing::warn!(%error, "closing a connection");
+    io::Error::other(error)
+}
+
+/// Replies of one connection on their way out.
+#[derive(Default)]
+struct Outbox {
+    /// Frames, and short data behind theirs, in one buffer.
+    open: RefCell<BytesMut>,
+    /// What goes out before `open`: full buffers, and long data by reference.
+    queue: RefCell<VecDeque<Bytes>>,
+    unsent_bytes: Cell<usize>,
+    unanswered: Cell<usize>,
+    closed: Cell<bool>,
+    /// There is something to send.
+    filled: Notify,
+    /// There is room again for requests.
+    drained: Notify,
+}
+
+impl Answer for Outbox {
+    fn answer(&self, copyset: CopysetId, request: RequestId, reply: &Reply) {
+        self.unanswered.set(self.unanswered.get() - 1);
+        if self.closed.get() {
+            return;
+        }
+        let mut open = self.open.borrow_mut();
+        let before = open.len();
+        reply.put(copyset, request, &mut open);
+        let mut bytes = open.len() - before;
+        if let Reply::Data { data, .. } = reply {
+            for part in data {
+                bytes += part.len();
+                if part.len() <= COPIED_BYTES_MAX {
+                    open.extend_from_slice(part);
+                } else {
+                    let mut queue = self.queue.borrow_mut();
+                    queue.push_back(open.split().freeze());
+                    queue.push_back(part.clone());
+                }
+            }
+        }
+        self.unsent_bytes.set(self.unsent_bytes.get() + bytes);
+        self.filled.notify_one();
+    }
+}
+
+impl Outbox {
+    /// Waits until more requests may be read. Cancel-safe.
+    async fn room(&self) {
+        while !self.closed.get()
+            && (self.unanswered.get() >= UNANSWERED_MAX || self.unsent_bytes.get() >= UNSENT_BYTES_MAX)
+        {
+            self.drained.notified().await;
+        }
+    }
+
+    fn close(&self) {
+        self.closed.set(true);
+        self.drained.notify_one();
+    }
+
+    fn take(&self) -> VecDeque<Bytes> {
+        let mut parts = std::mem::take(&mut *self.queue.borrow_mut());
+        let mut open = self.open.borrow_mut();
+        if !open.is_empty() {
+            parts.push_back(open.split().freeze());
+        }
+        self.unsent_bytes.set(0);
+        parts
+    }
+}
+
+/// Sends what is in the outbox, as much as there is in one system call. Ends with the socket.
+async fn send_replies(outbox: Rc<Outbox>, mut socket: OwnedWriteHalf) {
+    loop {
+        outbox.filled.notified().await;
+        // Whoever is ready now adds its replies to this write.
+        tokio::task::yield_now().await;
+        let parts = outbox.take();
+        let sent = write_all(&mut socket, parts).await;
+        outbox.drained.notify_one();
+        if sent.is_err() {
+            return outbox.close();
+        }
+    }
+}
+
+async fn write_all(socket: &mut OwnedWriteHalf, mut parts: VecDeque<Bytes>) -> io::Result<()> {
+    const PARTS_MAX: usize = 64;
+    while !parts.is_empty() {
+        let mut sent = if parts.len() == 1 {
+            socket.write(&parts[0]).await?
+        } else {
+            let mut slices = [IoSlice::new(&[]); PARTS_MAX];
+            let count = parts.len().min(PARTS_MAX);
+            for (slice, part) in slices.iter_mut().zip(&parts) {
+                *slice = IoSlice::new(part);
+            }
+            socket.write_vectored(&slices[..count]).await?
+        };
+        if sent == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        while let Some(part) = parts.front_mut() {
+            if sent < part.len() {
+                part.advance(sent);
+                break;
+            }
+            sent -= part.len();
+            parts.pop_front();
+        }
+    }
+    Ok(())
+}
