@@ -1,0 +1,225 @@
+//! Settings of this process: flags, or the same names in a TOML file. A flag wins over the file.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+use serde::Deserialize;
+
+/// Serves one Evolute volume to a virtual machine as a vhost-user-blk device.
+#[derive(Debug, Clone, Default, Parser, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+#[command(
+    name = "evolute-vhost",
+    version,
+    after_help = "Examples:
+  evolute-vhost --socket-path /run/evolute/vm1.sock --volume vm1 --mds 10.0.0.1:7700 --state-dir /var/lib/evolute/vm1
+  qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=4G,share=on -machine q35,memory-backend=mem \\
+      -chardev socket,id=c0,path=/run/evolute/vm1.sock,reconnect=1 -device vhost-user-blk-pci,chardev=c0,num-queues=4
+
+The socket listens before anything else is done. While no chunkserver or control plane is reachable the guest's
+requests wait; they resume by themselves. SIGTERM ends the process cleanly; after a kill -9, start it again: QEMU
+reconnects and every request in flight is done again, once.
+EVOLUTE_LOG filters the traces on stderr (default: info)."
+)]
+pub struct Args {
+    /// TOML file with these settings (keys are the flags' names with underscores)
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Listen for the virtual machine monitor on this Unix socket
+    #[arg(long, value_name = "PATH", conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+    /// Use this already connected Unix socket instead
+    #[arg(long, value_name = "FDNUM")]
+    #[serde(skip)]
+    pub fd: Option<i32>,
+    /// The volume's name
+    #[arg(long, value_name = "NAME")]
+    pub volume: Option<String>,
+    /// Control plane addresses, separated by commas
+    #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
+    pub mds: Vec<String>,
+    /// Remembers the attachment here, so that a restart needs no control plane
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Take the volume from whoever else holds it; that one is fenced out
+    #[arg(long)]
+    #[serde(default)]
+    pub takeover: bool,
+    /// The guest may not write
+    #[arg(long)]
+    #[serde(default)]
+    pub read_only: bool,
+    /// What the guest reads as the disk's serial number, up to 20 bytes [default: the volume's name]
+    #[arg(long, value_name = "TEXT")]
+    pub serial: Option<String>,
+    /// Most queues a front end may use; each is built when it is first used [default: 256]
+    #[arg(long, value_name = "N")]
+    pub queues: Option<u16>,
+    /// Microseconds to look for more work before sleeping. Lowers latency, costs CPU; only useful with idle cores
+    /// to spare [default: 0]
+    #[arg(long, value_name = "US")]
+    pub spin_us: Option<u64>,
+    /// Fail requests that could not be served for this long, instead of holding them [default: 0, hold for ever]
+    #[arg(long, value_name = "SECONDS")]
+    pub fail_after_s: Option<u64>,
+    /// Written (by rename) once guests are served: {"pid":…,"socket":"…","volume":"…","size_bytes":…}
+    #[arg(long, value_name = "FILE")]
+    pub ready_file: Option<PathBuf>,
+    /// Print what this program can do, as QEMU's vhost-user conventions ask, and exit
+    #[arg(long)]
+    #[serde(skip)]
+    pub print_capabilities: bool,
+}
+
+/// What `--print-capabilities` prints (QEMU's `docs/interop/vhost-user.json`).
+pub const CAPABILITIES: &str = r#"{"type":"block","features":["read-only"]}"#;
+
+/// Where the virtual machine monitor is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Socket {
+    Listen(PathBuf),
+    Connected(i32),
+}
+
+/// The settings, complete.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub socket: Socket,
+    pub volume: String,
+    pub mds: Vec<String>,
+    pub state_dir: Option<PathBuf>,
+    pub takeover: bool,
+    pub read_only: bool,
+    pub serial: String,
+    pub queues: u16,
+    pub spin: Duration,
+    pub fail_after: Option<Duration>,
+    pub ready_file: Option<PathBuf>,
+}
+
+/// What is wrong with the settings.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    #[error("--{0} is missing (give it as a flag or in the --config file)")]
+    Missing(&'static str),
+    #[error("--queues must be 1 to 256, not {0}")]
+    Queues(u16),
+    #[error("--spin-us must be at most 1000, not {0}")]
+    Spin(u64),
+    #[error("--serial must be at most 20 bytes, not {0}")]
+    Serial(usize),
+    #[error("--fd {0} is not a descriptor given to this process")]
+    Fd(i32),
+}
+
+/// Bytes of a virtio disk's serial number.
+const SERIAL_BYTES: usize = 20;
+
+impl Args {
+    /// These flags over the settings of a file.
+    pub fn or(self, file: Self) -> Self {
+        Self {
+            config: self.config,
+            socket_path: if self.fd.is_some() { None } else { self.socket_path.or(file.socket_path) },
+            fd: self.fd,
+            volume: self.volume.or(file.volume),
+            mds: if self.mds.is_empty() { file.mds } else { self.mds },
+            state_dir: self.state_dir.or(file.state_dir),
+            takeover: self.takeover || file.takeover,
+            read_only: self.read_only || file.read_only,
+            serial: self.serial.or(file.serial),
+            queues: self.queues.or(file.queues),
+            spin_us: self.spin_us.or(file.spin_us),
+            fail_after_s: self.fail_after_s.or(file.fail_after_s),
+            ready_file: self.ready_file.or(file.ready_file),
+            print_capabilities: self.print_capabilities,
+        }
+    }
+
+    pub fn check(self) -> Result<Config, ConfigError> {
+        let socket = match (self.fd, self.socket_path) {
+            (Some(fd), _) if fd > 2 => Socket::Connected(fd),
+            (Some(fd), _) => return Err(ConfigError::Fd(fd)),
+            (None, Some(path)) => Socket::Listen(path),
+            (None, None) => return Err(ConfigError::Missing("socket-path")),
+        };
+        if self.mds.is_empty() {
+            return Err(ConfigError::Missing("mds"));
+        }
+        let volume = self.volume.ok_or(ConfigError::Missing("volume"))?;
+        let serial = match self.serial {
+            Some(serial) if serial.len() > SERIAL_BYTES => return Err(ConfigError::Serial(serial.len())),
+            Some(serial) => serial,
+            // A long volume name keeps its end, where names usually differ.
+            None => {
+                let from = (0..=volume.len()).find(|&at| volume.is_char_boundary(at) && volume.len() - at <= SERIAL_BYTES);
+                volume[from.unwrap_or(volume.len())..].to_owned()
+            }
+        };
+        let queues = self.queues.unwrap_or(256);
+        if !(1..=256).contains(&queues) {
+            return Err(ConfigError::Queues(queues));
+        }
+        let spin_us = self.spin_us.unwrap_or(0);
+        if spin_us > 1000 {
+            return Err(ConfigError::Spin(spin_us));
+        }
+        Ok(Config {
+            socket,
+            volume,
+            mds: self.mds,
+            state_dir: self.state_dir,
+            takeover: self.takeover,
+            read_only: self.read_only,
+            serial,
+            queues,
+            spin: Duration::from_micros(spin_us),
+            fail_after: self.fail_after_s.filter(|&s| s > 0).map(Duration::from_secs),
+            ready_file: self.ready_file,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Args, CAPABILITIES, ConfigError, Socket};
+
+    fn args() -> Args {
+        Args {
+            socket_path: Some("/s".into()),
+            volume: Some("vm".into()),
+            mds: vec!["127.0.0.1:1".into()],
+            ..Args::default()
+        }
+    }
+
+    #[test]
+    fn bad_settings_are_named() {
+        for (args, error) in [
+            (Args { socket_path: None, ..args() }, ConfigError::Missing("socket-path")),
+            (Args { volume: None, ..args() }, ConfigError::Missing("volume")),
+            (Args { mds: vec![], ..args() }, ConfigError::Missing("mds")),
+            (Args { queues: Some(0), ..args() }, ConfigError::Queues(0)),
+            (Args { queues: Some(257), ..args() }, ConfigError::Queues(257)),
+            (Args { serial: Some("x".repeat(21)), ..args() }, ConfigError::Serial(21)),
+            (Args { fd: Some(1), ..args() }, ConfigError::Fd(1)),
+        ] {
+            assert_eq!(args.check().unwrap_err(), error);
+        }
+    }
+
+    #[test]
+    fn the_serial_is_the_end_of_the_volumes_name() {
+        let config = Args { volume: Some("a-very-long-volume-name-01".into()), ..args() }.check().expect("good");
+        assert_eq!(config.serial, "-long-volume-name-01");
+    }
+
+    #[test]
+    fn a_descriptor_wins_over_a_path() {
+        let config = Args { fd: Some(7), ..Args::default() }.or(args()).check().expect("good");
+        assert_eq!(config.socket, Socket::Connected(7));
+        assert!(serde_json::from_str::<serde_json::Value>(CAPABILITIES).is_ok());
+    }
+}
