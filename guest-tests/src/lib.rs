@@ -33,8 +33,9 @@ mod scene;
 mod verify;
 mod wait;
 
-pub use cluster::{Cluster, Volume};
-pub use guest::{Background, Boot, Guest, Output, PowerOn};
+pub use agent::Output;
+pub use cluster::Cluster;
+pub use guest::{Background, Boot, Guest};
 pub use images::Images;
 pub use process::Process;
 pub use scene::{Scene, story};

@@ -1,0 +1,118 @@
+//! The place of one test: the machine to itself, a folder for everything, and the evidence if it fails.
+
+use anyhow::{Context, Result};
+use std::cell::{Cell, RefCell};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// How much of each log a failing test prints. Enough for the last error and what led to it.
+const TAIL_LINES: usize = 25;
+
+/// Runs one test. Everything the closure started is ended when it returns; if it returns an error or panics, the
+/// logs stay and their ends are printed.
+///
+/// One test at a time has the machine, across test programs: two emulated guests on two cores would make
+/// each other's time limits meaningless.
+#[track_caller]
+pub fn story(test: impl FnOnce(&Scene) -> Result<()>) {
+    let caller = std::panic::Location::caller();
+    let name = Path::new(caller.file())
+        .file_stem()
+        .map_or("test".into(), |stem| stem.to_string_lossy().into_owned());
+    let scene = Scene::new(&name).expect("a test needs a folder and the lock on the machine");
+    if let Err(error) = test(&scene) {
+        // The scene is dropped by this panic and shows the logs then, once for errors and assertions alike.
+        panic!("{}:{}: {error:#}", caller.file(), caller.line());
+    }
+}
+
+/// What a test and its processes share: a folder, and which files in it are worth reading after a failure.
+pub struct Scene {
+    folder: PathBuf,
+    logs: RefCell<Vec<PathBuf>>,
+    guests: Cell<u32>,
+    started: Instant,
+    /// Held until the test is over.
+    _machine: File,
+}
+
+impl Scene {
+    fn new(name: &str) -> Result<Scene> {
+        let folder = tempfile::Builder::new().prefix(&format!("evolute-{name}-")).tempdir()?.keep();
+        let machine = cache_folder()?.join("guest-tests.lock");
+        let machine = OpenOptions::new().create(true).append(true).open(machine)?;
+        rustix::fs::flock(&machine, rustix::fs::FlockOperation::LockExclusive)?;
+        Ok(Scene {
+            folder,
+            logs: RefCell::new(Vec::new()),
+            guests: Cell::new(0),
+            started: Instant::now(),
+            _machine: machine,
+        })
+    }
+
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// A file that is shown when the test fails.
+    pub fn log(&self, name: &str) -> PathBuf {
+        let path = self.folder.join(name);
+        let mut logs = self.logs.borrow_mut();
+        if !logs.contains(&path) {
+            logs.push(path.clone());
+        }
+        path
+    }
+
+    /// Says what the test is doing, with the time since it began: the story as it happens.
+    pub fn tell(&self, what: impl std::fmt::Display) {
+        // Not `eprintln!`: the test harness swallows it until the end, and a person waits here for minutes.
+        let line = format!("  {:6.1} s  {what}\n", self.started.elapsed().as_secs_f32());
+        let _ = std::io::stderr().write_all(line.as_bytes());
+    }
+
+    /// A name for the next guest of this test.
+    pub(crate) fn next_guest(&self) -> String {
+        self.guests.set(self.guests.get() + 1);
+        format!("guest{}", self.guests.get())
+    }
+
+    fn show_logs(&self) {
+        for log in self.logs.borrow().iter() {
+            let Ok(bytes) = std::fs::read(log) else { continue };
+            let text = String::from_utf8_lossy(&bytes);
+            let lines: Vec<&str> = text.lines().collect();
+            eprintln!("\n── the end of {} ({} lines)", log.display(), lines.len());
+            for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+                eprintln!("   {}", line.trim_end());
+            }
+        }
+        eprintln!("\n── everything this test left is in {}\n", self.folder.display());
+    }
+}
+
+impl Drop for Scene {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.show_logs();
+        } else if std::env::var_os("EVOLUTE_KEEP").is_some() {
+            eprintln!("kept: {}", self.folder.display());
+        } else if let Err(error) = std::fs::remove_dir_all(&self.folder) {
+            eprintln!("could not remove {}: {error}", self.folder.display());
+        }
+    }
+}
+
+/// Where results outlive a test: `$EVOLUTE_CACHE`, or `~/.cache/evolute`, as in `images/`.
+pub(crate) fn cache_folder() -> Result<PathBuf> {
+    let folder = match std::env::var_os("EVOLUTE_CACHE") {
+        Some(folder) => PathBuf::from(folder),
+        None => PathBuf::from(std::env::var_os("HOME").context("neither EVOLUTE_CACHE nor HOME is set")?)
+            .join(".cache/evolute"),
+    };
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
