@@ -38,6 +38,6 @@ pub use cluster::Cluster;
 pub use guest::{Background, Boot, Guest};
 pub use images::Images;
 pub use process::Process;
-pub use scene::{Scene, story};
+pub use scene::{Scene, demonstrate, story};
 pub use verify::{Verified, Verify, Verifying};
 pub use wait::until;

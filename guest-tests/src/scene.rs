@@ -18,14 +18,23 @@ const TAIL_LINES: usize = 25;
 #[track_caller]
 pub fn story(test: impl FnOnce(&Scene) -> Result<()>) {
     let caller = std::panic::Location::caller();
-    let name = Path::new(caller.file())
-        .file_stem()
-        .map_or("test".into(), |stem| stem.to_string_lossy().into_owned());
-    let scene = Scene::new(&name).expect("a test needs a folder and the lock on the machine");
-    if let Err(error) = test(&scene) {
-        // The scene is dropped by this panic and shows the logs then, once for errors and assertions alike.
+    let name = Path::new(caller.file()).file_stem().map_or("test".into(), |stem| stem.to_string_lossy());
+    if let Err(error) = demonstrate(&name, test) {
         panic!("{}:{}: {error:#}", caller.file(), caller.line());
     }
+}
+
+/// The same for a program that shows something and goes on to sum it up: the logs are shown on an error, which is
+/// the caller's.
+pub fn demonstrate<T>(name: &str, show: impl FnOnce(&Scene) -> Result<T>) -> Result<T> {
+    let scene = Scene::new(name)?;
+    let shown = show(&scene);
+    if let Err(error) = &shown {
+        // First why, then the logs, which are shown when the scene is dropped: for errors and panics alike.
+        eprintln!("\n── {name} failed: {error:#}");
+        scene.failed.set(true);
+    }
+    shown
 }
 
 /// What a test and its processes share: a folder, and which files in it are worth reading after a failure.
@@ -33,6 +42,7 @@ pub struct Scene {
     folder: PathBuf,
     logs: RefCell<Vec<PathBuf>>,
     guests: Cell<u32>,
+    failed: Cell<bool>,
     started: Instant,
     /// Held until the test is over.
     _machine: File,
@@ -48,6 +58,7 @@ impl Scene {
             folder,
             logs: RefCell::new(Vec::new()),
             guests: Cell::new(0),
+            failed: Cell::new(false),
             started: Instant::now(),
             _machine: machine,
         })
@@ -96,7 +107,7 @@ impl Scene {
 
 impl Drop for Scene {
     fn drop(&mut self) {
-        if std::thread::panicking() {
+        if self.failed.get() || std::thread::panicking() {
             self.show_logs();
         } else if std::env::var_os("EVOLUTE_KEEP").is_some() {
             eprintln!("kept: {}", self.folder.display());

@@ -36,6 +36,7 @@ pub struct Verified {
     pub bytes: u64,
     /// The longest any one request took: the pause the guest felt.
     pub longest: Duration,
+    longest_of_pass: Vec<Duration>,
 }
 
 impl Verify {
@@ -148,7 +149,8 @@ impl Verifying {
         let output = guest.wait(self.background, deadline)?;
         ensure!(output.status == 0, "fio in the guest failed with {}: {}", output.status, output.text.trim());
         let passes: u32 = guest.sh("cat /run/verify/seed")?.parse()?;
-        let mut verified = Verified { passes, bytes: 0, longest: Duration::ZERO };
+        let mut verified =
+            Verified { passes, bytes: 0, longest: Duration::ZERO, longest_of_pass: Vec::new() };
         for seed in 1..=passes {
             let report = guest.sh(&format!("cat /run/verify/{seed}.json"))?;
             verified.add(&report).with_context(|| format!("fio's report of pass {seed}: {report}"))?;
@@ -167,17 +169,26 @@ impl Verified {
         let report: serde_json::Value = serde_json::from_str(json)?;
         let job = &report["jobs"][0];
         self.bytes += job["read"]["io_bytes"].as_u64().context("no read.io_bytes")?;
-        for direction in ["read", "write"] {
-            let longest = job[direction]["lat_ns"]["max"].as_u64().context("no lat_ns.max")?;
-            self.longest = self.longest.max(Duration::from_nanos(longest));
-        }
+        let longest = |direction: &str| job[direction]["lat_ns"]["max"].as_u64().map(Duration::from_nanos);
+        let (read, write) = longest("read").zip(longest("write")).context("no lat_ns.max")?;
+        let longest = read.max(write);
+        self.longest = self.longest.max(longest);
+        self.longest_of_pass.push(longest);
         Ok(())
+    }
+
+    /// The longest request of some passes, which count from 1.
+    pub fn longest_of(&self, passes: impl Iterator<Item = u32>) -> Option<Duration> {
+        passes
+            .filter_map(|pass| self.longest_of_pass.get(usize::try_from(pass).ok()?.checked_sub(1)?))
+            .max()
+            .copied()
     }
 }
 
 impl std::fmt::Display for Verified {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Verified { passes, bytes, longest } = self;
+        let Verified { passes, bytes, longest, .. } = self;
         write!(
             f,
             "{} MiB verified in {passes} passes, longest request {:.1} s",
