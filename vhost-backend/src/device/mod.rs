@@ -1,13 +1,52 @@
 //! The trust border: what a guest and its VMM may do to us, and what we answer.
+//!
+//! ```text
+//!  VMM ──vhost-user──▶ socket ─▶ session ──command──┐                 (socket thread)
+//!                                                   ▼
+//!  guest ──rings──▶ queues ─▶ ring ─▶ chain ─▶ request ─▶ backing     (I/O thread, io_thread.rs)
+//!        ◀─used ring─ queue ◀──────── completion ◀────────┘
+//! ```
+//!
+//! What always holds:
+//!
+//! - The guest may write any shared byte at any time, the VMM may send any message. Neither can make us touch memory
+//!   outside the regions we were given, wait without bound, or panic. The worst it gets is its own disk stopped.
+//! - Every request is answered exactly once: by this process, or, if it dies, by the next one from the in-flight
+//!   region.
+//! - FLUSH is answered at once, because an answered write is durable already.
+//!
+//! It does not know chunks, chunkservers or the control plane: all of that is behind [`crate::backing::Backing`].
+//! Start at [`run`] for the life of the device, at `queues.rs` for the life of a request.
+
+mod chain;
+pub(crate) mod command;
+mod completion;
+pub(crate) mod config_space;
+mod inflight;
+mod memory;
+mod queue;
+pub(crate) mod queues;
+mod request;
+mod ring;
+mod session;
+mod socket;
+mod tickets;
 
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::sync::mpsc;
 use std::thread;
+use std::time::Duration;
 
 use crate::backing::Backing;
-use crate::io_thread::WakerHandle;
+use crate::io_thread::{IoThread, WakerHandle};
+
+use command::Commands;
+use config_space::SERIAL_BYTES;
+use queues::Queues;
+use request::Geometry;
+
+pub use socket::{Endpoint, Listening, StopSignal};
 
 /// What one disk looks like to its guest. None of it changes while the process lives.
 #[derive(Clone, Debug)]
@@ -36,55 +75,18 @@ impl DeviceConfig {
             capacity_bytes,
             serial: String::new(),
             read_only: false,
-            queues: 256,
+            queues: config_space::QUEUES_MAX,
             spin_us: 0,
             require_sealed_memory: false,
         }
     }
-}
 
-/// Where the front end (the VMM) comes from.
-#[derive(Debug)]
-pub enum Endpoint {
-    /// We listen; front ends come and go, one at a time.
-    Listening(Listening),
-    /// One connection, made by whoever started us; when it ends, so does [`run`].
-    Connected(UnixStream),
-}
-
-/// A bound socket, and where it is.
-#[derive(Debug)]
-pub struct Listening {
-    listener: UnixListener,
-    path: PathBuf,
-}
-
-impl Endpoint {
-    /// Binds now, so that a front end can connect while the rest still starts.
-    pub fn listen(path: &Path) -> Result<Endpoint, DeviceError> {
-        let listener = UnixListener::bind(path)
-            .map_err(|source| DeviceError::Listen { path: path.to_owned(), source })?;
-        Ok(Endpoint::Listening(Listening { listener, path: path.to_owned() }))
+    fn geometry(&self) -> Geometry {
+        let mut serial = [0; SERIAL_BYTES];
+        let len = self.serial.len().min(SERIAL_BYTES);
+        serial[..len].copy_from_slice(&self.serial.as_bytes()[..len]);
+        Geometry { capacity_bytes: self.capacity_bytes, read_only: self.read_only, serial }
     }
-
-    /// Takes over a connected socket (`--fd`).
-    pub fn connected(fd: OwnedFd) -> Endpoint {
-        Endpoint::Connected(UnixStream::from(fd))
-    }
-}
-
-/// Ends [`run`] from another thread.
-#[derive(Clone, Debug)]
-pub struct StopSignal {}
-
-impl StopSignal {
-    pub fn new() -> io::Result<StopSignal> {
-        Ok(StopSignal {})
-    }
-
-    /// `run` finishes what is in flight, for a bounded time, and returns. What was not finished stays recorded
-    /// in the in-flight region, and the next process does it again.
-    pub fn stop(&self) {}
 }
 
 /// Why the device could not start, or had to end.
@@ -96,29 +98,50 @@ pub enum DeviceError {
         #[source]
         source: io::Error,
     },
-    #[error("cannot set up the I/O thread")]
+    #[error("{0} queues; 1 to {max} can be offered", max = config_space::QUEUES_MAX)]
+    Queues(u16),
+    #[error("cannot set up the I/O thread, or it failed")]
     IoThread(#[source] io::Error),
+    #[error("the I/O thread ended by itself")]
+    IoThreadEnded,
     #[error("the connection to the front end is unusable")]
     Connection(#[source] io::Error),
 }
 
-/// Serves one disk until `stop`, or until a [`Endpoint::Connected`] front end leaves.
+/// Serves one disk until `stop`, or until an [`Endpoint::Connected`] front end leaves.
 ///
-/// The calling thread becomes the socket thread; an I/O thread is started, and `make_backing` is called on it.
+/// The calling thread becomes the socket thread; an I/O thread is started, and `make_backing` is called on it. The
+/// handshake is answered from `config` alone, rings wait until the backing is ready.
 pub fn run(
     config: DeviceConfig,
     endpoint: Endpoint,
     make_backing: impl FnOnce(WakerHandle) -> Box<dyn Backing> + Send + 'static,
     stop: StopSignal,
 ) -> Result<(), DeviceError> {
-    let _ = (config, endpoint, stop);
-    thread::Builder::new()
+    if config.queues == 0 || config.queues > config_space::QUEUES_MAX {
+        return Err(DeviceError::Queues(config.queues));
+    }
+    let poll = mio::Poll::new().map_err(DeviceError::IoThread)?;
+    let waker = WakerHandle::new(&poll).map_err(DeviceError::IoThread)?;
+    let (sender, receiver) = mpsc::channel();
+    let commands = Commands::new(sender, waker.clone());
+    let queues_config = (config.geometry(), config.queues);
+    let spin = Duration::from_micros(config.spin_us.into());
+    let io_thread = thread::Builder::new()
         .name("io".into())
         .spawn(move || {
-            let poll = mio::Poll::new()?;
-            let _backing = make_backing(WakerHandle::new(poll.registry(), mio::Token(0))?);
-            io::Result::Ok(())
+            let (geometry, count) = queues_config;
+            let backing = make_backing(waker);
+            IoThread::new(poll, Queues::new(geometry, count), backing, receiver, spin)?.run()
         })
         .map_err(DeviceError::IoThread)?;
-    Ok(())
+
+    let served = socket::serve(&endpoint, &config, &commands, &stop);
+    // It may have ended already, in good order or by itself; `join` says which.
+    let _ = socket::close(&commands);
+    match io_thread.join() {
+        Ok(ended) => ended.map_err(DeviceError::IoThread)?,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+    served
 }
