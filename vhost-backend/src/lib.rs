@@ -3,3 +3,4 @@
 pub mod backing;
 pub mod device;
 pub mod io_thread;
+pub mod volume;

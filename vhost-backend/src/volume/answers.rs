@@ -1,0 +1,251 @@
+//! Answers in: matched by their number, checked, and either the end of an operation or the start of a retry.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use evolute_protocol::wire::frame::Frame;
+use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
+use evolute_protocol::wire::request::Request as WireRequest;
+use tracing::info;
+
+use super::Volume;
+use super::connection::{Lost, PeerIndex, Progress};
+use super::inflight::{Key, Purpose};
+use super::retry::{Move, Standing, Trouble, next_move};
+use super::routing::{Fencing, Route, RouteIndex};
+
+/// A good answer, and how much its sender knew.
+struct Answer {
+    fresh: Freshness,
+    data: Bytes,
+}
+
+impl Volume {
+    /// Takes in whatever has come from all chunkservers.
+    pub(super) fn receive(&mut self) {
+        let Some(cluster) = self.attachment.as_ref().map(|attachment| attachment.map.cluster) else { return };
+        for peer in self.peers.indices() {
+            match self.peers[peer].advance(self.now, cluster) {
+                Progress::Nothing => {}
+                Progress::Opened => info!("connected to {}", self.peers[peer].id),
+                Progress::Lost(why) => self.peer_lost(peer, &why),
+            }
+            if let Err(why) = self.receive_from(peer) {
+                self.peer_lost(peer, &why);
+            }
+        }
+    }
+
+    fn receive_from(&mut self, peer: PeerIndex) -> Result<(), Lost> {
+        if !self.peers[peer].is_open() {
+            return Ok(());
+        }
+        let end = self.peers[peer].receive();
+        while let Some(frame) = self.peers[peer].next_frame()? {
+            self.answered(peer, &frame)?;
+        }
+        end
+    }
+
+    fn answered(&mut self, peer: PeerIndex, frame: &Frame) -> Result<(), Lost> {
+        let reply = Reply::decode(frame)?;
+        let key = Key::from_request_id(frame.request);
+        // An answer nobody waits for any more: somebody else's came first, or the request was given up.
+        let Some(operation) = self.operations.get(key) else { return Ok(()) };
+        let Some(index) = operation.route else { return Err(Lost::WrongAnswer) };
+        if operation.was_asked(peer).is_none() {
+            return Ok(());
+        }
+        if frame.copyset != self.routing[index].copyset {
+            return Err(Lost::WrongAnswer);
+        }
+        let answer = match (reply, &operation.request) {
+            (Reply::Refused(refusal), _) => Err(Trouble::Refused(refusal)),
+            (Reply::Data { fresh, checksums, data }, WireRequest::Read(read)) => {
+                let data = data.into_iter().next().unwrap_or_default();
+                if !data_is_intact(read.range.offset(), read.range.length(), &data, &checksums) {
+                    Err(Trouble::DamagedOnTheWay)
+                } else if !Route::is_fresh(fresh, operation.floor) {
+                    Err(Trouble::Stale)
+                } else {
+                    Ok(Answer { fresh, data })
+                }
+            }
+            (Reply::Data { .. } | Reply::Info { .. }, _)
+            | (Reply::Done(_), WireRequest::Read(_) | WireRequest::ChunkInfo(_)) => {
+                return Err(Lost::WrongAnswer);
+            }
+            (Reply::Done(fresh), _) => Ok(Answer { fresh, data: Bytes::new() }),
+        };
+        match answer {
+            Ok(answer) => self.succeeded(key, index, peer, answer),
+            Err(trouble) => self.failed(key, peer, trouble),
+        }
+        Ok(())
+    }
+
+    fn succeeded(&mut self, key: Key, index: RouteIndex, peer: PeerIndex, answer: Answer) {
+        let is_fence = self.operations.get(key).is_some_and(|operation| operation.purpose == Purpose::Fence);
+        let found = self.routing[index].answered(peer, answer.fresh);
+        if !is_fence {
+            self.routing[index].setbacks = 0;
+        }
+        self.end_operation(key, Ok(answer.data));
+        if is_fence {
+            self.routing[index].fencing = Fencing::Done;
+            self.serve_if_fenced();
+        }
+        if found {
+            self.leader_found(index);
+        }
+        self.resumed(index);
+    }
+
+    /// One sending of an operation came to nothing: decide, and do it.
+    pub(super) fn failed(&mut self, key: Key, peer: PeerIndex, trouble: Trouble) {
+        let Some(operation) = self.operations.get_mut(key) else { return };
+        let Some(index) = operation.route else { return };
+        operation.forget(peer);
+        let failures = operation.failures;
+        let is_fence = operation.purpose == Purpose::Fence;
+        let jitter = self.jitter();
+        let next = next_move(trouble, &self.standing(index, peer, trouble, failures, jitter));
+        let from_target = self.routing[index].target == peer;
+        match trouble {
+            Trouble::Stale => self.counters.stale_reads += 1,
+            Trouble::DamagedOnTheWay | Trouble::Refused(Refusal::Damaged) => self.counters.damaged += 1,
+            Trouble::Refused(Refusal::NotLeader { leader: Some(leader) })
+                if self.member(index, leader).is_none() =>
+            {
+                // Its members changed, or it names itself by an id we never heard of.
+                self.want_map();
+            }
+            _ => {}
+        }
+        match next {
+            Move::Follow(leader) => {
+                if let Some(leader) = self.member(index, leader)
+                    && from_target
+                {
+                    self.counters.redirects += 1;
+                    self.routing[index].follow(leader, self.now);
+                }
+                self.park(key);
+            }
+            Move::Search { after } | Move::SearchWithNewMap { after } => {
+                if matches!(next, Move::SearchWithNewMap { .. }) {
+                    self.want_map();
+                }
+                if from_target {
+                    self.counters.searches += 1;
+                    self.routing[index].search(self.now, after);
+                }
+                self.park(key);
+            }
+            Move::AskAnother => self.ask_another(index, key),
+            Move::Pause { .. } if !from_target => self.park(key),
+            Move::Pause { after } => self.wait_with_all(index, key, after),
+            Move::Fence { after } => {
+                if self.routing[index].fencing == Fencing::Done {
+                    self.routing[index].fencing = Fencing::Needed;
+                    self.fence(index);
+                }
+                self.wait_with_all(index, key, after);
+            }
+            Move::Again { after } => {
+                if let Some(operation) = self.operations.get_mut(key) {
+                    operation.failures += 1;
+                }
+                if after.is_zero() {
+                    self.park(key);
+                } else {
+                    // It stands back; whoever is next may go ahead meanwhile.
+                    if self.routing[index].probe == Some(key) {
+                        self.routing[index].probe = None;
+                    }
+                    self.delayed.push((self.now + after, key));
+                }
+            }
+            // A fence needs no room worth speaking of, and without it nothing ever goes on here.
+            Move::Fail(_) if is_fence => self.wait_with_all(index, key, Duration::from_millis(100)),
+            Move::Fail(failure) => self.fail_operation(key, failure),
+            Move::Stop { current } => self.fenced_out(current),
+        }
+    }
+
+    fn standing(
+        &self,
+        index: RouteIndex,
+        peer: PeerIndex,
+        trouble: Trouble,
+        failures: u32,
+        jitter: u32,
+    ) -> Standing {
+        let route = &self.routing[index];
+        let hint_usable = match trouble {
+            Trouble::Refused(Refusal::NotLeader { leader: Some(leader) }) => self
+                .member(index, leader)
+                .is_some_and(|leader| leader != peer && !self.peers[leader].is_doubtful(self.now)),
+            _ => false,
+        };
+        Standing {
+            epoch: self.attachment.as_ref().map(|attachment| attachment.epoch).unwrap_or_default(),
+            searching: route.searching(self.now),
+            redirects: route.redirects,
+            hint_usable,
+            setbacks: route.setbacks,
+            failures,
+            jitter,
+        }
+    }
+
+    fn member(
+        &self,
+        index: RouteIndex,
+        chunkserver: evolute_protocol::id::ChunkserverId,
+    ) -> Option<PeerIndex> {
+        self.peers.find(chunkserver).filter(|peer| self.routing[index].replicas.contains(peer))
+    }
+
+    /// The whole copyset asked for patience; the first to hear of it sets the time.
+    fn wait_with_all(&mut self, index: RouteIndex, key: Key, after: Duration) {
+        let route = &mut self.routing[index];
+        if route.paused_until.is_none() {
+            route.setbacks = route.setbacks.saturating_add(1);
+            route.pause(self.now, after);
+        }
+        self.park(key);
+    }
+
+    /// Keeps an operation until its route knows where to. One that still waits for an answer elsewhere, and the one
+    /// that goes ahead, are kept already.
+    pub(super) fn park(&mut self, key: Key) {
+        let Some(operation) = self.operations.get(key) else { return };
+        let Some(index) = operation.route else { return };
+        let waits_elsewhere = !operation.asked.is_empty();
+        let route = &mut self.routing[index];
+        if !waits_elsewhere && route.probe != Some(key) && operation.purpose != Purpose::Fence {
+            route.parked.push_back(key);
+        }
+    }
+
+    /// Nothing that was asked of `peer` will be answered.
+    pub(super) fn unanswered_by(&mut self, peer: PeerIndex) {
+        let asked: Vec<Key> = self
+            .operations
+            .iter_mut()
+            .filter(|(_, operation)| operation.was_asked(peer).is_some())
+            .map(|(key, _)| key)
+            .collect();
+        for key in asked {
+            self.failed(key, peer, Trouble::ConnectionLost);
+        }
+        // Routes that had nothing out there must not go on to believe in it.
+        for index in self.routing.indices() {
+            let route = &mut self.routing[index];
+            if route.target == peer && route.confirmed {
+                route.search(self.now, Duration::ZERO);
+            }
+        }
+    }
+}

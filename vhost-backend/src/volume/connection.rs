@@ -1,0 +1,587 @@
+//! One connection to one chunkserver: requests out in order, replies in any order, never waiting.
+//!
+//! ```text
+//! Idle ──wanted──▶ Connecting ──▶ Greeting ──welcome──▶ Open
+//!   Down ◀── refused, cut, silent, not ours ──────────────┘
+//!    └── wanted again, after a wait that grows ──▶ Connecting
+//! ```
+//!
+//! What always holds: everything that was put out in one turn of the loop leaves in one `writev`, a write's data by
+//! reference; a connection that went wrong in any way is closed, and all that was sent on it counts as unanswered.
+//! That what waits to be sent is bounded is the volume's care: it sends only what it admitted.
+//!
+//! It does not know what the frames mean.
+
+use std::collections::{HashMap, VecDeque};
+use std::io::{self, IoSlice, Write};
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
+use evolute_protocol::wire::frame::Frame;
+use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, NotOurs, Role, Unwelcome, Version};
+use evolute_protocol::wire::request::Request;
+use evolute_protocol::wire::{FrameReader, RequestId, WireError};
+use mio::net::TcpStream;
+use mio::{Interest, Registry, Token};
+use smallvec::SmallVec;
+
+use super::retry::reconnect_wait;
+
+/// Which of a volume's chunkservers: its place in the volume's table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct PeerIndex(pub u16);
+
+/// How long making a connection and greeting may take. A handshake is two round trips.
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// How long others are not asked meanwhile. A host that is gone does not refuse, it says nothing.
+const CONNECT_QUICK: Duration = Duration::from_millis(100);
+/// How long sent bytes may stay unacknowledged before the kernel gives the connection up: bounds what waits in the
+/// out-buffer of a chunkserver that hangs. Far above any pause we would rather wait out.
+const UNACKNOWLEDGED_MS_MAX: u32 = 10_000;
+/// Parts of one `writev`; the kernel takes 1024 at most.
+const PARTS_MAX: usize = 256;
+/// Reads of one turn, so that one busy chunkserver does not keep the loop from the others: 8 × 256 KiB.
+const READS_MAX: usize = 8;
+/// How long a chunkserver that does not want us is left alone: its address or its cluster is wrong, and the next map
+/// must say so.
+const UNWELCOME_WAIT: Duration = Duration::from_secs(1);
+
+/// Why a connection ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Lost {
+    #[error("its address is not known")]
+    NoAddress,
+    #[error("it cannot be reached")]
+    Unreachable(#[source] io::Error),
+    #[error("it does not answer")]
+    TimedOut,
+    #[error("the connection was cut")]
+    Cut(#[source] io::Error),
+    #[error("it closed the connection")]
+    Closed,
+    #[error(transparent)]
+    NotOurs(#[from] NotOurs),
+    #[error("it refused us: {0}")]
+    Unwelcome(#[from] Unwelcome),
+    #[error("it sent nonsense")]
+    Wire(#[from] WireError),
+    /// A well-formed reply that cannot be one to what was asked.
+    #[error("it answered something else than it was asked")]
+    WrongAnswer,
+}
+
+/// Whether requests can be put out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    Open,
+    /// Being connected: the loop will hear of it.
+    Soon,
+    /// Not before this time.
+    Down(Instant),
+}
+
+/// What became of a connection in this turn.
+#[derive(Debug)]
+pub enum Progress {
+    Nothing,
+    Opened,
+    Lost(Lost),
+}
+
+#[derive(Debug)]
+enum State {
+    Idle,
+    Connecting { stream: TcpStream, since: Instant },
+    Greeting { stream: TcpStream, since: Instant },
+    Open { stream: TcpStream },
+    Down { until: Instant },
+}
+
+/// One chunkserver and the connection to it.
+#[derive(Debug)]
+pub struct Peer {
+    pub id: ChunkserverId,
+    address: Option<SocketAddr>,
+    token: Token,
+    state: State,
+    reader: FrameReader,
+    outbox: Outbox,
+    readable: bool,
+    /// The other side will send no more: what is unread is the end.
+    ending: bool,
+    writable: bool,
+    /// Attempts in a row that ended before the welcome.
+    failures: u32,
+    /// The end of the last one was told to the operator; not again before the next success.
+    pub reported: bool,
+}
+
+/// All chunkservers of a volume.
+#[derive(Debug, Default)]
+pub struct Peers {
+    list: Vec<Peer>,
+    by_id: HashMap<ChunkserverId, PeerIndex>,
+    first_token: usize,
+}
+
+impl Peers {
+    pub fn new(first_token: usize) -> Self {
+        Self { first_token, ..Self::default() }
+    }
+
+    /// The one of that name, made if need be.
+    pub fn learn(&mut self, id: ChunkserverId, address: Option<SocketAddr>) -> PeerIndex {
+        if let Some(index) = self.by_id.get(&id) {
+            self.list[usize::from(index.0)].set_address(address);
+            return *index;
+        }
+        let index = PeerIndex(u16::try_from(self.list.len()).expect("a volume has few chunkservers"));
+        let token = Token(self.first_token + self.list.len());
+        self.list.push(Peer::new(id, address, token));
+        self.by_id.insert(id, index);
+        index
+    }
+
+    pub fn find(&self, id: ChunkserverId) -> Option<PeerIndex> {
+        self.by_id.get(&id).copied()
+    }
+
+    pub fn of_token(&mut self, token: Token) -> Option<&mut Peer> {
+        self.list.get_mut(token.0.checked_sub(self.first_token)?)
+    }
+
+    pub fn indices(&self) -> impl Iterator<Item = PeerIndex> + use<> {
+        (0..self.list.len()).filter_map(|at| u16::try_from(at).ok()).map(PeerIndex)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Peer> {
+        self.list.iter()
+    }
+}
+
+impl std::ops::Index<PeerIndex> for Peers {
+    type Output = Peer;
+
+    fn index(&self, index: PeerIndex) -> &Peer {
+        &self.list[usize::from(index.0)]
+    }
+}
+
+impl std::ops::IndexMut<PeerIndex> for Peers {
+    fn index_mut(&mut self, index: PeerIndex) -> &mut Peer {
+        &mut self.list[usize::from(index.0)]
+    }
+}
+
+impl Peer {
+    pub fn new(id: ChunkserverId, address: Option<SocketAddr>, token: Token) -> Self {
+        Self {
+            id,
+            address,
+            token,
+            state: State::Idle,
+            reader: FrameReader::default(),
+            outbox: Outbox::default(),
+            readable: false,
+            ending: false,
+            writable: false,
+            failures: 0,
+            reported: false,
+        }
+    }
+
+    /// A newer map may know it elsewhere. The old connection stays as long as it works.
+    pub fn set_address(&mut self, address: Option<SocketAddr>) {
+        if address.is_some() && address != self.address {
+            self.address = address;
+            if let State::Down { .. } = self.state {
+                self.state = State::Idle;
+            }
+        }
+    }
+
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+
+    /// Connects if that is due; says whether requests can be put out.
+    pub fn want(&mut self, now: Instant, registry: &Registry, jitter: u32) -> Readiness {
+        match &self.state {
+            State::Open { .. } => Readiness::Open,
+            State::Connecting { .. } | State::Greeting { .. } => Readiness::Soon,
+            State::Down { until } if *until > now => Readiness::Down(*until),
+            State::Idle | State::Down { .. } => match self.connect(now, registry) {
+                Ok(()) => Readiness::Soon,
+                Err(_) => Readiness::Down(self.put_down(now, jitter)),
+            },
+        }
+    }
+
+    fn connect(&mut self, now: Instant, registry: &Registry) -> io::Result<()> {
+        let address = self.address.ok_or(io::ErrorKind::AddrNotAvailable)?;
+        let mut stream = TcpStream::connect(address)?;
+        registry.register(&mut stream, self.token, Interest::READABLE | Interest::WRITABLE)?;
+        self.state = State::Connecting { stream, since: now };
+        Ok(())
+    }
+
+    fn put_down(&mut self, now: Instant, jitter: u32) -> Instant {
+        self.failures = self.failures.saturating_add(1);
+        let until = now + reconnect_wait(self.failures, jitter);
+        self.state = State::Down { until };
+        until
+    }
+
+    /// Closes the connection. What was sent and not answered will not be answered on it.
+    pub fn close(&mut self, why: &Lost, now: Instant, jitter: u32) {
+        self.reader = FrameReader::default();
+        self.outbox = Outbox::default();
+        (self.readable, self.ending, self.writable) = (false, false, false);
+        // Dropping the stream takes it out of the poll, too.
+        self.put_down(now, jitter);
+        if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_)) {
+            self.state = State::Down { until: now + UNWELCOME_WAIT };
+        }
+    }
+
+    pub fn on_event(&mut self, event: &mio::event::Event) {
+        self.ending |= event.is_read_closed() || event.is_error();
+        self.readable |= event.is_readable() || self.ending;
+        self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
+    }
+
+    pub fn is_open(&self) -> bool {
+        matches!(self.state, State::Open { .. })
+    }
+
+    /// It could not be reached a moment ago and is left alone for now, or takes long to be reached.
+    pub fn is_doubtful(&self, now: Instant) -> bool {
+        match &self.state {
+            State::Connecting { since, .. } | State::Greeting { since, .. } => now >= *since + CONNECT_QUICK,
+            State::Down { until } => *until > now,
+            State::Idle | State::Open { .. } => false,
+        }
+    }
+
+    /// When this needs attention although nothing happened.
+    pub fn deadline(&self, now: Instant) -> Option<Instant> {
+        match &self.state {
+            State::Connecting { since, .. } | State::Greeting { since, .. } => {
+                Some(if self.is_doubtful(now) { *since + CONNECT_MAX } else { *since + CONNECT_QUICK })
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether bytes were left unread at the end of the turn: the poll will not tell again.
+    pub fn has_unread(&self) -> bool {
+        self.readable
+    }
+
+    /// Takes connecting and greeting further.
+    pub fn advance(&mut self, now: Instant, cluster: ClusterId) -> Progress {
+        match self.try_advance(now, cluster) {
+            Ok(true) => Progress::Opened,
+            Ok(false) => Progress::Nothing,
+            Err(why) => Progress::Lost(why),
+        }
+    }
+
+    fn try_advance(&mut self, now: Instant, cluster: ClusterId) -> Result<bool, Lost> {
+        if let State::Connecting { since, .. } | State::Greeting { since, .. } = &self.state
+            && *since + CONNECT_MAX <= now
+        {
+            return Err(Lost::TimedOut);
+        }
+        if let State::Connecting { stream, .. } = &self.state {
+            if !self.writable {
+                return Ok(false);
+            }
+            if let Some(error) = stream.take_error().map_err(Lost::Unreachable)? {
+                return Err(Lost::Unreachable(error));
+            }
+            match stream.peer_addr() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotConnected => return Ok(false),
+                Err(error) => return Err(Lost::Unreachable(error)),
+            }
+            tune(stream).map_err(Lost::Unreachable)?;
+            let hello = Hello { version: Version::V1 as u16, role: Role::Client, cluster, to: self.id };
+            self.outbox.put_bytes(&hello.encode());
+            let State::Connecting { stream, since } = std::mem::replace(&mut self.state, State::Idle) else {
+                return Ok(false);
+            };
+            self.state = State::Greeting { stream, since };
+            self.flush()?;
+        }
+        if let State::Greeting { .. } = &self.state
+            && self.readable
+        {
+            let end = self.fill();
+            let buffer = self.reader.space();
+            if buffer.len() < HELLO_BYTES {
+                return end.map(|()| false);
+            }
+            let mut bytes = [0; HELLO_BYTES];
+            buffer.copy_to_slice(&mut bytes);
+            HelloReply::decode(&bytes)?.welcome?;
+            if let State::Greeting { stream, .. } = std::mem::replace(&mut self.state, State::Idle) {
+                self.state = State::Open { stream };
+            }
+            (self.failures, self.reported) = (0, false);
+            return Ok(true);
+        }
+        Ok(false)
+    }
+
+    /// Reads what has come; frames are then taken with [`Peer::next_frame`]. Those that came before an error are
+    /// good: take them first.
+    pub fn receive(&mut self) -> Result<(), Lost> {
+        if self.is_open() && self.readable { self.fill() } else { Ok(()) }
+    }
+
+    pub fn next_frame(&mut self) -> Result<Option<Frame>, WireError> {
+        self.reader.next()
+    }
+
+    fn fill(&mut self) -> Result<(), Lost> {
+        let (State::Greeting { stream, .. } | State::Open { stream }) = &self.state else { return Ok(()) };
+        for _ in 0..READS_MAX {
+            let buffer = self.reader.space();
+            let (asked, got) = match read_into(stream, buffer) {
+                Ok(counts) => counts,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.readable = false;
+                    return Ok(());
+                }
+                Err(error) => return Err(Lost::Cut(error)),
+            };
+            if got == 0 {
+                return Err(Lost::Closed);
+            }
+            if got < asked {
+                // The socket was empty then, and whatever comes later is a new event (epoll(7)). An end that was
+                // told already is not told again.
+                self.readable = self.ending;
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts a request out; it leaves with [`Peer::flush`].
+    pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId) {
+        self.outbox.put(request, copyset, id);
+    }
+
+    /// Sends what was put out, as far as the socket takes it.
+    pub fn flush(&mut self) -> Result<(), Lost> {
+        let (State::Greeting { stream, .. } | State::Open { stream }) = &mut self.state else {
+            return Ok(());
+        };
+        while self.writable && !self.outbox.is_empty() {
+            match self.outbox.write_to(stream) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.writable = false,
+                Err(error) => return Err(Lost::Cut(error)),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What every connection of ours is set to: no delay, and an end when the other machine is gone.
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    rustix::net::sockopt::set_tcp_user_timeout(stream, UNACKNOWLEDGED_MS_MAX)?;
+    rustix::net::sockopt::set_socket_keepalive(stream, true)?;
+    rustix::net::sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
+    rustix::net::sockopt::set_tcp_keepintvl(stream, Duration::from_secs(2))?;
+    rustix::net::sockopt::set_tcp_keepcnt(stream, 3)?;
+    Ok(())
+}
+
+/// One read into the spare room of `buffer`: how much was asked for, and how much came.
+fn read_into(stream: &TcpStream, buffer: &mut BytesMut) -> io::Result<(usize, usize)> {
+    let spare = buffer.spare_capacity_mut();
+    let asked = spare.len();
+    let (filled, _) = rustix::io::read(stream.as_fd(), spare)?;
+    let got = filled.len();
+    // SAFETY: the kernel has just written the first `got` bytes of the spare capacity.
+    unsafe { buffer.advance_mut(got) };
+    Ok((asked, got))
+}
+
+/// Frames that wait to be written: their headers and fields one after the other in one buffer, data by reference
+/// between them.
+#[derive(Debug, Default)]
+struct Outbox {
+    heads: BytesMut,
+    queue: VecDeque<Part>,
+    /// Bytes of `heads` behind those of `queue`.
+    tail: usize,
+}
+
+/// Some bytes of `heads`, then data.
+#[derive(Debug)]
+struct Part {
+    head: usize,
+    data: Bytes,
+}
+
+impl Outbox {
+    fn is_empty(&self) -> bool {
+        self.heads.is_empty() && self.queue.is_empty()
+    }
+
+    fn put_bytes(&mut self, bytes: &[u8]) {
+        self.heads.put_slice(bytes);
+        self.tail += bytes.len();
+    }
+
+    fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId) {
+        let before = self.heads.len();
+        let data = request.put(copyset, id, &mut self.heads);
+        self.tail += self.heads.len() - before;
+        if let Some(data) = data {
+            self.queue.push_back(Part { head: std::mem::take(&mut self.tail), data });
+        }
+    }
+
+    fn write_to(&mut self, stream: &mut impl Write) -> io::Result<()> {
+        let mut slices: SmallVec<[IoSlice<'_>; 64]> = SmallVec::new();
+        let mut at = 0;
+        for part in self.queue.iter().take(PARTS_MAX / 2) {
+            if part.head > 0 {
+                slices.push(IoSlice::new(&self.heads[at..at + part.head]));
+            }
+            if !part.data.is_empty() {
+                slices.push(IoSlice::new(&part.data));
+            }
+            at += part.head;
+        }
+        if self.queue.len() <= PARTS_MAX / 2 && self.tail > 0 {
+            slices.push(IoSlice::new(&self.heads[at..]));
+        }
+        let written = stream.write_vectored(&slices)?;
+        if written == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        drop(slices);
+        self.take(written);
+        Ok(())
+    }
+
+    /// Forgets the first `written` bytes.
+    fn take(&mut self, mut written: usize) {
+        while written > 0 {
+            let Some(part) = self.queue.front_mut() else {
+                assert!(written <= self.tail, "wrote more than there was");
+                self.tail -= written;
+                self.heads.advance(written);
+                return;
+            };
+            let head = written.min(part.head);
+            part.head -= head;
+            self.heads.advance(head);
+            written -= head;
+            let data = written.min(part.data.len());
+            part.data.advance(data);
+            written -= data;
+            if part.head == 0 && part.data.is_empty() {
+                self.queue.pop_front();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, IoSlice, Write};
+
+    use bytes::{BufMut, Bytes, BytesMut};
+    use evolute_protocol::checksum::checksums;
+    use evolute_protocol::epoch::Epoch;
+    use evolute_protocol::id::{ChunkIndex, ChunkKey, CopysetId, VolumeId};
+    use evolute_protocol::wire::RequestId;
+    use evolute_protocol::wire::request::{
+        ChangeTag, ChunkRange, Fence, Read, Request, Write as WriteRequest,
+    };
+    use proptest::prelude::{ProptestConfig, any, prop, prop_assert, prop_assert_eq, proptest};
+
+    use super::Outbox;
+
+    /// A socket that takes only so many bytes at a time.
+    struct Narrow {
+        takes: usize,
+        got: Vec<u8>,
+    }
+
+    impl Write for Narrow {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.write_vectored(&[IoSlice::new(bytes)])
+        }
+
+        fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
+            assert!(parts.iter().all(|part| !part.is_empty()));
+            let all: Vec<u8> = parts.iter().flat_map(|part| part.to_vec()).take(self.takes).collect();
+            self.got.extend_from_slice(&all);
+            Ok(all.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn request(kind: u8, blocks: usize) -> Request {
+        let chunk = ChunkKey { volume: VolumeId(5), index: ChunkIndex(6) };
+        let data = Bytes::from(vec![kind; blocks * 4096]);
+        let range = ChunkRange::new(0, u32::try_from(data.len()).expect("small")).expect("valid");
+        match kind % 3 {
+            0 => Request::Fence(Fence { volume: VolumeId(1), epoch: Epoch::default() }),
+            1 => Request::Read(Read { chunk, epoch: Epoch::default(), range }),
+            _ => Request::Write(WriteRequest {
+                chunk,
+                tag: ChangeTag::default(),
+                range,
+                checksums: checksums(0, &data),
+                data,
+            }),
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        #[test]
+        fn frames_leave_in_order_however_little_the_socket_takes(
+            kinds in prop::collection::vec((any::<u8>(), 1usize..4), 1..200),
+            takes in 1usize..20_000,
+            put_at_once in 1usize..50,
+        ) {
+            let mut outbox = Outbox::default();
+            let mut expected = BytesMut::new();
+            let mut socket = Narrow { takes, got: Vec::new() };
+            for (n, (kind, blocks)) in kinds.into_iter().enumerate() {
+                let request = request(kind, blocks);
+                outbox.put(&request, CopysetId(1), RequestId(n as u64));
+                if let Some(data) = request.put(CopysetId(1), RequestId(n as u64), &mut expected) {
+                    expected.put(data);
+                }
+                if n % put_at_once == 0 {
+                    outbox.write_to(&mut socket).expect("never refuses");
+                }
+            }
+            while !outbox.is_empty() {
+                outbox.write_to(&mut socket).expect("never refuses");
+            }
+            prop_assert!(outbox.tail == 0);
+            prop_assert_eq!(socket.got, expected.to_vec());
+        }
+    }
+}

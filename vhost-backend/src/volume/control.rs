@@ -1,0 +1,722 @@
+//! The control thread: everything the volume asks of the control plane, apart from the I/O thread.
+//!
+//! ```text
+//!  main ──start──▶ Control ◀── attached? detach ──┐
+//!                    control thread (tokio, tonic) ├──▶ MDS, one of a list
+//!  Volume ──Ask──▶ ControlLink ──News + wake──▶ Volume
+//! ```
+//!
+//! What always holds: an MDS that cannot be reached is waited for, for ever; what the volume must not forget is on disk
+//! before the volume hears of it ([`super::attach`]); a question is in flight at most once, so a volume that asks
+//! often does no harm.
+//!
+//! With a state directory and an attachment in it, the volume is attached before any MDS is asked.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::future::Future;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use std::{fmt, io};
+
+use evolute_protocol::epoch::Epoch;
+use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, SegmentIndex, VolumeId};
+use evolute_protocol::rpc::volumes_client::VolumesClient;
+use evolute_protocol::rpc::{
+    AllocateSegmentRequest, AttachRequest, DetachRequest, ErrorWord, MapRequest, Segment, VolumeMap,
+};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+use tracing::{error, info, warn};
+
+use super::attach::{Attachment, Remembered, StateError, StateFile};
+use super::routing::{ChunkserverPlace, CopysetMembers, Map, SegmentCopysets};
+use crate::io_thread::WakerHandle;
+
+/// How long one question to one MDS may take before the next one is asked.
+const CALL_MAX: Duration = Duration::from_secs(5);
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// Between rounds over all MDS that did not answer: first, and at most.
+const WAIT_MIN: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Which volume, for whom, and whom to ask.
+#[derive(Debug, Clone)]
+pub struct ControlOptions {
+    pub volume: String,
+    /// host:port of every MDS.
+    pub mds: Vec<String>,
+    /// Names the place that writes: host and socket path. The same holder may attach again.
+    pub holder: String,
+    /// Fence out whoever else holds the volume.
+    pub takeover: bool,
+    /// Where to remember the attachment, so that a restart needs no MDS.
+    pub state_dir: Option<PathBuf>,
+}
+
+/// What main needs to know of an attached volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttachedVolume {
+    pub volume: VolumeId,
+    pub size_bytes: u64,
+    pub epoch: Epoch,
+}
+
+/// Why the volume can not be attached, however long one waits.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    #[error("there is no volume {0:?}")]
+    NotFound(String),
+    /// Detach it there, or take it over.
+    #[error("volume {volume:?} is held elsewhere: {message}")]
+    AttachedElsewhere { volume: String, message: String },
+    #[error("the control plane refused to attach {volume:?}: {message}")]
+    Refused { volume: String, message: String },
+    #[error("the state directory cannot be used")]
+    State(#[from] StateError),
+    #[error("{0:?} is not an address of an MDS")]
+    MdsAddress(String),
+    #[error("the control thread cannot be started")]
+    Thread(#[source] io::Error),
+    #[error("volume {0:?} was taken over by somebody else")]
+    TakenOver(String),
+    /// It ended, which it does only when told to.
+    #[error("the control thread is gone")]
+    Gone,
+}
+
+/// What the volume asks.
+#[derive(Debug)]
+pub enum Ask {
+    /// Make this GiB writable.
+    Segment(SegmentIndex),
+    /// The current map.
+    Map,
+    /// What was remembered is of no use any more: attach through the control plane.
+    AttachAnew,
+    /// The cluster says that somebody else writes now; main should hear of it.
+    FencedOut,
+    /// Give the volume back. Says whether the control plane knows.
+    Detach(mpsc::Sender<bool>),
+    Stop,
+}
+
+/// What the volume is told.
+#[derive(Debug)]
+pub enum News {
+    Attached(Box<Attachment>),
+    Map(Box<Map>),
+    Segment {
+        segment: SegmentIndex,
+        result: Result<Box<SegmentCopysets>, SegmentRefused>,
+    },
+    /// Somebody else owns the volume, or it was deleted.
+    Lost,
+}
+
+/// Why a segment was not allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SegmentRefused {
+    NoSpace,
+    /// The control plane finds the question senseless.
+    Invalid,
+}
+
+/// The I/O thread's end.
+#[derive(Debug)]
+pub struct ControlLink {
+    asks: UnboundedSender<Ask>,
+    news: mpsc::Receiver<News>,
+    waker: Arc<OnceLock<WakerHandle>>,
+}
+
+impl ControlLink {
+    /// From now on news wake the I/O thread. What came before is found without.
+    pub fn set_waker(&self, waker: WakerHandle) {
+        waker.wake();
+        let _ = self.waker.set(waker);
+        if let Some(waker) = self.waker.get() {
+            waker.wake();
+        }
+    }
+
+    pub fn ask(&self, ask: Ask) {
+        // The control thread only ends after the volume was told to stop.
+        let _ = self.asks.send(ask);
+    }
+
+    pub fn next(&self) -> Option<News> {
+        self.news.try_recv().ok()
+    }
+}
+
+/// The control thread's own end of a [`ControlLink`]; tests hold it instead of a thread.
+#[derive(Debug)]
+pub struct ControlEnd {
+    pub asks: UnboundedReceiver<Ask>,
+    pub news: NewsSender,
+}
+
+/// Tells the volume something and wakes its thread.
+#[derive(Debug, Clone)]
+pub struct NewsSender {
+    news: mpsc::Sender<News>,
+    waker: Arc<OnceLock<WakerHandle>>,
+}
+
+impl NewsSender {
+    pub fn send(&self, news: News) {
+        // Nobody listens once the I/O thread has ended.
+        if self.news.send(news).is_ok()
+            && let Some(waker) = self.waker.get()
+        {
+            waker.wake();
+        }
+    }
+}
+
+/// Both ends of a link.
+pub fn link() -> (ControlLink, ControlEnd) {
+    let (asks, asked) = unbounded_channel();
+    let (news, heard) = mpsc::channel();
+    let waker = Arc::new(OnceLock::new());
+    let sender = NewsSender { news, waker: Arc::clone(&waker) };
+    (ControlLink { asks, news: heard, waker }, ControlEnd { asks: asked, news: sender })
+}
+
+/// Main's handle to the control thread.
+#[derive(Debug)]
+pub struct Control {
+    asks: UnboundedSender<Ask>,
+    attached: mpsc::Receiver<Result<AttachedVolume, AttachError>>,
+    thread: JoinHandle<()>,
+}
+
+/// Starts the control thread, which attaches the volume at once.
+pub fn start(options: ControlOptions) -> Result<(Control, ControlLink), AttachError> {
+    let mds = options.mds.iter().map(|address| endpoint(address)).collect::<Result<Vec<_>, _>>()?;
+    if mds.is_empty() {
+        return Err(AttachError::MdsAddress(String::new()));
+    }
+    let state = match &options.state_dir {
+        Some(directory) => Some(StateFile::new(directory, &options.volume)?),
+        None => None,
+    };
+    let (link, end) = link();
+    let (told, attached) = mpsc::channel();
+    let asks = link.asks.clone();
+    let thread = thread::Builder::new()
+        .name("control".into())
+        .spawn(move || run(options, mds, state, end, told))
+        .map_err(AttachError::Thread)?;
+    Ok((Control { asks, attached, thread }, link))
+}
+
+impl Control {
+    /// Waits until the volume is attached, or can not be; `None` when that takes longer than `timeout`.
+    pub fn wait_attached(&self, timeout: Duration) -> Result<Option<AttachedVolume>, AttachError> {
+        match self.attached.recv_timeout(timeout) {
+            Ok(result) => result.map(Some),
+            Err(RecvTimeoutError::Timeout) => Ok(None),
+            Err(RecvTimeoutError::Disconnected) => Err(AttachError::Gone),
+        }
+    }
+
+    /// Why the volume is lost, once it is. After that every request fails, and a process can only end.
+    pub fn lost(&self) -> Option<AttachError> {
+        self.attached.try_iter().find_map(Result::err)
+    }
+
+    /// Gives the volume back and ends the thread. Call it when the I/O thread has ended. False: the control plane could
+    /// not be told in time, and the volume stays ours until it is attached again.
+    pub fn detach(self, timeout: Duration) -> bool {
+        let (done, told) = mpsc::channel();
+        let _ = self.asks.send(Ask::Detach(done));
+        let detached = told.recv_timeout(timeout).unwrap_or(false);
+        self.stop();
+        detached
+    }
+
+    /// Ends the thread and keeps the volume, for a successor with the same state directory.
+    pub fn stop(self) {
+        let _ = self.asks.send(Ask::Stop);
+        if self.thread.join().is_err() {
+            error!("the control thread has panicked");
+        }
+    }
+}
+
+fn endpoint(address: &str) -> Result<(String, Endpoint), AttachError> {
+    let bad = || AttachError::MdsAddress(address.to_owned());
+    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    if !has_port {
+        return Err(bad());
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| bad())?;
+    let endpoint = endpoint.connect_timeout(CONNECT_MAX).timeout(CALL_MAX).tcp_nodelay(true);
+    Ok((address.to_owned(), endpoint))
+}
+
+type Told = mpsc::Sender<Result<AttachedVolume, AttachError>>;
+
+fn run(
+    options: ControlOptions,
+    mds: Vec<(String, Endpoint)>,
+    state: Option<StateFile>,
+    end: ControlEnd,
+    told: Told,
+) {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            let _ = told.send(Err(AttachError::Thread(error)));
+            return;
+        }
+    };
+    let local = tokio::task::LocalSet::new();
+    local.block_on(&runtime, async move {
+        let ControlEnd { asks, news } = end;
+        let mds = Mds {
+            clients: mds
+                .into_iter()
+                .map(|(name, to)| (name, VolumesClient::new(to.connect_lazy())))
+                .collect(),
+            current: Cell::new(0),
+            away_since: Cell::new(None),
+        };
+        let controller = Rc::new(Controller {
+            options,
+            mds,
+            state,
+            known: RefCell::new(None),
+            news,
+            told,
+            busy: RefCell::new(HashSet::new()),
+        });
+        controller.serve(asks).await;
+    });
+}
+
+/// A question that is being asked: not asked a second time meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Question {
+    Attach,
+    Map,
+    Segment(SegmentIndex),
+}
+
+struct Controller {
+    options: ControlOptions,
+    mds: Mds,
+    state: Option<StateFile>,
+    /// What we hold; the same as in the state file, if there is one.
+    known: RefCell<Option<Remembered>>,
+    news: NewsSender,
+    told: Told,
+    busy: RefCell<HashSet<Question>>,
+}
+
+impl Controller {
+    async fn serve(self: Rc<Self>, mut asks: UnboundedReceiver<Ask>) {
+        match self.remembered().await {
+            Ok(true) => self.spawn(Question::Map),
+            Ok(false) => self.spawn(Question::Attach),
+            Err(error) => {
+                let _ = self.told.send(Err(error.into()));
+            }
+        }
+        while let Some(ask) = asks.recv().await {
+            match ask {
+                Ask::Segment(segment) => self.spawn(Question::Segment(segment)),
+                Ask::Map => self.spawn(Question::Map),
+                Ask::AttachAnew => self.spawn(Question::Attach),
+                Ask::FencedOut => self.tell_lost(),
+                Ask::Detach(done) => {
+                    let _ = done.send(self.detach().await);
+                }
+                Ask::Stop => break,
+            }
+        }
+    }
+
+    fn spawn(self: &Rc<Self>, question: Question) {
+        if !self.busy.borrow_mut().insert(question) {
+            return;
+        }
+        let this = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            match question {
+                Question::Attach => this.attach().await,
+                Question::Map => this.refresh_map().await,
+                Question::Segment(segment) => this.allocate(segment).await,
+            }
+            this.busy.borrow_mut().remove(&question);
+        });
+    }
+
+    /// Takes up the attachment a former process of this holder left, under the next incarnation.
+    async fn remembered(&self) -> Result<bool, StateError> {
+        let Some(state) = &self.state else { return Ok(false) };
+        let Some(mut remembered) = state.load()? else { return Ok(false) };
+        let (name, holder) = (&self.options.volume, &self.options.holder);
+        if remembered.name != *name || remembered.holder != *holder {
+            return Ok(false);
+        }
+        let Some(incarnation) = remembered.epoch.incarnation.checked_add(1) else { return Ok(false) };
+        remembered.epoch.incarnation = incarnation;
+        state.save(&remembered)?;
+        resolve(&mut remembered.map).await;
+        info!("{name}: taking up the attachment of before under epoch {}", remembered.epoch);
+        self.announce(&remembered, true);
+        *self.known.borrow_mut() = Some(remembered);
+        Ok(true)
+    }
+
+    fn announce(&self, known: &Remembered, remembered: bool) {
+        let attachment = Attachment {
+            volume: known.volume,
+            size_bytes: known.size_bytes,
+            epoch: known.epoch,
+            map: known.map.clone(),
+            remembered,
+        };
+        self.news.send(News::Attached(Box::new(attachment)));
+        let attached =
+            AttachedVolume { volume: known.volume, size_bytes: known.size_bytes, epoch: known.epoch };
+        let _ = self.told.send(Ok(attached));
+    }
+
+    async fn attach(&self) {
+        let request = AttachRequest {
+            name: self.options.volume.clone(),
+            holder: self.options.holder.clone(),
+            takeover: self.options.takeover,
+        };
+        let answer = self.mds.call("attach", |mut mds| {
+            let request = request.clone();
+            async move { mds.attach(request).await }
+        });
+        let known = match answer.await {
+            Ok(answer) => match self.attached(answer).await {
+                Ok(known) => known,
+                Err(what) => return self.refuse(format!("its answer does not make sense: {what}")),
+            },
+            Err(refusal) => {
+                let volume = self.options.volume.clone();
+                let error = match refusal.word {
+                    ErrorWord::NotFound => AttachError::NotFound(volume),
+                    ErrorWord::AttachedElsewhere => {
+                        AttachError::AttachedElsewhere { volume, message: refusal.message }
+                    }
+                    _ => AttachError::Refused { volume, message: refusal.message },
+                };
+                self.news.send(News::Lost);
+                let _ = self.told.send(Err(error));
+                return;
+            }
+        };
+        self.save(&known).await;
+        info!("{}: attached as {} under epoch {}", known.name, known.volume, known.epoch);
+        self.announce(&known, false);
+        *self.known.borrow_mut() = Some(known);
+    }
+
+    fn tell_lost(&self) {
+        let _ = self.told.send(Err(AttachError::TakenOver(self.options.volume.clone())));
+    }
+
+    fn lost(&self) {
+        self.tell_lost();
+        self.news.send(News::Lost);
+    }
+
+    fn refuse(&self, message: String) {
+        self.news.send(News::Lost);
+        let _ = self.told.send(Err(AttachError::Refused { volume: self.options.volume.clone(), message }));
+    }
+
+    async fn attached(&self, answer: evolute_protocol::rpc::AttachResponse) -> Result<Remembered, BadMap> {
+        let volume = answer.volume.ok_or(BadMap("no volume"))?;
+        let map = map_of(answer.map.ok_or(BadMap("no map"))?).await?;
+        Ok(Remembered {
+            name: self.options.volume.clone(),
+            holder: self.options.holder.clone(),
+            volume: VolumeId(volume.id),
+            size_bytes: volume.size_bytes,
+            epoch: Epoch { attachment: answer.attachment, incarnation: 0 },
+            map,
+        })
+    }
+
+    /// On disk when this returns, however long that takes: nothing may be used before.
+    async fn save(&self, known: &Remembered) {
+        let Some(state) = &self.state else { return };
+        let mut told = false;
+        while let Err(error) = state.save(known) {
+            if !told {
+                error!("{}: I/O that needs this waits: {}", known.name, chain(&error));
+                told = true;
+            }
+            tokio::time::sleep(WAIT_MAX).await;
+        }
+    }
+
+    async fn refresh_map(&self) {
+        let Some(volume_id) = self.known.borrow().as_ref().map(|known| known.volume.0) else { return };
+        let answer = self.mds.call("map", |mut mds| async move { mds.map(MapRequest { volume_id }).await });
+        let map = match answer.await {
+            Ok(map) => map_of(map).await,
+            Err(refusal) if refusal.word == ErrorWord::NotFound => {
+                error!("{}: the volume was deleted", self.options.volume);
+                return self.lost();
+            }
+            Err(refusal) => return warn!("the control plane does not give a map: {}", refusal.message),
+        };
+        match map {
+            Ok(map) => self.take_map(map).await,
+            Err(what) => warn!("the control plane's map does not make sense: {what}"),
+        }
+    }
+
+    /// A newer map. Segments are never given back, so one we know and the map does not is kept.
+    async fn take_map(&self, mut map: Map) {
+        let changed = {
+            let mut known = self.known.borrow_mut();
+            let Some(known) = known.as_mut() else { return };
+            for (segment, copysets) in &known.map.segments {
+                let all_known = copysets.iter().all(|id| map.copysets.iter().any(|of| of.copyset == *id));
+                if all_known && !map.segments.iter().any(|(index, _)| index == segment) {
+                    map.segments.push((*segment, *copysets));
+                }
+            }
+            map.segments.sort_by_key(|(segment, _)| *segment);
+            let changed = known.map != map;
+            known.map = map.clone();
+            changed.then(|| known.clone())
+        };
+        if let Some(known) = changed {
+            self.save(&known).await;
+        }
+        self.news.send(News::Map(Box::new(map)));
+    }
+
+    async fn allocate(&self, segment: SegmentIndex) {
+        let Some((volume_id, attachment)) =
+            self.known.borrow().as_ref().map(|known| (known.volume.0, known.epoch.attachment))
+        else {
+            return;
+        };
+        let request = AllocateSegmentRequest { volume_id, attachment, segment: segment.0 };
+        let answer = self.mds.call("allocate", |mut mds| async move { mds.allocate_segment(request).await });
+        let result = match answer.await {
+            Ok(answer) => self.allocated(segment, answer).await,
+            Err(refusal) => {
+                warn!("{}: {segment} was not allocated: {}", self.options.volume, refusal.message);
+                match refusal.word {
+                    ErrorWord::NoPlacement => Err(SegmentRefused::NoSpace),
+                    ErrorWord::FencedOut | ErrorWord::NotFound | ErrorWord::AttachedElsewhere => {
+                        return self.lost();
+                    }
+                    _ => Err(SegmentRefused::Invalid),
+                }
+            }
+        };
+        self.news.send(News::Segment { segment, result });
+    }
+
+    async fn allocated(
+        &self,
+        segment: SegmentIndex,
+        answer: Segment,
+    ) -> Result<Box<SegmentCopysets>, SegmentRefused> {
+        let copysets = match copysets_of(&answer) {
+            Ok(copysets) if answer.index == segment.0 => copysets,
+            _ => {
+                error!("the control plane's answer for {segment} does not make sense");
+                return Err(SegmentRefused::Invalid);
+            }
+        };
+        // Normally all of them were in the first map: a volume's copysets are chosen when it is created.
+        while !self.knows(&copysets) {
+            self.refresh_map().await;
+            if !self.knows(&copysets) {
+                tokio::time::sleep(WAIT_MAX).await;
+            }
+        }
+        let known = {
+            let mut known = self.known.borrow_mut();
+            known.as_mut().map(|known| {
+                known.map.segments.retain(|(index, _)| *index != segment);
+                known.map.segments.push((segment, copysets));
+                known.map.segments.sort_by_key(|(index, _)| *index);
+                known.clone()
+            })
+        };
+        if let Some(known) = known {
+            self.save(&known).await;
+        }
+        Ok(Box::new(copysets))
+    }
+
+    fn knows(&self, copysets: &SegmentCopysets) -> bool {
+        self.known.borrow().as_ref().is_some_and(|known| {
+            copysets.iter().all(|id| known.map.copysets.iter().any(|of| of.copyset == *id))
+        })
+    }
+
+    async fn detach(&self) -> bool {
+        let Some((volume_id, attachment)) =
+            self.known.borrow().as_ref().map(|known| (known.volume.0, known.epoch.attachment))
+        else {
+            return true;
+        };
+        let request = DetachRequest { volume_id, attachment };
+        let answer = self.mds.call("detach", |mut mds| async move { mds.detach(request).await });
+        // Whoever asked gave up waiting long before; this only keeps the thread from waiting for ever.
+        match tokio::time::timeout(CALL_MAX, answer).await {
+            Ok(Ok(_)) => {
+                *self.known.borrow_mut() = None;
+                if let Some(Err(error)) = self.state.as_ref().map(StateFile::forget) {
+                    warn!("{}", chain(&error));
+                }
+                true
+            }
+            Ok(Err(refusal)) => {
+                warn!("{}: not detached: {}", self.options.volume, refusal.message);
+                false
+            }
+            Err(_) => false,
+        }
+    }
+}
+
+/// What the control plane refused, for good.
+struct Refusal {
+    word: ErrorWord,
+    message: String,
+}
+
+/// The MDS we know, and which of them answered last.
+struct Mds {
+    clients: Vec<(String, VolumesClient<Channel>)>,
+    current: Cell<usize>,
+    away_since: Cell<Option<Instant>>,
+}
+
+impl Mds {
+    /// Asks one after the other until one answers, however long that takes.
+    async fn call<T, F>(&self, what: &str, ask: impl Fn(VolumesClient<Channel>) -> F) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let (mut wait, mut tried) = (WAIT_MIN, 0);
+        loop {
+            let at = self.current.get();
+            let (name, client) = &self.clients[at];
+            let status = match ask(client.clone()).await {
+                Ok(answer) => {
+                    self.answers();
+                    return Ok(answer.into_inner());
+                }
+                Err(status) => status,
+            };
+            match ErrorWord::of(&status) {
+                Some(ErrorWord::NotLeader) | None => {
+                    self.current.set((at + 1) % self.clients.len());
+                }
+                Some(ErrorWord::Busy) => {}
+                Some(word) => {
+                    self.answers();
+                    return Err(Refusal { word, message: status.message().to_owned() });
+                }
+            }
+            tried += 1;
+            if tried % self.clients.len() == 0 {
+                if self.away_since.get().is_none() && tried > self.clients.len() {
+                    self.away_since.set(Some(Instant::now()));
+                    warn!("waiting for the control plane to {what} ({name}: {})", status.message());
+                }
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(WAIT_MAX);
+            }
+        }
+    }
+
+    fn answers(&self) {
+        if let Some(since) = self.away_since.take() {
+            info!("the control plane answers again after {:.1} s", since.elapsed().as_secs_f64());
+        }
+    }
+}
+
+/// The control plane's answer cannot be right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct BadMap(&'static str);
+
+impl fmt::Display for BadMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+fn copysets_of(segment: &Segment) -> Result<SegmentCopysets, BadMap> {
+    let copysets: Vec<_> = segment.chunk_copysets.iter().map(|id| CopysetId(*id)).collect();
+    copysets.try_into().map_err(|_| BadMap("a segment has 64 chunks"))
+}
+
+/// A map as we keep it, checked and with addresses resolved.
+async fn map_of(from: VolumeMap) -> Result<Map, BadMap> {
+    let cluster: [u8; 16] =
+        from.cluster_id.as_slice().try_into().map_err(|_| BadMap("a cluster id has 16 bytes"))?;
+    let mut map = Map { cluster: ClusterId(cluster), ..Map::default() };
+    for route in from.copysets {
+        let replicas: Vec<_> =
+            route.replicas.iter().map(|replica| ChunkserverId(replica.chunkserver)).collect();
+        if replicas.is_empty() {
+            return Err(BadMap("a copyset without replicas"));
+        }
+        for replica in route.replicas {
+            let chunkserver = ChunkserverId(replica.chunkserver);
+            if !map.chunkservers.iter().any(|place| place.chunkserver == chunkserver) {
+                let place = ChunkserverPlace { chunkserver, address: replica.address, resolved: None };
+                map.chunkservers.push(place);
+            }
+        }
+        let leader = (route.leader_chunkserver != 0).then_some(ChunkserverId(route.leader_chunkserver));
+        map.copysets.push(CopysetMembers { copyset: CopysetId(route.copyset), replicas, leader });
+    }
+    for segment in from.segments {
+        let copysets = copysets_of(&segment)?;
+        if copysets.iter().any(|id| !map.copysets.iter().any(|of| of.copyset == *id)) {
+            return Err(BadMap("a chunk of a copyset that is not in the map"));
+        }
+        map.segments.push((SegmentIndex(segment.index), copysets));
+    }
+    resolve(&mut map).await;
+    Ok(map)
+}
+
+async fn resolve(map: &mut Map) {
+    for place in &mut map.chunkservers {
+        place.resolved = match place.address.parse() {
+            Ok(address) => Some(address),
+            Err(_) => tokio::net::lookup_host(&place.address).await.ok().and_then(|mut found| found.next()),
+        };
+    }
+}
+
+/// An error with its causes, on one line.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text = format!("{text}: {next}");
+        cause = next.source();
+    }
+    text
+}

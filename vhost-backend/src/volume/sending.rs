@@ -1,0 +1,226 @@
+//! Operations out: to the leader at once where it is known, parked where it is not, one probe ahead while we search.
+
+use std::time::{Duration, Instant};
+
+use evolute_protocol::wire::reply::Freshness;
+use evolute_protocol::wire::request::{Fence, Request as WireRequest};
+use smallvec::SmallVec;
+
+use super::connection::{Lost, PeerIndex, Readiness};
+use super::inflight::{Asked, Key, Operation, Purpose};
+use super::routing::{Fencing, RouteIndex};
+use super::{Stage, Volume};
+
+/// After this many times `silence`, one that said nothing is asked a second time: it may have lost the question with
+/// its leadership, and got that back.
+const SILENCES_TO_REPEAT: u32 = 5;
+
+/// Where a route's next frame may go.
+enum Reach {
+    Open(PeerIndex),
+    /// Being connected; its event will bring us back.
+    Soon,
+    /// No replica can be tried before then.
+    Nobody(Instant),
+}
+
+impl Volume {
+    /// An operation whose route is known: out, or parked.
+    pub(super) fn dispatch(&mut self, key: Key) {
+        let Some(index) = self.operations.get(key).and_then(|operation| operation.route) else { return };
+        let route = &mut self.routing[index];
+        if route.is_clear() && self.peers[route.target].is_open() {
+            let target = route.target;
+            self.send(key, target);
+        } else {
+            route.parked.push_back(key);
+        }
+    }
+
+    /// Puts an operation out to a chunkserver, with the floor as it is now.
+    fn send(&mut self, key: Key, to: PeerIndex) {
+        let Some(operation) = self.operations.get_mut(key) else { return };
+        let Some(route) = operation.route else { return };
+        self.counters.retries += u64::from(operation.sent);
+        operation.sent = true;
+        operation.set_floor(self.sequences.floor());
+        operation.forget(to);
+        operation.asked.push(Asked { peer: to, at: self.now });
+        self.peers[to].put(&operation.request, self.routing[route].copyset, key.to_request_id());
+        self.counters.sent += 1;
+        self.wake_sweep();
+    }
+
+    /// Makes the fence of a copyset; it goes before everything else there.
+    pub(super) fn fence(&mut self, index: RouteIndex) {
+        let Some(attachment) = &self.attachment else { return };
+        let fence = Fence { volume: attachment.volume, epoch: attachment.epoch };
+        let key = self.operations.insert(Operation {
+            request: WireRequest::Fence(fence),
+            route: Some(index),
+            purpose: Purpose::Fence,
+            floor: Freshness::default(),
+            asked: SmallVec::new(),
+            sent: false,
+            since: self.now,
+            failures: 0,
+        });
+        self.routing[index].fencing = Fencing::Asked(key);
+        self.counters.fences += 1;
+        self.wake_sweep();
+    }
+
+    /// Sends what can be sent of what is parked.
+    pub(super) fn pump(&mut self) {
+        if matches!(self.stage, Stage::Attaching | Stage::Stopped) {
+            return;
+        }
+        for index in self.routing.indices() {
+            let route = &mut self.routing[index];
+            if route.paused_until.is_some_and(|until| until <= self.now) {
+                route.paused_until = None;
+            }
+            let idle = route.parked.is_empty() && route.probe.is_none() && route.fencing == Fencing::Done;
+            if !idle && route.paused_until.is_none() {
+                self.pump_route(index);
+            }
+        }
+    }
+
+    fn pump_route(&mut self, index: RouteIndex) {
+        let Some(ahead) = self.goes_ahead(index) else {
+            if self.routing[index].confirmed {
+                self.send_parked(index);
+            }
+            return;
+        };
+        let target = match self.reach(index) {
+            Reach::Open(target) => target,
+            Reach::Soon => return,
+            Reach::Nobody(until) => {
+                let wait = until.saturating_duration_since(self.now).max(Duration::from_millis(1));
+                self.routing[index].pause(self.now, wait);
+                return;
+            }
+        };
+        let repeat = self.options.silence * SILENCES_TO_REPEAT;
+        let asked = self.operations.get(ahead).and_then(|operation| operation.was_asked(target));
+        if asked.is_none_or(|at| self.now.saturating_duration_since(at) >= repeat) {
+            self.send(ahead, target);
+        }
+    }
+
+    /// The one operation a route may send now: its fence, or the probe of a search. `None`: no such limit, or nothing
+    /// to send.
+    fn goes_ahead(&mut self, index: RouteIndex) -> Option<Key> {
+        let route = &mut self.routing[index];
+        if let Fencing::Asked(fence) = route.fencing {
+            return Some(fence);
+        }
+        if route.confirmed && self.peers[route.target].is_open() {
+            return None;
+        }
+        if route.probe.is_none_or(|key| self.operations.get(key).is_none()) {
+            route.probe = None;
+            while let Some(key) = route.parked.pop_front() {
+                if self.operations.get(key).is_some() {
+                    route.probe = Some(key);
+                    break;
+                }
+            }
+        }
+        route.probe
+    }
+
+    fn send_parked(&mut self, index: RouteIndex) {
+        let target = self.routing[index].target;
+        while let Some(key) = self.routing[index].parked.pop_front() {
+            self.send(key, target);
+        }
+    }
+
+    /// The target if it can be talked to, else another replica that can, or may be tried.
+    fn reach(&mut self, index: RouteIndex) -> Reach {
+        let jitter = self.jitter();
+        let Some(registry) = &self.registry else { return Reach::Soon };
+        let route = &mut self.routing[index];
+        let (mut earliest, mut soon) = (None, false);
+        for _ in 0..route.replicas.len().max(1) {
+            let peer = &mut self.peers[route.target];
+            match peer.want(self.now, registry, jitter) {
+                Readiness::Open => return Reach::Open(route.target),
+                Readiness::Soon if !peer.is_doubtful(self.now) => return Reach::Soon,
+                Readiness::Soon => soon = true,
+                Readiness::Down(until) => {
+                    earliest = Some(earliest.map_or(until, |earliest: Instant| earliest.min(until)));
+                }
+            }
+            let next = route.next_replica();
+            route.retarget(next, self.now);
+        }
+        match earliest {
+            Some(until) => Reach::Nobody(until),
+            None if soon => Reach::Soon,
+            None => Reach::Nobody(self.now),
+        }
+    }
+
+    /// A route has found its leader: what is parked goes there, and so does what still waits elsewhere.
+    pub(super) fn leader_found(&mut self, index: RouteIndex) {
+        let leader = self.routing[index].target;
+        if let Some(probe) = self.routing[index].probe.take()
+            && self.operations.get(probe).is_some_and(|operation| operation.asked.is_empty())
+        {
+            self.routing[index].parked.push_front(probe);
+        }
+        let elsewhere: Vec<Key> = self
+            .operations
+            .iter_mut()
+            .filter(|(_, operation)| {
+                operation.route == Some(index)
+                    && operation.purpose != Purpose::Fence
+                    && !operation.asked.is_empty()
+                    && operation.was_asked(leader).is_none()
+            })
+            .map(|(key, _)| key)
+            .collect();
+        if self.peers[leader].is_open() {
+            elsewhere.into_iter().for_each(|key| self.send(key, leader));
+        }
+    }
+
+    /// Everything that was put out in this turn leaves now.
+    pub(super) fn flush(&mut self) {
+        // A connection may turn out to be lost by writing to it; what was on it then goes elsewhere, which may meet
+        // another lost one. There are only so many.
+        loop {
+            let mut lost = false;
+            for peer in self.peers.indices() {
+                if let Err(why) = self.peers[peer].flush() {
+                    self.peer_lost(peer, &why);
+                    lost = true;
+                }
+            }
+            if !lost {
+                return;
+            }
+            self.pump();
+        }
+    }
+
+    /// A connection is gone, and with it every answer we waited for on it.
+    pub(super) fn peer_lost(&mut self, peer: PeerIndex, why: &Lost) {
+        let jitter = self.jitter();
+        self.counters.connections_lost += 1;
+        let lost = &mut self.peers[peer];
+        let was_open = lost.is_open();
+        lost.close(why, self.now, jitter);
+        if was_open || !std::mem::replace(&mut lost.reported, true) {
+            tracing::warn!("{}: {}", lost.id, super::control::chain(why));
+        }
+        if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_) | Lost::NoAddress) {
+            self.want_map();
+        }
+        self.unanswered_by(peer);
+    }
+}

@@ -1,0 +1,1 @@
+//! The volume against scripted chunkservers.
