@@ -154,7 +154,8 @@ impl Args {
             Some(serial) => serial,
             // A long volume name keeps its end, where names usually differ.
             None => {
-                let from = (0..=volume.len()).find(|&at| volume.is_char_boundary(at) && volume.len() - at <= SERIAL_BYTES);
+                let from = (0..=volume.len())
+                    .find(|&at| volume.is_char_boundary(at) && volume.len() - at <= SERIAL_BYTES);
                 volume[from.unwrap_or(volume.len())..].to_owned()
             }
         };
@@ -212,7 +213,8 @@ mod tests {
 
     #[test]
     fn the_serial_is_the_end_of_the_volumes_name() {
-        let config = Args { volume: Some("a-very-long-volume-name-01".into()), ..args() }.check().expect("good");
+        let config =
+            Args { volume: Some("a-very-long-volume-name-01".into()), ..args() }.check().expect("good");
         assert_eq!(config.serial, "-long-volume-name-01");
     }
 
