@@ -1,0 +1,315 @@
+//! Volumes: create, list, show, delete, attach, detach, segments, the map.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES};
+use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
+use evolute_protocol::rpc::volumes_server;
+use evolute_protocol::rpc::{
+    AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment, CopysetRoute, CreateVolumeRequest,
+    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest,
+    ListVolumesResponse, MapRequest, ReplicaRoute, Segment, ShowVolumeRequest, Volume, VolumeMap,
+};
+use tonic::{Request, Response, Status};
+
+use super::{Volumes, invalid, unexpected};
+use crate::heartbeat::reports::Reports;
+use crate::mds::{Mds, unix_ms};
+use crate::placement::room::is_near_full;
+use crate::placement::segment;
+use crate::placement::volume::{Candidate, choose};
+use crate::state::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach};
+use crate::state::volume::{WIDTH_MAX, check_holder, check_name, check_size, no_volume_named};
+use crate::state::{self, Command, Copyset, Done, State};
+
+#[tonic::async_trait]
+impl volumes_server::Volumes for Volumes {
+    async fn create(&self, request: Request<CreateVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let (mds, request) = (&self.0, request.into_inner());
+        check_name(&request.name).and_then(|()| check_size(request.size_bytes)).map_err(invalid)?;
+        let width = match request.width {
+            0 => mds.limits.volume_width,
+            width if width <= WIDTH_MAX => width as usize,
+            width => {
+                return Err(invalid(format!("a volume spreads over 1 to {WIDTH_MAX} copysets, not {width}")));
+            }
+        };
+        let copysets =
+            mds.replicated.read(|state| place_volume(state, &mds.reports(), width, Instant::now())).await??;
+        let command = CreateVolume {
+            name: request.name,
+            size_bytes: request.size_bytes,
+            copysets: copysets.into_iter().map(|id| id.0).collect(),
+            at_unix_ms: unix_ms(),
+        };
+        match mds.carry_out(Command::CreateVolume(command)).await? {
+            Done::Created { volume } => Ok(Response::new(show(mds, volume).await?)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn list(&self, _: Request<ListVolumesRequest>) -> Result<Response<ListVolumesResponse>, Status> {
+        let mds = &self.0;
+        let volumes = mds.replicated.read(|state| all(state, &mds.reports(), Instant::now())).await?;
+        Ok(Response::new(ListVolumesResponse { volumes }))
+    }
+
+    async fn show(&self, request: Request<ShowVolumeRequest>) -> Result<Response<Volume>, Status> {
+        let (mds, name) = (&self.0, request.into_inner().name);
+        let found = mds.replicated.read(|state| state.volume_named(&name).map(|(id, _)| id)).await?;
+        let id = found.ok_or_else(|| ErrorWord::NotFound.status(no_volume_named(&name)))?;
+        Ok(Response::new(show(mds, id).await?))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteVolumeRequest>,
+    ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        let DeleteVolumeRequest { name, force } = request.into_inner();
+        check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
+        self.0.carry_out(Command::DeleteVolume(DeleteVolume { name, force })).await?;
+        Ok(Response::new(DeleteVolumeResponse {}))
+    }
+
+    async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
+        let (mds, AttachRequest { name, holder, takeover }) = (&self.0, request.into_inner());
+        check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
+        check_holder(&holder).map_err(invalid)?;
+        let command = Attach { name, holder, takeover, at_unix_ms: unix_ms() };
+        let (id, attachment) = match mds.carry_out(Command::Attach(command)).await? {
+            Done::Attached { volume, attachment } => (volume, attachment),
+            other => return Err(unexpected(&other)),
+        };
+        let volume = show(mds, id).await?;
+        Ok(Response::new(AttachResponse { volume: Some(volume), attachment, map: Some(map(mds, id).await?) }))
+    }
+
+    async fn detach(&self, request: Request<DetachRequest>) -> Result<Response<DetachResponse>, Status> {
+        let DetachRequest { volume_id, attachment } = request.into_inner();
+        self.0.carry_out(Command::Detach(Detach { volume: volume_id, attachment })).await?;
+        Ok(Response::new(DetachResponse {}))
+    }
+
+    async fn allocate_segment(
+        &self,
+        request: Request<AllocateSegmentRequest>,
+    ) -> Result<Response<Segment>, Status> {
+        let (mds, request) = (&self.0, request.into_inner());
+        let (id, index) = (VolumeId(request.volume_id), SegmentIndex(request.segment));
+        let placed = mds
+            .replicated
+            .read(|state| place_segment(state, &mds.reports(), id, request.attachment, index, Instant::now()))
+            .await??;
+        let chunk_copysets = match placed {
+            Placed::Already(chunk_copysets) => chunk_copysets,
+            Placed::Now(chunk_copysets) => {
+                let command = AllocateSegment {
+                    volume: id.0,
+                    attachment: request.attachment,
+                    segment: index.0,
+                    chunk_copysets: numbers(&chunk_copysets),
+                };
+                match mds.carry_out(Command::AllocateSegment(command)).await? {
+                    Done::Segment { chunk_copysets } => chunk_copysets,
+                    other => return Err(unexpected(&other)),
+                }
+            }
+        };
+        Ok(Response::new(Segment { index: index.0, chunk_copysets: numbers(&chunk_copysets) }))
+    }
+
+    async fn map(&self, request: Request<MapRequest>) -> Result<Response<VolumeMap>, Status> {
+        Ok(Response::new(map(&self.0, VolumeId(request.into_inner().volume_id)).await?))
+    }
+}
+
+fn numbers(copysets: &[CopysetId]) -> Vec<u32> {
+    copysets.iter().map(|id| id.0).collect()
+}
+
+async fn show(mds: &Mds, id: VolumeId) -> Result<Volume, Status> {
+    mds.replicated
+        .read(|state| match state.volumes().get(&id) {
+            Some(volume) => {
+                let used = used_bytes(state, &mds.reports(), Instant::now());
+                Ok(describe(id, volume, used.get(&id).copied().unwrap_or(0)))
+            }
+            None => Err(ErrorWord::NotFound.status(state.no_volume(id))),
+        })
+        .await?
+}
+
+async fn map(mds: &Mds, id: VolumeId) -> Result<VolumeMap, Status> {
+    let cluster = mds.replicated.cluster();
+    mds.replicated
+        .read(|state| {
+            let Some(volume) = state.volumes().get(&id) else {
+                return Err(ErrorWord::NotFound.status(state.no_volume(id)));
+            };
+            let (reports, now) = (mds.reports(), Instant::now());
+            let segments = volume.segments.iter();
+            let route = |&id: &CopysetId| Some(route(id, state.copysets().get(&id)?, state, &reports, now));
+            Ok(VolumeMap {
+                segments: segments
+                    .map(|(index, chunks)| Segment { index: index.0, chunk_copysets: numbers(chunks) })
+                    .collect(),
+                copysets: volume.copysets.iter().filter_map(route).collect(),
+                cluster_id: cluster.0.to_vec(),
+            })
+        })
+        .await?
+}
+
+fn route(id: CopysetId, copyset: &Copyset, state: &State, reports: &Reports, now: Instant) -> CopysetRoute {
+    let replica = |replica: &state::Replica| ReplicaRoute {
+        replica: replica.id.0,
+        chunkserver: replica.chunkserver.0,
+        address: state
+            .chunkservers()
+            .get(&replica.chunkserver)
+            .map(|c| c.address.clone())
+            .unwrap_or_default(),
+    };
+    let members = copyset.replicas.iter().map(|replica| replica.chunkserver);
+    CopysetRoute {
+        copyset: id.0,
+        replicas: copyset.replicas.iter().map(replica).collect(),
+        leader_chunkserver: reports.leader(id, members, now).map_or(0, |leader| leader.chunkserver.0),
+    }
+}
+
+/// All volumes as the API shows them, by name.
+pub(super) fn all(state: &State, reports: &Reports, now: Instant) -> Vec<Volume> {
+    let used = used_bytes(state, reports, now);
+    let describe = |(id, volume)| describe(id, volume, used.get(&id).copied().unwrap_or(0));
+    state.volumes_by_name().map(describe).collect()
+}
+
+fn describe(id: VolumeId, volume: &state::Volume, used_bytes: u64) -> Volume {
+    Volume {
+        id: id.0,
+        name: volume.name.clone(),
+        size_bytes: volume.size_bytes,
+        allocated_bytes: volume.segments.len() as u64 * SEGMENT_BYTES,
+        width: u32::try_from(volume.copysets.len()).unwrap_or(u32::MAX),
+        copysets: numbers(&volume.copysets),
+        attachment: volume.attachment,
+        attached: volume.attached.as_ref().map(|attached| Attachment {
+            holder: attached.holder.clone(),
+            since_unix_ms: attached.since_unix_ms,
+        }),
+        created_unix_ms: volume.created_unix_ms,
+        used_bytes,
+    }
+}
+
+/// Written bytes per volume: for each copyset what its leader says, or whoever said something when nobody leads.
+fn used_bytes(state: &State, reports: &Reports, now: Instant) -> BTreeMap<VolumeId, u64> {
+    let mut best: BTreeMap<(VolumeId, CopysetId), (u64, u64)> = BTreeMap::new();
+    for &id in state.chunkservers().keys() {
+        let Some(report) = reports.online(id, now).or_else(|| reports.last(id)) else { continue };
+        for &(volume, copyset, used) in &report.volumes {
+            let term = report.replicas.get(&copyset).map_or(0, |replica| replica.term);
+            let said = best.entry((volume, copyset)).or_default();
+            *said = (*said).max((term, used));
+        }
+    }
+    let mut sums: BTreeMap<VolumeId, u64> = BTreeMap::new();
+    for ((volume, _), (_, used)) in best {
+        let sum = sums.entry(volume).or_default();
+        *sum = sum.saturating_add(used);
+    }
+    sums
+}
+
+/// The least free bytes among the members, and none when one of them is too full for anything new. Who has not
+/// reported since this MDS leads is taken to be empty: it refuses by itself what it has no room for.
+fn room(copyset: &Copyset, state: &State, reports: &Reports) -> Option<u64> {
+    let mut least = u64::MAX;
+    for replica in &copyset.replicas {
+        let free = match reports.last(replica.chunkserver) {
+            Some(report) if is_near_full(report.capacity_bytes, report.free_bytes) => return None,
+            Some(report) => report.free_bytes,
+            None => state.chunkservers().get(&replica.chunkserver).map_or(0, |c| c.capacity_bytes),
+        };
+        least = least.min(free);
+    }
+    Some(least)
+}
+
+fn has_majority(copyset: &Copyset, reports: &Reports, now: Instant) -> bool {
+    let online =
+        copyset.replicas.iter().filter(|replica| reports.is_online(replica.chunkserver, now)).count();
+    online > copyset.replicas.len() / 2
+}
+
+fn place_volume(
+    state: &State,
+    reports: &Reports,
+    width: usize,
+    now: Instant,
+) -> Result<Vec<CopysetId>, Status> {
+    if state.copysets().is_empty() {
+        return Err(ErrorWord::NoPlacement
+            .status("there are no copysets yet: they need chunkservers in three zones that report"));
+    }
+    // A volume weighs one, and as much as it has chunks in the copyset.
+    let mut load: BTreeMap<CopysetId, u64> = BTreeMap::new();
+    for volume in state.volumes().values() {
+        let share = volume.segments.len() as u64 * CHUNKS_PER_SEGMENT / volume.copysets.len().max(1) as u64;
+        for &copyset in &volume.copysets {
+            *load.entry(copyset).or_default() += 1 + share;
+        }
+    }
+    let candidate = |(&id, copyset): (&CopysetId, &Copyset)| {
+        let free_bytes = room(copyset, state, reports)?;
+        let leader = copyset.first_leader_chunkserver()?;
+        let load = load.get(&id).copied().unwrap_or(0);
+        Some((has_majority(copyset, reports, now), Candidate { id, leader, free_bytes, load }))
+    };
+    let (able, waiting): (Vec<_>, Vec<_>) = state.copysets().iter().filter_map(candidate).partition(|c| c.0);
+    // Those whose writes would wait are for when there are no others.
+    let candidates = if able.is_empty() { waiting } else { able };
+    let candidates: Vec<Candidate> = candidates.into_iter().map(|(_, candidate)| candidate).collect();
+    let chosen = choose(&candidates, width, state.volumes_given());
+    if chosen.is_empty() {
+        return Err(ErrorWord::NoPlacement.status("every copyset has a chunkserver that is near-full"));
+    }
+    Ok(chosen)
+}
+
+enum Placed {
+    Already(Vec<CopysetId>),
+    Now(Vec<CopysetId>),
+}
+
+fn place_segment(
+    state: &State,
+    reports: &Reports,
+    id: VolumeId,
+    attachment: u32,
+    index: SegmentIndex,
+    now: Instant,
+) -> Result<Placed, Status> {
+    let Some(volume) = state.volumes().get(&id) else {
+        return Err(ErrorWord::NotFound.status(state.no_volume(id)));
+    };
+    volume.check_attachment(id, attachment)?;
+    volume.check_segment(id, index)?;
+    if let Some(chunk_copysets) = volume.segments.get(&index) {
+        return Ok(Placed::Already(chunk_copysets.to_vec()));
+    }
+    let roomy = |id: &&CopysetId| state.copysets().get(id).is_some_and(|c| room(c, state, reports).is_some());
+    let roomy: Vec<CopysetId> = volume.copysets.iter().filter(roomy).copied().collect();
+    let able = |id: &&CopysetId| state.copysets().get(id).is_some_and(|c| has_majority(c, reports, now));
+    let able: Vec<CopysetId> = roomy.iter().filter(able).copied().collect();
+    // Space where writes would wait is given out only when there is no other.
+    let ring = if able.is_empty() { roomy } else { able };
+    if ring.is_empty() {
+        return Err(ErrorWord::NoPlacement.status(format!(
+            "every copyset of {id} has a chunkserver that is near-full: add chunkservers or free space"
+        )));
+    }
+    Ok(Placed::Now(segment::deal(&ring, index)))
+}

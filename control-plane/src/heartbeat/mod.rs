@@ -1,0 +1,12 @@
+//! Reports in, orders out.
+//!
+//! ```text
+//!  chunkserver ──Report──▶ [reports] ──▶ placement, schedulers, health
+//!       ▲                                   │
+//!       └────────── Orders ◀── [orders] ◀── state
+//! ```
+//!
+//! The stream itself is in `api/chunkservers.rs`. Nothing here decides what should be; see `scheduler`.
+
+pub mod orders;
+pub mod reports;

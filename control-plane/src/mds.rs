@@ -1,0 +1,167 @@
+//! One MDS: what its parts share, and how it starts and stops.
+//!
+//! ```text
+//!  api ──▶ Mds { replicated state, reports, transfers } ◀── steward (schedulers)
+//! ```
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use evolute_protocol::id::ClusterId;
+use evolute_protocol::rpc::chunkservers_server::ChunkserversServer;
+use evolute_protocol::rpc::cluster_server::ClusterServer;
+use evolute_protocol::rpc::volumes_server::VolumesServer;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::TcpListenerStream;
+
+use crate::api;
+use crate::config::{Config, Limits};
+use crate::heartbeat::orders::Transfers;
+use crate::heartbeat::reports::Reports;
+use crate::raft::data_dir::{DataDir, DataDirError};
+use crate::raft::{Replicated, StartError};
+use crate::steward;
+
+/// A peer that answers no ping for this long is gone, though its connection was never closed.
+const KEEPALIVE: Duration = Duration::from_secs(5);
+/// The largest message anybody sends: a report of 20 000 replicas.
+pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// Requests one connection may have open. A chunkserver needs two, a backend a few.
+const REQUESTS_PER_CONNECTION_MAX: usize = 256;
+/// How long connections get to end once this MDS stops.
+const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
+
+/// What all requests work on.
+pub struct Mds {
+    pub replicated: Replicated,
+    pub limits: Limits,
+    pub address: SocketAddr,
+    reports: Mutex<Reports>,
+    transfers: Mutex<Transfers>,
+    /// Counts what the reports and the transfers brought.
+    news: watch::Sender<u64>,
+    stopping: watch::Sender<bool>,
+}
+
+impl Mds {
+    /// Locked for moments only, never across an await; after the state, before the transfers.
+    pub fn reports(&self) -> MutexGuard<'_, Reports> {
+        self.reports.lock().expect("a panic ends the process")
+    }
+
+    /// As [`Mds::reports`], the last in the order.
+    pub fn transfers(&self) -> MutexGuard<'_, Transfers> {
+        self.transfers.lock().expect("a panic ends the process")
+    }
+
+    /// Reports or transfers changed: orders may be due, schedulers may have something to do.
+    pub fn tell(&self) {
+        self.news.send_modify(|count| *count += 1);
+    }
+
+    pub fn news(&self) -> watch::Receiver<u64> {
+        self.news.subscribe()
+    }
+
+    /// Waits until this MDS stops. Cancel-safe.
+    pub async fn stopping(&self) {
+        // An error means that the sender is gone, and with it everything to wait for.
+        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+    }
+}
+
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// Why this MDS does not serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen on {address}")]
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// An MDS that serves.
+pub struct Server {
+    mds: Arc<Mds>,
+    serving: JoinHandle<Result<(), tonic::transport::Error>>,
+    steward: JoinHandle<()>,
+}
+
+impl Server {
+    /// Binds, opens the data directory, leads, serves. Whoever gets an address can talk to it at once.
+    pub async fn start(config: &Config) -> Result<Self, ServeError> {
+        let listen = |source| ServeError::Listen { address: config.listen, source };
+        let listener = TcpListener::bind(config.listen).await.map_err(listen)?;
+        let address = listener.local_addr().map_err(listen)?;
+        let dir = config.data_dir.clone();
+        let fresh = ClusterId(rand::random());
+        let dir = tokio::task::spawn_blocking(move || DataDir::open(&dir, fresh))
+            .await
+            .map_err(|error| StartError::Ended(error.to_string()))?
+            .map_err(|error: DataDirError| StartError::from(error))?;
+        let replicated = Replicated::start(dir).await?;
+        let mds = Arc::new(Mds {
+            replicated,
+            limits: config.limits,
+            address,
+            reports: Mutex::new(Reports::new(config.report_interval, Instant::now())),
+            transfers: Mutex::default(),
+            news: watch::Sender::new(0),
+            stopping: watch::Sender::new(false),
+        });
+        let limit = MESSAGE_BYTES_MAX;
+        let stopped = mds.clone();
+        let serving = tonic::transport::Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .tcp_nodelay(true)
+            .concurrency_limit_per_connection(REQUESTS_PER_CONNECTION_MAX)
+            .add_service(VolumesServer::new(api::Volumes(mds.clone())).max_decoding_message_size(limit))
+            .add_service(
+                ChunkserversServer::new(api::Chunkservers(mds.clone())).max_decoding_message_size(limit),
+            )
+            .add_service(ClusterServer::new(api::Cluster(mds.clone())).max_decoding_message_size(limit))
+            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
+                stopped.stopping().await
+            });
+        let serving = tokio::spawn(serving);
+        let steward = tokio::spawn(steward::run(mds.clone()));
+        Ok(Self { mds, serving, steward })
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.mds.address
+    }
+
+    pub fn cluster(&self) -> ClusterId {
+        self.mds.replicated.cluster()
+    }
+
+    /// Waits until this MDS cannot go on, and says why. Cancel-safe.
+    pub async fn failed(&self) -> String {
+        self.mds.replicated.failed().await
+    }
+
+    /// Closes the port and all streams, then the state.
+    pub async fn stop(self) {
+        let Self { mds, mut serving, steward } = self;
+        mds.stopping.send_replace(true);
+        let _ = steward.await;
+        if tokio::time::timeout(CLOSING_PATIENCE, &mut serving).await.is_err() {
+            serving.abort();
+            let _ = serving.await;
+        }
+        mds.replicated.stop().await;
+    }
+}

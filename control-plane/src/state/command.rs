@@ -1,0 +1,236 @@
+//! Every way the state can change, as it stands in the log.
+//!
+//! A command carries everything that apply may not find out by itself: times, random tokens and what placement
+//! chose. So applying it is the same on every replica and at every replay.
+//!
+//! Encoding: one version byte, then a protobuf message. Field and variant numbers are never used twice: a log
+//! written by an older version must be replayed for ever.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use prost::Message;
+
+/// The version byte. A new variant or a new field does not raise it; a changed meaning does.
+const VERSION: u8 = 1;
+
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Command {
+    #[prost(message, tag = "1")]
+    InitCluster(InitCluster),
+    #[prost(message, tag = "2")]
+    RegisterChunkserver(RegisterChunkserver),
+    #[prost(message, tag = "3")]
+    UpdateChunkserver(UpdateChunkserver),
+    #[prost(message, tag = "4")]
+    CreateCopysets(CreateCopysets),
+    #[prost(message, tag = "5")]
+    ReplicasCreated(ReplicasCreated),
+    #[prost(message, tag = "6")]
+    CreateVolume(CreateVolume),
+    #[prost(message, tag = "7")]
+    DeleteVolume(DeleteVolume),
+    #[prost(message, tag = "8")]
+    VolumeDropped(VolumeDropped),
+    #[prost(message, tag = "9")]
+    Attach(Attach),
+    #[prost(message, tag = "10")]
+    Detach(Detach),
+    #[prost(message, tag = "11")]
+    AllocateSegment(AllocateSegment),
+}
+
+/// The cluster gets its name. The first one wins; the outcome says which that was.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct InitCluster {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub cluster: Bytes,
+}
+
+/// A chunkserver that has no id yet.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct RegisterChunkserver {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub token: Bytes,
+    /// The process that asks. It may have missed our answer and ask again: it gets the same one.
+    #[prost(bytes = "bytes", tag = "2")]
+    pub instance: Bytes,
+    #[prost(string, tag = "3")]
+    pub address: String,
+    #[prost(string, tag = "4")]
+    pub zone: String,
+    #[prost(string, tag = "5")]
+    pub server: String,
+    #[prost(string, tag = "6")]
+    pub pool: String,
+    #[prost(uint64, tag = "7")]
+    pub capacity_bytes: u64,
+    #[prost(string, tag = "8")]
+    pub version: String,
+    #[prost(uint64, tag = "9")]
+    pub at_unix_ms: u64,
+}
+
+/// A known chunkserver started again, with what may have changed meanwhile.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct UpdateChunkserver {
+    #[prost(uint32, tag = "1")]
+    pub chunkserver: u32,
+    #[prost(string, tag = "2")]
+    pub address: String,
+    #[prost(string, tag = "3")]
+    pub server: String,
+    #[prost(uint64, tag = "4")]
+    pub capacity_bytes: u64,
+    #[prost(string, tag = "5")]
+    pub version: String,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CreateCopysets {
+    #[prost(string, tag = "1")]
+    pub pool: String,
+    /// The last copyset number the planner saw: two decisions made from the same sight are not both carried out.
+    #[prost(uint32, tag = "2")]
+    pub seen: u32,
+    #[prost(message, repeated, tag = "3")]
+    pub copysets: Vec<NewCopyset>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct NewCopyset {
+    #[prost(uint32, repeated, tag = "1")]
+    pub chunkservers: Vec<u32>,
+    /// One of them.
+    #[prost(uint32, tag = "2")]
+    pub first_leader: u32,
+}
+
+/// These replicas were reported by their chunkservers: from now on nobody may be told to create them again.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ReplicasCreated {
+    #[prost(message, repeated, tag = "1")]
+    pub replicas: Vec<CreatedReplica>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct CreatedReplica {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub replica: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct CreateVolume {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(uint64, tag = "2")]
+    pub size_bytes: u64,
+    /// In the order in which chunks go round over them.
+    #[prost(uint32, repeated, tag = "3")]
+    pub copysets: Vec<u32>,
+    #[prost(uint64, tag = "4")]
+    pub at_unix_ms: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct DeleteVolume {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(bool, tag = "2")]
+    pub force: bool,
+}
+
+/// The copyset committed the end of a deleted volume.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct VolumeDropped {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub volume: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Attach {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(string, tag = "2")]
+    pub holder: String,
+    #[prost(bool, tag = "3")]
+    pub takeover: bool,
+    #[prost(uint64, tag = "4")]
+    pub at_unix_ms: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Detach {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    #[prost(uint32, tag = "2")]
+    pub attachment: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AllocateSegment {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    #[prost(uint32, tag = "2")]
+    pub attachment: u32,
+    #[prost(uint32, tag = "3")]
+    pub segment: u32,
+    /// 64: the copyset of each chunk.
+    #[prost(uint32, repeated, tag = "4")]
+    pub chunk_copysets: Vec<u32>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Entry {
+    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    command: Option<Command>,
+}
+
+/// A log entry that this version cannot apply. A replica must stop here: to skip it would be to differ from the others.
+#[derive(Debug, thiserror::Error)]
+pub enum NotACommand {
+    #[error("the entry is empty")]
+    Empty,
+    #[error("the entry has version {0}, this program knows version {VERSION}")]
+    Version(u8),
+    #[error("the entry is damaged")]
+    Damaged(#[source] prost::DecodeError),
+    #[error("the entry holds a command of a newer version of this program")]
+    Unknown,
+}
+
+impl Command {
+    pub fn to_bytes(&self) -> Bytes {
+        let entry = Entry { command: Some(self.clone()) };
+        let mut bytes = BytesMut::with_capacity(1 + entry.encoded_len());
+        bytes.put_u8(VERSION);
+        entry.encode(&mut bytes).expect("a BytesMut grows");
+        bytes.freeze()
+    }
+
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, NotACommand> {
+        let (&version, rest) = bytes.split_first().ok_or(NotACommand::Empty)?;
+        if version != VERSION {
+            return Err(NotACommand::Version(version));
+        }
+        Entry::decode(rest).map_err(NotACommand::Damaged)?.command.ok_or(NotACommand::Unknown)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Command, Detach, NotACommand};
+
+    #[test]
+    fn an_entry_this_version_cannot_apply_is_named() {
+        let whole = Command::Detach(Detach { volume: 7, attachment: 3 }).to_bytes();
+        assert!(matches!(Command::from_bytes(&whole), Ok(Command::Detach(_))));
+        assert!(matches!(Command::from_bytes(&[]), Err(NotACommand::Empty)));
+        assert!(matches!(Command::from_bytes(&[9, 1]), Err(NotACommand::Version(9))));
+        assert!(matches!(Command::from_bytes(&whole[..whole.len() - 1]), Err(NotACommand::Damaged(_))));
+        // Field 1000, an empty message: a command of the future.
+        assert!(matches!(Command::from_bytes(&[1, 0xc2, 0x3e, 0]), Err(NotACommand::Unknown)));
+    }
+}

@@ -1,0 +1,319 @@
+//! Volumes: their names, their place, and who may write them.
+//!
+//! What always holds:
+//!
+//! - An attachment number is given once, and only the newest counts. Whoever shows an older one gets no segment.
+//! - A volume id is given once. A deleted volume's name is free at once; its id is dead for ever, so a writer that
+//!   slept through the deletion finds nothing that it could damage.
+//! - A deleted volume is remembered until each of its copysets has committed its end.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use evolute_protocol::epoch::Epoch;
+use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
+use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
+
+use super::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach, VolumeDropped};
+use super::outcome::{Done, Outcome, Refused, Why, refuse};
+use super::{Changes, Key, State};
+
+pub const NAME_BYTES_MAX: usize = 128;
+/// A host name and a socket path (108 bytes on Linux) fit.
+pub const HOLDER_BYTES_MAX: usize = 512;
+/// Wider volumes pay a Raft round per copyset and gain nothing; a segment has only 64 chunks to spread.
+pub const WIDTH_MAX: u32 = 64;
+const _: () = assert!(WIDTH_MAX as u64 <= CHUNKS_PER_SEGMENT);
+/// One below the fence of a deleted volume, which must stay above every writer.
+pub const ATTACHMENT_MAX: u32 = Epoch::DELETED.attachment - 1;
+
+/// The copyset of each chunk of one segment: [`CHUNKS_PER_SEGMENT`] of them.
+pub type SegmentMap = Box<[CopysetId]>;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    pub name: String,
+    pub size_bytes: u64,
+    /// The copysets it spreads over, in the order in which chunks go round.
+    pub copysets: Vec<CopysetId>,
+    /// The number given at the latest attach; 0: never attached.
+    pub attachment: u32,
+    pub attached: Option<Attached>,
+    pub created_unix_ms: u64,
+    pub segments: BTreeMap<SegmentIndex, SegmentMap>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    pub holder: String,
+    pub since_unix_ms: u64,
+}
+
+impl Volume {
+    pub fn segment_count(&self) -> u64 {
+        self.size_bytes.div_ceil(SEGMENT_BYTES)
+    }
+
+    /// May the writer with this attachment number have space?
+    pub fn check_attachment(&self, id: VolumeId, attachment: u32) -> Result<(), Refused> {
+        let refused = |why, message| Err(Refused { why, message });
+        if attachment == 0 || attachment > self.attachment {
+            return refused(Why::Invalid, format!("attachment {attachment} of {id} was never given"));
+        }
+        if attachment < self.attachment {
+            return refused(
+                Why::FencedOut,
+                format!("attachment {attachment} of {id} is over: {} was given since", self.attachment),
+            );
+        }
+        if self.attached.is_none() {
+            return refused(Why::FencedOut, format!("attachment {attachment} of {id} was given back"));
+        }
+        Ok(())
+    }
+
+    pub fn check_segment(&self, id: VolumeId, segment: SegmentIndex) -> Result<(), Refused> {
+        if u64::from(segment.0) < self.segment_count() {
+            return Ok(());
+        }
+        let message = format!("{id} has {} segments, there is no {segment}", self.segment_count());
+        Err(Refused { why: Why::Invalid, message })
+    }
+}
+
+/// 1–128 of `[A-Za-z0-9._-]`, beginning with a letter or digit.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    let begins = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    if !begins || name.len() > NAME_BYTES_MAX || !name.chars().all(plain) {
+        let shown: String = name.chars().take(NAME_BYTES_MAX + 1).collect();
+        return Err(format!(
+            "a volume name has 1 to {NAME_BYTES_MAX} of A-Z a-z 0-9 . _ - and begins with a letter or digit, not {shown:?}"
+        ));
+    }
+    Ok(())
+}
+
+pub fn check_size(size_bytes: u64) -> Result<(), String> {
+    if !(VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX).contains(&size_bytes)
+        || !size_bytes.is_multiple_of(VOLUME_BYTES_MIN)
+    {
+        return Err(format!("a volume has 1 MiB to 64 TiB in whole MiB, not {size_bytes} bytes"));
+    }
+    Ok(())
+}
+
+pub fn check_holder(holder: &str) -> Result<(), String> {
+    if holder.is_empty() || holder.len() > HOLDER_BYTES_MAX || holder.chars().any(char::is_control) {
+        return Err(format!(
+            "a holder is named by 1 to {HOLDER_BYTES_MAX} bytes of text, not {} bytes",
+            holder.len()
+        ));
+    }
+    Ok(())
+}
+
+impl State {
+    pub(super) fn create_volume(&mut self, command: &CreateVolume, changes: &mut Changes) -> Outcome {
+        if let Err(message) = check_name(&command.name).and_then(|()| check_size(command.size_bytes)) {
+            return refuse(Why::Invalid, message);
+        }
+        let copysets: Vec<_> = command.copysets.iter().copied().map(CopysetId).collect();
+        let different: BTreeSet<_> = copysets.iter().collect();
+        if copysets.is_empty() || copysets.len() > WIDTH_MAX as usize || different.len() != copysets.len() {
+            return refuse(
+                Why::Invalid,
+                format!("a volume spreads over 1 to {WIDTH_MAX} different copysets"),
+            );
+        }
+        if let Some(id) = copysets.iter().find(|id| !self.copysets.contains_key(id)) {
+            return refuse(Why::NotFound, format!("there is no {id}"));
+        }
+        if self.names.contains_key(&command.name) {
+            return refuse(Why::Exists, format!("a volume named {} exists", command.name));
+        }
+        // 2^64 volumes are not reached by counting.
+        self.given.volume += 1;
+        let id = VolumeId(self.given.volume);
+        self.names.insert(command.name.clone(), id);
+        let volume = Volume {
+            name: command.name.clone(),
+            size_bytes: command.size_bytes,
+            copysets,
+            attachment: 0,
+            attached: None,
+            created_unix_ms: command.at_unix_ms,
+            segments: BTreeMap::new(),
+        };
+        self.volumes.insert(id, volume);
+        changes.extend([Key::Cluster, Key::Volume(id)]);
+        Ok(Done::Created { volume: id })
+    }
+
+    pub(super) fn delete_volume(&mut self, command: &DeleteVolume, changes: &mut Changes) -> Outcome {
+        let Some((id, volume)) = self.volume_named(&command.name) else {
+            return refuse(Why::NotFound, no_volume_named(&command.name));
+        };
+        if let Some(attached) = &volume.attached
+            && !command.force
+        {
+            return refuse(Why::AttachedElsewhere, is_attached(&command.name, attached));
+        }
+        self.names.remove(&command.name);
+        let volume = self.volumes.remove(&id).expect("a name points to a volume");
+        changes.extend(volume.segments.keys().map(|&segment| Key::Segment(id, segment)));
+        // All of its copysets: a writer fences every one of them, with or without chunks there.
+        self.dropping.insert(id, volume.copysets.into_iter().collect());
+        changes.extend([Key::Volume(id), Key::Dropping(id)]);
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn volume_dropped(&mut self, command: &VolumeDropped, changes: &mut Changes) -> Outcome {
+        let id = VolumeId(command.volume);
+        // Reports repeat themselves; what is not waited for changes nothing.
+        let Some(waiting) = self.dropping.get_mut(&id) else { return Ok(Done::Plain) };
+        if waiting.remove(&CopysetId(command.copyset)) {
+            if waiting.is_empty() {
+                self.dropping.remove(&id);
+            }
+            changes.push(Key::Dropping(id));
+        }
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn attach(&mut self, command: &Attach, changes: &mut Changes) -> Outcome {
+        if let Err(message) = check_holder(&command.holder) {
+            return refuse(Why::Invalid, message);
+        }
+        let Some(&id) = self.names.get(&command.name) else {
+            return refuse(Why::NotFound, no_volume_named(&command.name));
+        };
+        let volume = self.volumes.get_mut(&id).expect("a name points to a volume");
+        if let Some(attached) = &volume.attached
+            && attached.holder != command.holder
+            && !command.takeover
+        {
+            return refuse(Why::AttachedElsewhere, is_attached(&command.name, attached));
+        }
+        if volume.attachment >= ATTACHMENT_MAX {
+            return refuse(
+                Why::Invalid,
+                format!("volume {} has used up its attachment numbers", command.name),
+            );
+        }
+        volume.attachment += 1;
+        volume.attached =
+            Some(Attached { holder: command.holder.clone(), since_unix_ms: command.at_unix_ms });
+        changes.push(Key::Volume(id));
+        Ok(Done::Attached { volume: id, attachment: volume.attachment })
+    }
+
+    pub(super) fn detach(&mut self, command: &Detach, changes: &mut Changes) -> Outcome {
+        let id = VolumeId(command.volume);
+        let Some(volume) = self.volumes.get_mut(&id) else {
+            return refuse(Why::NotFound, self.no_volume(id));
+        };
+        if command.attachment == 0 || command.attachment > volume.attachment {
+            return refuse(
+                Why::Invalid,
+                format!("attachment {} of {id} was never given", command.attachment),
+            );
+        }
+        // An older holder has nothing to give back; that is no error, somebody took the volume over meanwhile.
+        if command.attachment == volume.attachment && volume.attached.take().is_some() {
+            changes.push(Key::Volume(id));
+        }
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn allocate_segment(&mut self, command: &AllocateSegment, changes: &mut Changes) -> Outcome {
+        let (id, segment) = (VolumeId(command.volume), SegmentIndex(command.segment));
+        let Some(volume) = self.volumes.get_mut(&id) else {
+            return refuse(Why::NotFound, self.no_volume(id));
+        };
+        volume.check_attachment(id, command.attachment)?;
+        volume.check_segment(id, segment)?;
+        if let Some(map) = volume.segments.get(&segment) {
+            return Ok(Done::Segment { chunk_copysets: map.to_vec() });
+        }
+        let map: SegmentMap = command.chunk_copysets.iter().copied().map(CopysetId).collect();
+        if map.len() as u64 != CHUNKS_PER_SEGMENT || !map.iter().all(|id| volume.copysets.contains(id)) {
+            return refuse(
+                Why::Invalid,
+                format!("a segment maps {CHUNKS_PER_SEGMENT} chunks to copysets of its volume"),
+            );
+        }
+        let outcome = Done::Segment { chunk_copysets: map.to_vec() };
+        volume.segments.insert(segment, map);
+        changes.push(Key::Segment(id, segment));
+        Ok(outcome)
+    }
+
+    pub(crate) fn no_volume(&self, id: VolumeId) -> String {
+        let ever = id.0 != 0 && id.0 <= self.given.volume;
+        if ever { format!("{id} was deleted") } else { format!("there is no {id}") }
+    }
+}
+
+pub(crate) fn no_volume_named(name: &str) -> String {
+    let shown: String = name.chars().take(NAME_BYTES_MAX).collect();
+    format!("there is no volume named {shown:?}")
+}
+
+fn is_attached(name: &str, attached: &Attached) -> String {
+    format!("volume {name} is attached at {} since {}", attached.holder, utc(attached.since_unix_ms))
+}
+
+/// `2026-11-22T15:41:43Z`, by the days-to-civil arithmetic of the proleptic Gregorian calendar.
+fn utc(unix_ms: u64) -> String {
+    let seconds = unix_ms / 1000;
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    // Years begin in March here, so that the leap day is the last one of a year.
+    let shifted = days + 719_468;
+    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{check_holder, check_name, check_size, utc};
+    use evolute_protocol::geometry::{MIB, TIB};
+
+    #[test]
+    fn times_read_as_people_write_them() {
+        for (unix_s, text) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_199, "2024-02-29T23:59:59Z"),
+            (1_735_689_599, "2024-12-31T23:59:59Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(utc(unix_s * 1000), text);
+        }
+    }
+
+    #[test]
+    fn names_sizes_and_holders_are_checked() {
+        for good in ["a", "0", "web-1.root_disk", &"x".repeat(128)] {
+            assert_eq!(check_name(good), Ok(()), "{good}");
+        }
+        for bad in ["", "-a", ".a", "_a", "a b", "a/b", "ä", "a\0", "a\n", &"x".repeat(129)] {
+            assert!(check_name(bad).is_err(), "{bad:?}");
+        }
+        for good in [MIB, 3 * MIB, 64 * TIB] {
+            assert_eq!(check_size(good), Ok(()));
+        }
+        for bad in [0, 1, MIB - 1, MIB + 1, 64 * TIB + MIB, u64::MAX] {
+            assert!(check_size(bad).is_err(), "{bad}");
+        }
+        assert_eq!(check_holder("host-a /run/evolute/web.sock"), Ok(()));
+        for bad in ["", "a\nb", &"x".repeat(513)] {
+            assert!(check_holder(bad).is_err());
+        }
+    }
+}

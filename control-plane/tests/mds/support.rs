@@ -1,0 +1,358 @@
+//! An MDS in this process or in one of its own, and chunkservers that only talk.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use evolute_control_plane::config::{Config, Limits};
+use evolute_control_plane::mds::Server;
+use evolute_protocol::geometry::{GIB, TIB};
+use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
+use evolute_protocol::rpc::cluster_client::ClusterClient;
+use evolute_protocol::rpc::volumes_client::VolumesClient;
+use evolute_protocol::rpc::{
+    ClusterStatus, CreateReplica, ErrorWord, MemberReport, Order, RegisterRequest, RegisterResponse,
+    ReplicaReport, Report, Role, StatusRequest, order,
+};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Status;
+use tonic::transport::Channel;
+
+/// Long enough for a loaded machine; nothing waits that long when all is well.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+pub async fn until<F: Future<Output = bool>>(what: &str, mut happened: impl FnMut() -> F) {
+    let deadline = Instant::now() + PATIENCE;
+    while !happened().await {
+        assert!(Instant::now() < deadline, "{what} did not happen");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// An MDS in this process, with its own directory.
+pub struct Mds {
+    pub dir: tempfile::TempDir,
+    pub server: Option<Server>,
+    pub address: SocketAddr,
+    interval: Duration,
+}
+
+impl Mds {
+    pub async fn start() -> Self {
+        // Long, so that nothing in a test happens because time passed.
+        Self::with_interval(Duration::from_secs(60)).await
+    }
+
+    pub async fn with_interval(interval: Duration) -> Self {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let mut this = Self { dir, server: None, address: ([127, 0, 0, 1], 0).into(), interval };
+        this.start_again().await;
+        this
+    }
+
+    pub async fn start_again(&mut self) {
+        let config = Config {
+            data_dir: self.dir.path().join("mds"),
+            listen: ([127, 0, 0, 1], 0).into(),
+            report_interval: self.interval,
+            limits: Limits::default(),
+            ready_file: None,
+        };
+        let server = Server::start(&config).await.expect("it starts");
+        self.address = server.address();
+        self.server = Some(server);
+    }
+
+    pub async fn stop(&mut self) {
+        self.server.take().expect("running").stop().await;
+    }
+}
+
+pub async fn channel(address: SocketAddr) -> Channel {
+    Channel::from_shared(format!("http://{address}")).expect("a URI").connect().await.expect("it listens")
+}
+
+pub async fn volumes(address: SocketAddr) -> VolumesClient<Channel> {
+    VolumesClient::new(channel(address).await)
+}
+
+pub async fn status(address: SocketAddr) -> ClusterStatus {
+    ClusterClient::new(channel(address).await).status(StatusRequest {}).await.expect("a status").into_inner()
+}
+
+/// The word of a refusal.
+pub fn word<T: std::fmt::Debug>(result: Result<T, Status>) -> ErrorWord {
+    let status = result.expect_err("it should be refused");
+    ErrorWord::of(&status).unwrap_or_else(|| panic!("not a refusal of ours: {status:?}"))
+}
+
+/// What a chunkserver keeps on its disk.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    pub id: u32,
+    pub token: Vec<u8>,
+    pub cluster: Vec<u8>,
+    pub zone: String,
+    pub replicas: BTreeMap<u32, ReplicaReport>,
+}
+
+pub fn instance() -> Vec<u8> {
+    rand::random::<[u8; 16]>().to_vec()
+}
+
+pub fn first_registration(zone: &str) -> RegisterRequest {
+    RegisterRequest {
+        address: "127.0.0.1:7801".to_owned(),
+        zone: zone.to_owned(),
+        server: format!("server-in-{zone}"),
+        capacity_bytes: TIB,
+        instance: instance(),
+        version: "0.1.0".to_owned(),
+        ..RegisterRequest::default()
+    }
+}
+
+pub fn registration(identity: &Identity) -> RegisterRequest {
+    RegisterRequest {
+        chunkserver: identity.id,
+        token: identity.token.clone(),
+        cluster_id: identity.cluster.clone(),
+        ..first_registration(&identity.zone)
+    }
+}
+
+pub async fn register(mds: SocketAddr, request: RegisterRequest) -> Result<RegisterResponse, Status> {
+    let mut client = ChunkserversClient::new(channel(mds).await);
+    client.register(request).await.map(tonic::Response::into_inner)
+}
+
+/// A chunkserver without a disk: registers, reports, does as it is told, and leads what it is to lead first.
+pub struct Chunkserver {
+    pub identity: Identity,
+    pub seen: Arc<Mutex<Seen>>,
+    pub instance: Vec<u8>,
+    reports: mpsc::Sender<Report>,
+    stream: JoinHandle<()>,
+}
+
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub orders: Vec<Order>,
+    pub addresses: BTreeMap<u32, String>,
+    pub replicas: BTreeMap<u32, ReplicaReport>,
+    pub free_bytes: u64,
+    pub lazy: bool,
+    pub ended: Option<Option<ErrorWord>>,
+}
+
+impl Chunkserver {
+    pub async fn start(mds: SocketAddr, zone: &str) -> Self {
+        Self::run(mds, first_registration(zone), BTreeMap::new(), false).await
+    }
+
+    /// One that carries out no order.
+    pub async fn start_lazy(mds: SocketAddr, zone: &str) -> Self {
+        Self::run(mds, first_registration(zone), BTreeMap::new(), true).await
+    }
+
+    /// The same disk, a new process.
+    pub async fn start_again(mds: SocketAddr, identity: &Identity) -> Self {
+        Self::run(mds, registration(identity), identity.replicas.clone(), false).await
+    }
+
+    async fn run(
+        mds: SocketAddr,
+        request: RegisterRequest,
+        replicas: BTreeMap<u32, ReplicaReport>,
+        lazy: bool,
+    ) -> Self {
+        let (zone, instance) = (request.zone.clone(), request.instance.clone());
+        let answer = register(mds, request).await.expect("registered");
+        let identity = Identity {
+            id: answer.chunkserver,
+            token: answer.token,
+            cluster: answer.cluster_id,
+            zone,
+            replicas,
+        };
+        let seen =
+            Seen { replicas: identity.replicas.clone(), free_bytes: TIB - GIB, lazy, ..Seen::default() };
+        let seen = Arc::new(Mutex::new(seen));
+        let (reports, outgoing) = mpsc::channel(64);
+        let mut client = ChunkserversClient::new(channel(mds).await);
+        let mut orders =
+            client.heartbeat(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
+        let this_identity = identity.clone();
+        let (seeing, answering, my_instance) = (seen.clone(), reports.clone(), instance.clone());
+        let stream = tokio::spawn(async move {
+            let end = loop {
+                match orders.message().await {
+                    Ok(Some(orders)) => {
+                        let again = {
+                            let mut seen = seeing.lock().expect("lock");
+                            seen.addresses =
+                                orders.addresses.into_iter().map(|a| (a.chunkserver, a.address)).collect();
+                            seen.orders.extend(orders.orders.iter().cloned());
+                            let again = !seen.lazy && !orders.orders.is_empty();
+                            if !seen.lazy {
+                                orders
+                                    .orders
+                                    .into_iter()
+                                    .for_each(|order| seen.obey(this_identity.id, order));
+                            }
+                            again.then(|| seen.report(&this_identity, &my_instance))
+                        };
+                        if let Some(report) = again {
+                            let _ = answering.send(report).await;
+                        }
+                    }
+                    Ok(None) => break None,
+                    Err(status) => break ErrorWord::of(&status),
+                }
+            };
+            seeing.lock().expect("lock").ended = Some(end);
+        });
+        let this = Self { identity, seen, instance, reports, stream };
+        this.report().await;
+        this
+    }
+
+    pub async fn report(&self) {
+        let report = self.seen.lock().expect("lock").report(&self.identity, &self.instance);
+        let _ = self.reports.send(report).await;
+    }
+
+    /// As kill -9: the connection just ends. What is left is the disk.
+    pub async fn kill(self) -> Identity {
+        self.stream.abort();
+        let _ = self.stream.await;
+        let replicas = self.seen.lock().expect("lock").replicas.clone();
+        Identity { replicas, ..self.identity }
+    }
+
+    pub fn replicas(&self) -> usize {
+        self.seen.lock().expect("lock").replicas.len()
+    }
+}
+
+impl Seen {
+    fn report(&self, identity: &Identity, instance: &[u8]) -> Report {
+        Report {
+            chunkserver: identity.id,
+            token: identity.token.clone(),
+            instance: instance.to_vec(),
+            capacity_bytes: TIB,
+            used_bytes: TIB - self.free_bytes,
+            free_bytes: self.free_bytes,
+            replicas: self.replicas.values().cloned().collect(),
+            ..Report::default()
+        }
+    }
+
+    fn obey(&mut self, id: u32, order: Order) {
+        match order.what.expect("an order says what") {
+            order::What::CreateReplica(create) => {
+                self.replicas.entry(create.copyset).or_insert_with(|| created(id, &create));
+            }
+            order::What::DropVolume(drop) => {
+                let replica = self.replicas.get_mut(&drop.copyset).expect("its own replica");
+                assert_eq!(replica.role(), Role::Leader, "only leaders are told to drop");
+                replica.dropped_volumes.push(drop.volume);
+            }
+            order::What::TransferLeader(transfer) => {
+                let replica = self.replicas.get_mut(&transfer.copyset).expect("its own replica");
+                let to = replica.members.iter().find(|m| m.replica == transfer.to_replica).expect("a member");
+                replica.leader_chunkserver = to.chunkserver;
+                replica.set_role(Role::Follower);
+                replica.term += 1;
+            }
+        }
+    }
+}
+
+fn created(id: u32, create: &CreateReplica) -> ReplicaReport {
+    let first =
+        create.members.iter().find(|m| m.replica == create.first_leader).expect("a member leads first");
+    let mine = create.members.iter().find(|m| m.replica == create.replica).expect("a member");
+    assert_eq!(mine.chunkserver, id);
+    let role = if first.chunkserver == id { Role::Leader } else { Role::Follower };
+    ReplicaReport {
+        copyset: create.copyset,
+        replica: create.replica,
+        role: i32::from(role),
+        term: 1,
+        leader_chunkserver: first.chunkserver,
+        last_index: 1,
+        committed_index: 1,
+        applied_index: 1,
+        members: create.members.iter().map(|m| MemberReport { matched_index: 1, ..*m }).collect(),
+        dropped_volumes: Vec::new(),
+    }
+}
+
+/// Three chunkservers in three zones, and six copysets whose replicas all exist.
+pub async fn three_chunkservers(mds: SocketAddr) -> [Chunkserver; 3] {
+    let chunkservers = [
+        Chunkserver::start(mds, "z1").await,
+        Chunkserver::start(mds, "z2").await,
+        Chunkserver::start(mds, "z3").await,
+    ];
+    until("six healthy copysets", || async {
+        let status = status(mds).await;
+        status.copysets.len() == 6 && status.health() == evolute_protocol::rpc::Health::Ok
+    })
+    .await;
+    chunkservers
+}
+
+/// `evolute-mds` as a process of its own. Killed when dropped.
+pub struct Process {
+    pub child: Child,
+    pub address: SocketAddr,
+}
+
+impl Process {
+    pub fn command(args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_evolute-mds"));
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command
+    }
+
+    /// Starts it and waits until it serves.
+    pub async fn start(dir: &Path, args: &[&str]) -> Self {
+        let ready = dir.join("ready.json");
+        let _ = std::fs::remove_file(&ready);
+        let data = dir.join("mds");
+        let mut command = Self::command(&["--listen", "127.0.0.1:0"]);
+        command.arg("--data-dir").arg(data).arg("--ready-file").arg(&ready).args(args);
+        let mut child = command.spawn().expect("it is built");
+        until("the MDS is ready", || {
+            assert_eq!(child.try_wait().expect("its state"), None, "it ended");
+            std::future::ready(ready.exists())
+        })
+        .await;
+        let content: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&ready).expect("readable")).expect("JSON");
+        assert_eq!(content["pid"], child.id());
+        let address = content["address"].as_str().expect("an address").parse().expect("an address");
+        Self { child, address }
+    }
+
+    pub fn kill(mut self) {
+        self.child.kill().expect("ours to kill");
+        self.child.wait().expect("it ends");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
