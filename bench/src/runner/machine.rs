@@ -1,0 +1,102 @@
+//! What a number depends on besides the code: the machine, its memory, where the data are.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{statfs, statvfs};
+
+/// Where the data of a run are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Store {
+    Tmpfs,
+    Disk,
+}
+
+impl Store {
+    /// As in the JSON lines.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tmpfs => "tmpfs",
+            Self::Disk => "disk",
+        }
+    }
+
+    /// The directory under which one of our own is made.
+    pub fn base(self) -> Result<PathBuf, String> {
+        match self {
+            Self::Tmpfs if is_memory(Path::new("/dev/shm")) => Ok(PathBuf::from("/dev/shm")),
+            Self::Tmpfs => Err("/dev/shm is no tmpfs on this machine".to_owned()),
+            Self::Disk => {
+                let cache = std::env::home_dir().map(|home| home.join(".cache/evolute"));
+                let candidates = [Some(PathBuf::from("/var/tmp")), cache];
+                candidates
+                    .into_iter()
+                    .flatten()
+                    .find(|dir| (dir.is_dir() || fs::create_dir_all(dir).is_ok()) && !is_memory(dir))
+                    .ok_or_else(|| "neither /var/tmp nor ~/.cache/evolute is on a disk".to_owned())
+            }
+        }
+    }
+}
+
+fn is_memory(dir: &Path) -> bool {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    const RAMFS_MAGIC: i64 = 0x8584_58f6;
+    #[expect(clippy::useless_conversion, reason = "f_type is not an i64 on every architecture")]
+    statfs(dir).is_ok_and(|fs| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&i64::from(fs.f_type)))
+}
+
+/// Three replicas, qsd's file, and what the logs of the chunkservers may hold besides.
+const COPIES: u64 = 4;
+const LOGS_BYTES: u64 = 3 << 30;
+const GIB: u64 = 1 << 30;
+
+/// As large as fits twice over, from 1 to 3 GiB: larger than any cache of ours, quick to fill.
+pub fn volume_bytes(store: Store, base: &Path) -> Result<u64, String> {
+    let space = statvfs(base).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)).unwrap_or(0);
+    let free = match store {
+        Store::Tmpfs => space.min(available_memory()),
+        Store::Disk => space,
+    };
+    let fits = (free / 2).saturating_sub(LOGS_BYTES) / COPIES / GIB;
+    if fits == 0 && free < COPIES * GIB + LOGS_BYTES {
+        let (needed, there) = ((COPIES * GIB + LOGS_BYTES) / GIB, free / GIB);
+        return Err(format!("{} has {there} GiB free; {needed} GiB are needed", base.display()));
+    }
+    Ok(fits.clamp(1, 3) * GIB)
+}
+
+fn available_memory() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib: Option<u64> = line.and_then(|rest| rest.split_whitespace().next()).and_then(|n| n.parse().ok());
+    kib.unwrap_or(0) << 10
+}
+
+/// One line for the head of the results.
+pub fn describe() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo
+        .lines()
+        .find_map(|line| line.strip_prefix("model name"))
+        .map_or("unknown CPU", |rest| rest.trim_start_matches([' ', '\t', ':']));
+    let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
+    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let gib = available_memory() as f64 / GIB as f64;
+    format!("{model}, {cores} CPUs, {gib:.1} GiB memory free, Linux {}", kernel.trim())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{Store, volume_bytes};
+
+    #[test]
+    fn a_store_is_where_its_name_says() {
+        if let (Ok(memory), Ok(disk)) = (Store::Tmpfs.base(), Store::Disk.base()) {
+            assert_ne!(memory, disk);
+        }
+        assert!(volume_bytes(Store::Disk, Path::new("/nonexistent")).is_err());
+    }
+}
