@@ -4,7 +4,7 @@
 . "$(dirname "$0")/common.sh"
 
 suite=bookworm
-image_mib=768
+image_mib=512
 
 build() {
     local out=$1 work=$2

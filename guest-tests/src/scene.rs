@@ -2,6 +2,7 @@
 
 use anyhow::{Context, Result};
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,8 @@ use std::time::Instant;
 
 /// How much of each log a failing test prints. Enough for the last error and what led to it.
 const TAIL_LINES: usize = 25;
+/// How often lines that differ in their numbers alone are printed. Whoever retries every 100 ms would fill a tail.
+const ALIKE: usize = 2;
 
 /// Runs one test. Everything the closure started is ended when it returns; if it returns an error or panics, the
 /// logs stay and their ends are printed.
@@ -95,14 +98,37 @@ impl Scene {
         for log in self.logs.borrow().iter() {
             let Ok(bytes) = std::fs::read(log) else { continue };
             let text = String::from_utf8_lossy(&bytes);
-            let lines: Vec<&str> = text.lines().collect();
-            eprintln!("\n── the end of {} ({} lines)", log.display(), lines.len());
-            for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
-                eprintln!("   {}", line.trim_end());
+            eprintln!("\n── the end of {} ({} lines)", log.display(), text.lines().count());
+            let (tail, left_out) = tail(&text);
+            for line in tail {
+                eprintln!("   {line}");
+            }
+            if left_out > 0 {
+                eprintln!("   ({left_out} lines like these left out)");
             }
         }
         eprintln!("\n── everything this test left is in {}\n", self.folder.display());
     }
+}
+
+/// The last lines worth reading, and how many were left out between them for being like others.
+fn tail(text: &str) -> (Vec<&str>, usize) {
+    let mut alike: HashMap<String, usize> = HashMap::new();
+    let (mut lines, mut left_out) = (Vec::new(), 0);
+    for line in text.lines().rev().map(str::trim_end) {
+        let seen = alike.entry(line.replace(|digit: char| digit.is_ascii_hexdigit(), "")).or_default();
+        *seen += 1;
+        if *seen > ALIKE {
+            left_out += 1;
+            continue;
+        }
+        lines.push(line);
+        if lines.len() == TAIL_LINES {
+            break;
+        }
+    }
+    lines.reverse();
+    (lines, left_out)
 }
 
 impl Drop for Scene {
@@ -126,4 +152,20 @@ pub(crate) fn cache_folder() -> Result<PathBuf> {
     };
     std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     Ok(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tail_is_not_filled_by_one_retry() {
+        let mut log = "INFO serving\nERROR the cause\n".to_string();
+        for attempt in 0..1000 {
+            log += &format!("16:27:{:02} WARN cannot reach 127.0.0.1:{attempt}\n", attempt % 60);
+        }
+        let (lines, left_out) = tail(&log);
+        assert_eq!(lines[..2], ["INFO serving", "ERROR the cause"]);
+        assert_eq!((lines.len(), left_out), (2 + ALIKE, 1000 - ALIKE));
+    }
 }
