@@ -34,6 +34,9 @@ pub enum Failure {
     Volume { volume: String, message: String },
     #[error("interrupted")]
     Interrupted { left: String },
+    /// The image is not, or not wholly, in a volume.
+    #[error("{what}")]
+    Import { what: String, next: String },
     /// A cluster of `evolute dev` cannot start, or cannot go on.
     #[error("{what}")]
     Dev { what: String, next: String },
@@ -56,7 +59,11 @@ impl Failure {
             Self::Unreachable { .. } => 6,
             Self::Uncertain { .. } => 8,
             Self::Interrupted { .. } => 130,
-            Self::ControlPlane { .. } | Self::Io { .. } | Self::Volume { .. } | Self::Dev { .. } => 1,
+            Self::ControlPlane { .. }
+            | Self::Io { .. }
+            | Self::Volume { .. }
+            | Self::Import { .. }
+            | Self::Dev { .. } => 1,
         }
     }
 
@@ -72,6 +79,7 @@ impl Failure {
             Self::NotRaw { .. } => "not-raw",
             Self::Volume { .. } => "volume",
             Self::Interrupted { .. } => "interrupted",
+            Self::Import { .. } => "import",
             Self::Dev { .. } => "dev",
         }
     }
@@ -107,7 +115,9 @@ impl Failure {
                 "it may have happened or not: look (`evolute volume list`) before you repeat it"
             }
             Self::ControlPlane { .. } => "its traces say more",
-            Self::NotRaw { next, .. } | Self::Dev { next, .. } => return Some(next.clone()),
+            Self::NotRaw { next, .. } | Self::Import { next, .. } | Self::Dev { next, .. } => {
+                return (!next.is_empty()).then(|| next.clone());
+            }
             Self::Volume { .. } => "`evolute cluster status` shows whether the cluster is healthy",
             Self::Interrupted { left } => return Some(left.clone()),
         };
