@@ -110,7 +110,7 @@ impl StateFile {
         let mut words = header.split(' ');
         let (magic, version, crc) = (words.next(), words.next(), words.next());
         let version: u32 = version.and_then(|text| text.parse().ok()).ok_or_else(damaged)?;
-        if magic != Some(MAGIC) || words.next().is_some() {
+        if magic != Some(MAGIC) || words.next().is_some() || version == 0 {
             return Err(damaged());
         }
         if version > VERSION {

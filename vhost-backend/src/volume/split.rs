@@ -96,7 +96,8 @@ mod tests {
     #[test]
     fn a_range_is_cut_at_chunk_borders_and_nowhere_else() {
         let chunk = 16 << 20;
-        let table: [(u64, u64, &[(u32, u32, u32)]); 9] = [
+        type Piece = (u32, u32, u32);
+        let table: [(u64, u64, &[Piece]); 9] = [
             (0, 512, &[(0, 0, 512)]),
             (0, 4 * KIB, &[(0, 0, 4096)]),
             (CHUNK_BYTES - 512, 512, &[(0, chunk - 512, 512)]),

@@ -1,0 +1,127 @@
+//! A volume on the test's own thread, its loop turned by hand, the control thread's place taken by the test.
+
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use evolute_protocol::epoch::Epoch;
+use mio::{Events, Poll};
+
+use super::cluster::{Cluster, VOLUME};
+use crate::backing::{Backing, Outcome, Request, Ticket};
+use crate::volume::attach::Attachment;
+use crate::volume::control::{Ask, ControlEnd, News, link};
+use crate::volume::{Volume, VolumeOptions};
+
+/// Nothing here takes long; what takes this long hangs.
+const HANGS: Duration = Duration::from_secs(30);
+pub const EPOCH: Epoch = Epoch { attachment: 3, incarnation: 0 };
+
+pub struct Rig {
+    pub volume: Volume,
+    pub control: ControlEnd,
+    pub asked: Vec<Ask>,
+    poll: Poll,
+    events: Events,
+    next_ticket: u64,
+    pub outcomes: HashMap<Ticket, Outcome>,
+}
+
+impl Rig {
+    /// Not attached yet.
+    pub fn new(options: VolumeOptions) -> Self {
+        let (link, control) = link();
+        let poll = Poll::new().expect("epoll");
+        let mut volume = Volume::without_waker(options, link);
+        volume.register(poll.registry(), 100).expect("registered");
+        let events = Events::with_capacity(64);
+        Self { volume, control, asked: Vec::new(), poll, events, next_ticket: 0, outcomes: HashMap::new() }
+    }
+
+    /// Attached to the cluster and ready.
+    pub fn attached(cluster: &Cluster, options: VolumeOptions) -> Self {
+        let mut rig = Self::new(options);
+        rig.attach(cluster, EPOCH, false);
+        rig.until("ready", |rig| rig.volume.ready());
+        rig
+    }
+
+    pub fn attach(&mut self, cluster: &Cluster, epoch: Epoch, remembered: bool) {
+        let attachment =
+            Attachment { volume: VOLUME, size_bytes: 1 << 40, epoch, map: cluster.map(), remembered };
+        self.control.news.send(News::Attached(Box::new(attachment)));
+    }
+
+    pub fn submit(&mut self, request: Request) -> Ticket {
+        self.next_ticket += 1;
+        let ticket = Ticket(self.next_ticket);
+        self.volume.submit(ticket, request);
+        ticket
+    }
+
+    /// One turn of the loop.
+    pub fn turn(&mut self) {
+        let due = self.volume.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+        let most = Duration::from_millis(2);
+        self.poll.poll(&mut self.events, Some(due.map_or(most, |due| due.min(most)))).expect("epoll");
+        for event in &self.events {
+            self.volume.on_event(event);
+        }
+        self.volume.on_wake();
+        self.volume.settle(Instant::now());
+        let mut completed = Vec::new();
+        self.volume.take_completed(&mut completed);
+        for (ticket, outcome) in completed {
+            let before = self.outcomes.insert(ticket, outcome);
+            assert!(before.is_none(), "{ticket:?} was completed twice");
+        }
+        while let Ok(ask) = self.control.asks.try_recv() {
+            self.asked.push(ask);
+        }
+    }
+
+    pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        while !done(self) {
+            assert!(start.elapsed() < HANGS, "still not {what}: {:?}", self.volume);
+            self.turn();
+        }
+    }
+
+    pub fn turn_for(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            self.turn();
+        }
+    }
+
+    pub fn wait(&mut self, ticket: Ticket) -> Outcome {
+        self.until("answered", |rig| rig.outcomes.contains_key(&ticket));
+        self.outcomes.remove(&ticket).expect("there")
+    }
+
+    pub fn perform(&mut self, request: Request) -> Outcome {
+        let ticket = self.submit(request);
+        self.wait(ticket)
+    }
+
+    pub fn write(&mut self, offset: u64, data: Vec<u8>) -> Outcome {
+        self.perform(Request::Write { offset, data: Bytes::from(data) })
+    }
+
+    pub fn read(&mut self, offset: u64, len: u32) -> Vec<u8> {
+        match self.perform(Request::Read { offset, len }) {
+            Outcome::Data(parts) => parts.concat(),
+            other => panic!("a read ended as {other:?}"),
+        }
+    }
+
+    /// Segments asked for, in order.
+    pub fn segments_asked(&self) -> Vec<u32> {
+        let segment = |ask: &Ask| match ask {
+            Ask::Segment(segment) => Some(segment.0),
+            _ => None,
+        };
+        self.asked.iter().filter_map(segment).collect()
+    }
+}
