@@ -37,6 +37,10 @@ impl BlockData {
         self.buffer.slice(self.at as usize..self.at as usize + blocks * BLOCK)
     }
 
+    pub fn run_bytes(&self, blocks: usize) -> &[u8] {
+        &self.buffer[self.at as usize..self.at as usize + blocks * BLOCK]
+    }
+
     /// Whether `next` lies right behind the last of `blocks` blocks from this one on, in the same buffer.
     pub fn continues(&self, blocks: usize, next: &Self) -> bool {
         self.buffer.as_ptr() == next.buffer.as_ptr()
@@ -151,12 +155,7 @@ impl Partial {
 
     /// For a reader on another thread.
     pub fn sectors(&self) -> Box<Self> {
-        Box::new(Self {
-            mask: self.mask,
-            tainted: self.tainted,
-            data: self.data,
-            resolved: OnceLock::new(),
-        })
+        Box::new(Self { mask: self.mask, tainted: self.tainted, data: self.data, resolved: OnceLock::new() })
     }
 }
 

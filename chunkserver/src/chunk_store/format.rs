@@ -23,7 +23,9 @@ pub const BLOCKS_PER_CHECKSUM_SECTOR: usize = 64;
 pub const CHECKSUM_SECTORS: usize = 64;
 
 const _: () = {
-    assert!(BLOCK as u64 == BLOCK_BYTES && SECTOR as u64 == SECTOR_BYTES && BLOCKS as u64 == BLOCKS_PER_CHUNK);
+    assert!(
+        BLOCK as u64 == BLOCK_BYTES && SECTOR as u64 == SECTOR_BYTES && BLOCKS as u64 == BLOCKS_PER_CHUNK
+    );
     assert!(CHECKSUM_SECTORS * BLOCKS_PER_CHECKSUM_SECTOR == BLOCKS);
     assert!(CHECKSUMS_AT + (CHECKSUM_SECTORS * SECTOR) as u64 <= DATA_AT);
     assert!(CHECKSUMS_AT >= HEADER_BYTES as u64 && DATA_AT.is_multiple_of(BLOCK_BYTES));
@@ -109,6 +111,8 @@ pub enum Damage {
 }
 
 const MAGIC: [u8; 8] = *b"EVOCHUNK";
+const BLOCK_BYTES_FIELD: u32 = 4096;
+const _: () = assert!(BLOCK_BYTES_FIELD as usize == BLOCK);
 
 const MAGIC_AT: usize = 0;
 const VERSION_AT: usize = MAGIC_AT + size_of::<u64>();
@@ -126,7 +130,7 @@ pub fn encode_header(id: &FileId) -> [u8; HEADER_BYTES] {
     let mut raw = [0; HEADER_BYTES];
     put(&mut raw, MAGIC_AT, &MAGIC);
     put(&mut raw, VERSION_AT, &VERSION.to_le_bytes());
-    put(&mut raw, BLOCK_BYTES_AT, &(BLOCK as u32).to_le_bytes());
+    put(&mut raw, BLOCK_BYTES_AT, &BLOCK_BYTES_FIELD.to_le_bytes());
     put(&mut raw, CLUSTER_AT, &id.cluster);
     put(&mut raw, VOLUME_AT, &id.key.volume.0.to_le_bytes());
     put(&mut raw, CHUNK_AT, &id.key.index.0.to_le_bytes());
@@ -310,8 +314,8 @@ mod tests {
     use evolute_protocol::id::{ChunkIndex, ChunkKey, ClusterId, VolumeId};
 
     use super::{
-        BlockOnDisk, ChecksumSector, Damage, FileId, UnverifiedChecksumSector, UnverifiedHeader, ZERO_BLOCK_CRC,
-        encode_header, parse_file_name, parse_volume_dir,
+        BlockOnDisk, ChecksumSector, Damage, FileId, UnverifiedChecksumSector, UnverifiedHeader,
+        ZERO_BLOCK_CRC, encode_header, parse_file_name, parse_volume_dir,
     };
 
     fn id() -> FileId {
@@ -364,11 +368,7 @@ mod tests {
         for at in 0..raw.len() {
             let mut bad = raw;
             bad[at] ^= 1 << (at % 8);
-            assert_eq!(
-                UnverifiedChecksumSector(bad).verify(&id(), 2),
-                Err(Damage::Checksum),
-                "byte {at}"
-            );
+            assert_eq!(UnverifiedChecksumSector(bad).verify(&id(), 2), Err(Damage::Checksum), "byte {at}");
         }
         let elsewhere = FileId { key: ChunkKey { index: ChunkIndex(9), ..id().key }, ..id() };
         let later = FileId { generation: 2, ..id() };

@@ -19,30 +19,63 @@
 //!
 //! Start at [`ChunkStore`]. The bytes are drawn in `docs/chunk-format.md`.
 
+mod block;
+mod catalog;
+mod checkpoint;
+mod chunk_file;
+mod drain;
 mod error;
+mod format;
 mod options;
+mod overlay;
+mod read;
+mod recover;
+mod rescue;
+mod rocks;
+mod shard;
+mod table;
 
+use std::cell::RefCell;
 use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkKey, CopysetId, VolumeId};
+
+use crate::disk::direct::Direct;
+
+use self::chunk_file::{ChunkFile, Fault, Wait};
+use self::format::FileId;
+use self::read::Plan;
+use self::recover::Parts;
+use self::shard::Shard;
 
 pub use error::{ReadError, StoreError};
 pub use options::{
     CheckpointDone, ChunkInfo, CopysetRecord, Identity, Pressure, ReadData, StoreOptions, StoreUsage,
 };
 
+/// What crash tests need to build a store on other disks than the real one.
+pub mod seams {
+    pub use super::catalog::{Catalog, KeyChange, KeyValue};
+    pub use super::recover::Parts;
+}
+
 /// The store of one disk, on the shard's thread. Not `Send`: reads off the thread and the checkpoint take what
 /// they need with them.
 pub struct ChunkStore {
-    _shard: std::rc::Rc<()>,
+    shard: Rc<RefCell<Shard>>,
 }
+
+/// A read that meets a checkpoint is planned anew. Each time the checkpoint must have overtaken it again, so this
+/// is far more than ever happens; damage is told apart after at most this many.
+const READ_ATTEMPTS: usize = 4;
 
 impl ChunkStore {
     /// Who owns the store in `dir`; `None` if there is no store yet. Asked before registering.
     pub fn identity(dir: &Path) -> Result<Option<Identity>, StoreError> {
-        let _ = dir;
-        panic!("not built yet")
+        recover::identity(dir)
     }
 
     /// Opens the store in `dir`, or creates it there if `dir` is empty or missing. `dir` is the store's alone: the
@@ -52,21 +85,33 @@ impl ChunkStore {
         options: StoreOptions,
         identity: &Identity,
     ) -> Result<(Self, Vec<CopysetRecord>), StoreError> {
-        let _ = (dir, options, identity);
-        panic!("not built yet")
+        let disk = Arc::new(Direct::new(dir));
+        let catalog = Box::new(recover::open_catalog(dir, &*disk, identity)?);
+        Self::open_parts(Parts { path: dir.to_path_buf(), disk, catalog }, options, identity)
+    }
+
+    /// [`Self::open`] for a store that exists, on any disk.
+    pub fn open_parts(
+        parts: Parts,
+        options: StoreOptions,
+        identity: &Identity,
+    ) -> Result<(Self, Vec<CopysetRecord>), StoreError> {
+        let (shard, copysets) = parts.open(options, identity)?;
+        Ok((Self { shard: Rc::new(RefCell::new(shard)) }, copysets))
     }
 
     /// A replica begins here: durable when this returns. Call it before the replica's first vote.
     pub fn put_copyset(&self, record: CopysetRecord) -> Result<(), StoreError> {
-        let _ = record;
-        panic!("not built yet")
+        let mut shard = self.shard.borrow_mut();
+        let owner = shard.catalog.put_copyset(&record)?;
+        shard.admissions.insert(owner.copyset, owner.admission);
+        Ok(())
     }
 
     /// A replica ends here: its record is gone when this returns, its chunks read as zeroes and their files go
     /// with the next checkpoint (or the next open).
     pub fn delete_copyset(&self, copyset: CopysetId) -> Result<(), StoreError> {
-        let _ = copyset;
-        panic!("not built yet")
+        self.shard.borrow_mut().delete_copyset(copyset)
     }
 
     /// `data` at `offset`, one checksum per piece. The range is checked: whole sectors inside the chunk.
@@ -80,14 +125,14 @@ impl ChunkStore {
         data: Bytes,
         checksums: &[u32],
     ) {
-        let _ = (copyset, chunk, offset, data, checksums);
-        panic!("not built yet")
+        let shard = &mut *self.shard.borrow_mut();
+        let Shard { active, admissions, .. } = shard;
+        active.write(chunk, || Shard::owner_in(admissions, copyset), offset, data, checksums);
     }
 
     /// The range reads as zeroes from now on; its space is freed by the checkpoint.
     pub fn discard(&mut self, copyset: CopysetId, chunk: ChunkKey, offset: u32, len: u32) {
-        let _ = (copyset, chunk, offset, len);
-        panic!("not built yet")
+        self.shard.borrow_mut().discard(copyset, chunk, offset, len);
     }
 
     /// The range reads as zeroes from now on. The same as [`Self::discard`]: volumes are thin, zeroes take no space.
@@ -97,31 +142,54 @@ impl ChunkStore {
 
     /// The volume was deleted: all its chunks in this copyset read as zeroes; their files go with the checkpoint.
     pub fn drop_volume(&mut self, copyset: CopysetId, volume: VolumeId) {
-        let _ = (copyset, volume);
-        panic!("not built yet")
+        self.shard.borrow_mut().drop_volume(copyset, volume);
     }
 
     /// What can be read without waiting for the disk; `None`: use [`Self::read`].
     pub fn try_read(&self, chunk: ChunkKey, offset: u32, len: u32) -> Result<Option<ReadData>, ReadError> {
-        let _ = (chunk, offset, len);
-        panic!("not built yet")
+        let mut shard = self.shard.borrow_mut();
+        let (plan, file) = plan(&mut shard, chunk, offset, len)?;
+        // A fault may be a checkpoint writing at this moment: the other way finds out.
+        Ok(plan.run(&*shard.disk, file.as_deref(), Wait::Never).unwrap_or(None))
     }
 
-    /// Reads, waiting for the disk on another thread. Sees what was applied before the first poll. Cancel-safe.
+    /// Reads, waiting for the disk on another thread. Sees at least what was applied before the first poll.
+    /// Cancel-safe. Needs a tokio runtime.
     pub fn read(
         &self,
         chunk: ChunkKey,
         offset: u32,
         len: u32,
     ) -> impl Future<Output = Result<ReadData, ReadError>> + use<> + 'static {
-        let _ = (chunk, offset, len);
-        async { panic!("not built yet") }
+        let shard = self.shard.clone();
+        async move {
+            for _ in 0..READ_ATTEMPTS {
+                let (plan, file, disk, version) = {
+                    let mut shard = shard.borrow_mut();
+                    let (plan, file) = plan(&mut shard, chunk, offset, len)?;
+                    (plan, file, shard.disk.clone(), shard.version)
+                };
+                let run = move || plan.run(&*disk, file.as_deref(), Wait::Device);
+                let fault = match tokio::task::spawn_blocking(run).await {
+                    Ok(Ok(read)) => return Ok(read.expect("it may wait")),
+                    Ok(Err(fault)) => fault,
+                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                };
+                let shard = shard.borrow();
+                if shard.version == version && shard.draining.is_none() {
+                    tracing::error!(%chunk, offset, len, %fault, "a read found damage");
+                    return Err(unreadable(&fault, offset));
+                }
+            }
+            tracing::error!(%chunk, offset, len, "a read found damage, again and again");
+            Err(ReadError::Unreadable { block: format::block_index(overlay::block_of(offset as usize)) })
+        }
     }
 
     /// Whether it is time: the overlay is half full, or the last checkpoint was long ago and there is something to
     /// write. (How long the log has grown is the caller's reason.)
     pub fn checkpoint_due(&self) -> bool {
-        panic!("not built yet")
+        self.shard.borrow().checkpoint_due()
     }
 
     /// Freezes the overlay now, together with `states`, which describe exactly what was applied until now, for
@@ -132,33 +200,72 @@ impl ChunkStore {
         &mut self,
         states: Vec<CopysetRecord>,
     ) -> impl Future<Output = Result<CheckpointDone, StoreError>> + use<> + 'static {
-        let _ = states;
-        async { panic!("not built yet") }
+        checkpoint::freeze(&mut self.shard.borrow_mut(), states);
+        checkpoint::run(self.shard.clone())
     }
 
     pub fn chunk_info(&self, chunk: ChunkKey) -> ChunkInfo {
-        let _ = chunk;
-        panic!("not built yet")
+        let shard = self.shard.borrow();
+        let table = shard.read_table();
+        table.get(chunk).map_or_else(ChunkInfo::default, |record| ChunkInfo {
+            allocated_bytes: record.blocks() * evolute_protocol::geometry::BLOCK_BYTES,
+            generation: u64::from(record.generation),
+        })
     }
 
     /// Asks the file system (a system call): for heartbeats, not for every request.
     pub fn usage(&self) -> StoreUsage {
-        panic!("not built yet")
+        self.shard.borrow_mut().usage()
     }
 
     /// What the caller must do before it admits another write. Nanoseconds.
     pub fn pressure(&self) -> Pressure {
-        panic!("not built yet")
+        self.shard.borrow().pressure()
     }
 
     /// Whether a write of this range may be admitted when the pressure is [`Pressure::Full`]. Discards always may.
     pub fn has_room_for(&self, chunk: ChunkKey, offset: u32, len: u32) -> bool {
-        let _ = (chunk, offset, len);
-        panic!("not built yet")
+        self.shard.borrow().has_room_for(chunk, offset, len)
     }
 
     /// Why the store is dead, once it is.
     pub fn failed(&self) -> Option<StoreError> {
-        panic!("not built yet")
+        self.shard.borrow().catalog.failed().cloned()
     }
+}
+
+/// What a read needs, and the chunk's file if it needs one.
+fn plan(
+    shard: &mut Shard,
+    key: ChunkKey,
+    offset: u32,
+    len: u32,
+) -> Result<(Plan, Option<Arc<ChunkFile>>), ReadError> {
+    let (plan, generation) = {
+        let (table, layers) = shard.view(key);
+        let view = layers.view(&table);
+        let plan = Plan::new(&view, offset, len)
+            .map_err(|block| ReadError::Unreadable { block: format::block_index(block) })?;
+        (plan, view.record.map(|record| record.generation))
+    };
+    let file = match generation {
+        Some(generation) if plan.needs_file() => {
+            Some(shard.open_chunks.get(FileId::new(shard.cluster, key, generation)))
+        }
+        _ => None,
+    };
+    Ok((plan, file))
+}
+
+fn unreadable(fault: &Fault, offset: u32) -> ReadError {
+    let block = match fault {
+        Fault::Mismatch(block) => *block,
+        Fault::Io(_) | Fault::Damage(_) => overlay::block_of(offset as usize),
+    };
+    ReadError::Unreadable { block: format::block_index(block) }
+}
+
+/// How large the disk of `dir` is: asked for when a chunkserver registers, before it has a store.
+pub fn disk_space(dir: &Path) -> std::io::Result<crate::disk::Space> {
+    crate::disk::direct::space(dir)
 }

@@ -159,9 +159,13 @@ impl ChunkLayer {
         self.blocks.len()
     }
 
+    pub fn blocks(&self) -> impl Iterator<Item = (u16, &Block)> {
+        self.blocks.iter().map(|(block, state)| (*block, state))
+    }
+
     /// In the order of the file.
     pub fn sorted(&self) -> Vec<(u16, &Block)> {
-        let mut sorted: Vec<_> = self.blocks.iter().map(|(block, state)| (*block, state)).collect();
+        let mut sorted: Vec<_> = self.blocks().collect();
         sorted.sort_unstable_by_key(|(block, _)| *block);
         sorted
     }

@@ -32,7 +32,8 @@ impl Disk for Direct {
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        let file = fs::OpenOptions::new().read(true).write(true).create_new(true).open(self.root.join(path))?;
+        let file =
+            fs::OpenOptions::new().read(true).write(true).create_new(true).open(self.root.join(path))?;
         Ok(Arc::new(DirectFile { file }))
     }
 

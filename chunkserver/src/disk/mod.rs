@@ -1,8 +1,8 @@
 //! The disk as the chunk store sees it, and what durable means.
 //!
-//! This is the seam for tests: `direct.rs` is a directory of the real file system and the only code that
-//! opens chunk files; `crash.rs` keeps in memory what a crash may leave behind. One suite of contracts
-//! (`tests/disk_contract.rs`) runs over both.
+//! This is the seam for tests: [`direct::Direct`] is a directory of the real file system and the only code that
+//! opens chunk files; [`crash::Crash`] keeps in memory what a crash may leave behind. One suite of contracts
+//! (`tests/chunk_store_disk.rs`) runs over both.
 //!
 //! What durable means here:
 //!
@@ -13,6 +13,9 @@
 //! - After a failed sync nobody knows which sectors are there. It is never repeated.
 //!
 //! Offsets and lengths are whole sectors. Space never written reads as zeroes, also past the end of the file.
+
+pub mod crash;
+pub mod direct;
 
 use std::io::{self, IoSlice};
 use std::path::Path;
