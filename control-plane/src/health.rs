@@ -254,3 +254,127 @@ impl Sight<'_> {
 fn gib(bytes: u64) -> String {
     format!("{:.1} GiB", bytes as f64 / GIB as f64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Judged, judge};
+    use crate::heartbeat::reports::Reports;
+    use crate::scheduler::world::World;
+    use evolute_protocol::id::{ChunkserverId, CopysetId};
+    use evolute_protocol::rpc::Health;
+    use std::time::Duration;
+
+    const LEADERS: [u32; 6] = [1, 2, 3, 1, 2, 3];
+
+    fn judged(world: &World) -> Judged {
+        judge(&world.state, &world.reports, world.now)
+    }
+
+    fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[test]
+    fn all_well_needs_no_reason() {
+        let judged = judged(&World::with_three_chunkservers());
+        assert_eq!((judged.health, judged.reasons.len()), (Health::Ok, 0), "{:?}", judged.reasons);
+        assert!(judged.chunkservers.iter().all(|c| c.online && c.replicas == 6 && c.leaders == 2));
+        assert!(judged.copysets.iter().all(|c| c.term == 2 && c.replicas.len() == 3 && c.reason.is_empty()));
+    }
+
+    #[test]
+    fn one_of_three_away_is_degraded_and_says_who_and_how_long() {
+        let mut world = World::with_three_chunkservers();
+        world.disconnect(ChunkserverId(2));
+        assert_eq!(judged(&world).health, Health::Ok, "it may be reconnecting");
+        world.pass(seconds(12));
+        // The others have elected new leaders.
+        world.lead_without(ChunkserverId(2), &[1, 3, 3, 1, 1, 3]);
+        let judged = judged(&world);
+        assert_eq!((judged.health, judged.reasons.len()), (Health::Degraded, 6));
+        assert_eq!(
+            judged.reasons[2],
+            "copyset-3 has 2 of 3 replicas: chunkserver-2 (127.0.0.1:7802) has not reported for 12 s"
+        );
+        let away = &judged.chunkservers[1];
+        assert_eq!((away.online, away.last_report_ms_ago, away.leaders), (false, 12_000, 0));
+        assert!(judged.copysets.iter().all(|c| c.replicas.iter().all(|r| r.online == (r.chunkserver != 2))));
+    }
+
+    #[test]
+    fn without_a_majority_or_a_leader_writes_wait() {
+        let mut world = World::with_three_chunkservers();
+        world.lead(&[0, 2, 3, 1, 2, 3]);
+        let no_leader = judged(&world);
+        assert_eq!((no_leader.health, no_leader.reasons.len()), (Health::Stalled, 1));
+        assert_eq!(no_leader.reasons[0], "copyset-1 has no leader, with 3 of 3 replicas there");
+
+        world.disconnect(ChunkserverId(1));
+        world.disconnect(ChunkserverId(2));
+        world.pass(seconds(3));
+        let judged = judged(&world);
+        assert_eq!((judged.health, judged.reasons.len()), (Health::Stalled, 6));
+        assert!(judged.reasons[0].contains("1 of 3 replicas") && judged.reasons[0].contains("; "));
+    }
+
+    #[test]
+    fn a_young_mds_does_not_cry_wolf() {
+        let mut world = World::with_three_chunkservers();
+        world.reports = Reports::new(seconds(10), world.now);
+        world.pass(seconds(4));
+        let young = judged(&world);
+        assert_eq!(young.health, Health::Unknown);
+        assert!(
+            young.reasons[0].contains("has not reported since this MDS started 4 s ago"),
+            "{:?}",
+            young.reasons
+        );
+        world.pass(seconds(27));
+        assert_eq!(judged(&world).health, Health::Stalled, "nobody came");
+    }
+
+    #[test]
+    fn everything_odd_has_its_sentence() {
+        let mut world = World::with_three_chunkservers();
+        world.trouble.insert(ChunkserverId(1), "its disk answers slowly\u{7}".to_owned());
+        world.behind.insert(ChunkserverId(3), 999);
+        world.lead(&LEADERS);
+        world.say_free(ChunkserverId(2), 1 << 30);
+        let replica =
+            world.state.copysets()[&CopysetId(1)].replica_on(ChunkserverId(3)).expect("a member").id.0;
+        world.report_only(ChunkserverId(3), CopysetId(1), replica);
+        let before = judged(&world);
+        for expected in [
+            "chunkserver-1 (127.0.0.1:7801) is in trouble: its disk answers slowly",
+            "chunkserver-2 (127.0.0.1:7802) is near-full, nothing new is placed there: 1.0 GiB of 1024.0 GiB free",
+            "copyset-2 has 2 of 3 replicas: chunkserver-3 (127.0.0.1:7803) has lost its replica",
+        ] {
+            assert!(
+                before.reasons.iter().any(|reason| reason == expected),
+                "{expected}: {:#?}",
+                before.reasons
+            );
+        }
+        world.report_only(ChunkserverId(3), CopysetId(99), 1);
+        let reason =
+            "chunkserver-3 (127.0.0.1:7803) has a replica of copyset-99, which this cluster does not know";
+        assert!(judged(&world).reasons.iter().any(|r| r == reason));
+        world.add_copyset([1, 2, 3]);
+        let creating = "chunkserver-1 (127.0.0.1:7801) is creating its replica";
+        assert!(judged(&world).copysets[6].reason.contains(creating));
+        for _ in 0..60 {
+            world.add_copyset([1, 2, 3]);
+        }
+        let many = judged(&world).reasons;
+        assert!(many.len() == 50 && many[49].starts_with("and "), "{:?}", many.last());
+    }
+
+    #[test]
+    fn an_empty_cluster_says_what_it_waits_for() {
+        let mut world = World::new();
+        assert_eq!(judged(&world).reasons, ["volumes need chunkservers in 3 zones, of 0 some report"]);
+        let id = world.register("z1");
+        world.report(id);
+        assert_eq!(judged(&world).reasons, ["volumes need chunkservers in 3 zones, of 1 some report"]);
+    }
+}

@@ -82,3 +82,86 @@ impl Transfer {
         now.saturating_duration_since(self.since) <= TRANSFER_PATIENCE
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Transfer, Transfers, orders};
+    use crate::scheduler::world::World;
+    use crate::state::Command;
+    use crate::state::command::{CreateVolume, CreatedReplica, DeleteVolume, ReplicasCreated};
+    use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
+    use evolute_protocol::rpc::{DropVolume, TransferLeader, order};
+    use std::time::Duration;
+
+    const ONE: ChunkserverId = ChunkserverId(1);
+
+    fn told(world: &World, id: ChunkserverId, transfers: &Transfers) -> Vec<order::What> {
+        let orders = orders(id, &world.state, &world.reports, transfers, world.now);
+        orders.into_iter().map(|order| order.what.expect("an order says what")).collect()
+    }
+
+    #[test]
+    fn a_replica_is_created_until_it_was_seen_once() {
+        let mut world = World::with_three_chunkservers();
+        assert_eq!(told(&world, ONE, &Transfers::new()), []);
+        world.add_copyset([1, 2, 3]);
+        for _ in 0..2 {
+            let told = told(&world, ONE, &Transfers::new());
+            let [order::What::CreateReplica(create)] = &told[..] else { panic!("{told:?}") };
+            let mine = create.members.iter().find(|member| member.chunkserver == 1).expect("a member");
+            assert_eq!((create.copyset, create.members.len(), create.replica), (7, 3, mine.replica));
+            assert_eq!(create.first_leader, create.replica);
+        }
+        // Reported, but the state does not know yet.
+        let replica = world.state.copysets()[&CopysetId(7)].replica_on(ONE).expect("a member").id.0;
+        world.report_only(ONE, CopysetId(7), replica);
+        assert_eq!(told(&world, ONE, &Transfers::new()), []);
+        // It was there once, and is not any more: its votes are gone, so it must not come back under that id.
+        let replicas = vec![CreatedReplica { copyset: 7, replica }];
+        world.apply(&Command::ReplicasCreated(ReplicasCreated { replicas })).expect("applied");
+        world.report(ONE);
+        assert_eq!(told(&world, ONE, &Transfers::new()), []);
+    }
+
+    #[test]
+    fn nobody_is_told_anything_before_it_reported() {
+        let mut world = World::with_three_chunkservers();
+        let id = world.register("z4");
+        world.add_copyset([id.0, 2, 3]);
+        world.reconnect(id);
+        assert_eq!(told(&world, id, &Transfers::new()), []);
+        world.report(id);
+        assert_eq!(told(&world, id, &Transfers::new()).len(), 1);
+    }
+
+    #[test]
+    fn the_end_of_a_volume_is_the_leaders_business() {
+        let mut world = World::with_three_chunkservers();
+        let (name, copysets) = ("web".to_owned(), vec![1, 2, 4]);
+        let create = CreateVolume { name: name.clone(), size_bytes: 1 << 20, copysets, at_unix_ms: 0 };
+        world.apply(&Command::CreateVolume(create)).expect("created");
+        world.apply(&Command::DeleteVolume(DeleteVolume { name, force: false })).expect("deleted");
+        let told_each = |world: &World| [1, 2, 3].map(|id| told(world, ChunkserverId(id), &Transfers::new()));
+        let drop = |copyset| order::What::DropVolume(DropVolume { copyset, volume: 1 });
+        assert_eq!(told_each(&world), [vec![drop(1), drop(4)], vec![drop(2)], vec![]]);
+        world.lead(&[3, 0, 3, 1, 2, 3]);
+        assert_eq!(told_each(&world), [vec![drop(4)], vec![], vec![drop(1)]]);
+    }
+
+    #[test]
+    fn a_transfer_is_ordered_while_it_can_still_happen() {
+        let mut world = World::with_three_chunkservers();
+        let to = world.state.copysets()[&CopysetId(1)].replica_on(ChunkserverId(2)).expect("a member").id;
+        let transfer = Transfer { from: ONE, to, to_chunkserver: ChunkserverId(2), since: world.now };
+        let transfers = Transfers::from([(CopysetId(1), transfer)]);
+        let ReplicaId(to_replica) = to;
+        let expected = order::What::TransferLeader(TransferLeader { copyset: 1, to_replica });
+        assert_eq!(told(&world, ONE, &transfers), [expected]);
+        assert_eq!(told(&world, ChunkserverId(2), &transfers), []);
+        world.lead(&[2, 2, 3, 1, 2, 3]);
+        assert_eq!(told(&world, ONE, &transfers), [], "it has happened");
+        world.lead(&[1, 2, 3, 1, 2, 3]);
+        world.pass(Duration::from_secs(6));
+        assert_eq!(told(&world, ONE, &transfers), [], "it did not happen, and may not be wanted any more");
+    }
+}

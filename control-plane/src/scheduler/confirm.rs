@@ -38,3 +38,47 @@ pub fn plan(state: &State, reports: &Reports, now: Instant) -> Vec<Command> {
     }
     commands
 }
+
+#[cfg(test)]
+mod tests {
+    use super::plan;
+    use crate::scheduler::world::World;
+    use crate::state::Command;
+    use crate::state::command::{CreateVolume, CreatedReplica, DeleteVolume, ReplicasCreated, VolumeDropped};
+    use evolute_protocol::id::{ChunkserverId, CopysetId};
+
+    #[test]
+    fn a_replica_that_was_seen_is_remembered() {
+        let mut world = World::with_three_chunkservers();
+        assert!(world.state.copysets().values().all(|copyset| copyset.replicas.iter().all(|r| r.created)));
+        assert_eq!(plan(&world.state, &world.reports, world.now), [], "and said once");
+
+        // A seventh, seen on one of its chunkservers so far.
+        world.add_copyset([1, 2, 3]);
+        let [one, _, _] = world.state.copysets()[&CopysetId(7)].replicas[..] else { panic!("three") };
+        world.report_only(ChunkserverId(1), CopysetId(7), one.id.0 + 1);
+        assert_eq!(plan(&world.state, &world.reports, world.now), [], "another replica than ours");
+        world.report_only(ChunkserverId(1), CopysetId(7), one.id.0);
+        let replicas = vec![CreatedReplica { copyset: 7, replica: one.id.0 }];
+        let expected = Command::ReplicasCreated(ReplicasCreated { replicas });
+        assert_eq!(plan(&world.state, &world.reports, world.now), [expected]);
+    }
+
+    #[test]
+    fn a_deleted_volume_is_gone_when_its_copysets_say_so() {
+        let mut world = World::with_three_chunkservers();
+        let (name, copysets) = ("web".to_owned(), vec![1, 4]);
+        let create = CreateVolume { name: name.clone(), size_bytes: 1 << 20, copysets, at_unix_ms: 0 };
+        world.apply(&Command::CreateVolume(create)).expect("created");
+        world.say_dropped(ChunkserverId(1), CopysetId(1), 1);
+        assert_eq!(plan(&world.state, &world.reports, world.now), [], "nobody deleted it");
+        world.apply(&Command::DeleteVolume(DeleteVolume { name, force: false })).expect("deleted");
+        for (copyset, left) in [(1, 1), (4, 0)] {
+            world.say_dropped(ChunkserverId(1), CopysetId(copyset), 1);
+            let [command] = &plan(&world.state, &world.reports, world.now)[..] else { panic!("one") };
+            assert_eq!(*command, Command::VolumeDropped(VolumeDropped { copyset, volume: 1 }));
+            world.apply(command).expect("applied");
+            assert_eq!(world.state.dropping().values().map(|waiting| waiting.len()).sum::<usize>(), left);
+        }
+    }
+}

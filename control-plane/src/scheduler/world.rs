@@ -12,7 +12,7 @@ use evolute_protocol::rpc::{MemberReport, ReplicaReport, Report, Role};
 use crate::config::Limits;
 use crate::heartbeat::reports::{Reports, StreamNumber};
 use crate::scheduler::create;
-use crate::state::command::RegisterChunkserver;
+use crate::state::command::{CreateCopysets, NewCopyset, RegisterChunkserver};
 use crate::state::{Command, Done, Outcome, State};
 
 pub struct World {
@@ -21,8 +21,12 @@ pub struct World {
     pub now: Instant,
     pub behind: BTreeMap<ChunkserverId, u64>,
     pub trouble: BTreeMap<ChunkserverId, String>,
+    free_bytes: u64,
     streams: BTreeMap<ChunkserverId, StreamNumber>,
 }
+
+/// Of a TiB.
+const FREE_BYTES: u64 = TIB - GIB;
 
 impl World {
     pub fn new() -> Self {
@@ -33,6 +37,7 @@ impl World {
             now,
             behind: BTreeMap::new(),
             trouble: BTreeMap::new(),
+            free_bytes: FREE_BYTES,
             streams: BTreeMap::new(),
         }
     }
@@ -96,7 +101,12 @@ impl World {
 
     /// Every connected chunkserver reports all of its replicas; the copyset i + 1 is led by `leaders[i]` (0: nobody).
     pub fn lead(&mut self, leaders: &[u32]) {
-        let ids: Vec<_> = self.state.chunkservers().keys().copied().collect();
+        self.lead_without(ChunkserverId(0), leaders);
+    }
+
+    /// The same without one of them.
+    pub fn lead_without(&mut self, away: ChunkserverId, leaders: &[u32]) {
+        let ids: Vec<_> = self.state.chunkservers().keys().copied().filter(|&id| id != away).collect();
         for id in ids {
             let copysets = self
                 .state
@@ -143,14 +153,39 @@ impl World {
         self.take(id, replicas);
     }
 
+    /// Its last report again, with less free.
+    pub fn say_free(&mut self, id: ChunkserverId, free_bytes: u64) {
+        let replicas = self.reports.last(id).map(|report| report.replicas.values().cloned().collect());
+        self.free_bytes = free_bytes;
+        self.take(id, replicas.unwrap_or_default());
+        self.free_bytes = FREE_BYTES;
+    }
+
+    /// One more copyset, with the first of these as its first leader. Nobody has created it.
+    pub fn add_copyset(&mut self, chunkservers: [u32; 3]) {
+        let copyset = NewCopyset { chunkservers: chunkservers.to_vec(), first_leader: chunkservers[0] };
+        let create = CreateCopysets {
+            pool: "default".to_owned(),
+            seen: self.state.copysets_given(),
+            copysets: vec![copyset],
+        };
+        self.apply(&Command::CreateCopysets(create)).expect("created");
+    }
+
+    /// A report of one replica, and of no other.
+    pub fn report_only(&mut self, id: ChunkserverId, copyset: CopysetId, replica: u64) {
+        let replica = ReplicaReport { copyset: copyset.0, replica, ..ReplicaReport::default() };
+        self.take(id, vec![replica]);
+    }
+
     fn take(&mut self, id: ChunkserverId, replicas: Vec<ReplicaReport>) {
         let now = self.now;
         let reports = &mut self.reports;
         let stream = *self.streams.entry(id).or_insert_with(|| reports.open_stream(id, instance(id), now));
         let report = Report {
             capacity_bytes: TIB,
-            free_bytes: TIB - GIB,
-            used_bytes: GIB,
+            free_bytes: self.free_bytes,
+            used_bytes: TIB - self.free_bytes,
             replicas,
             trouble: self.trouble.get(&id).cloned().unwrap_or_default(),
             ..Report::default()

@@ -121,3 +121,6 @@ impl State {
         &self.dropping
     }
 }
+
+#[cfg(test)]
+mod tests;

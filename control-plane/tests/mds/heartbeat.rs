@@ -1,8 +1,14 @@
 //! Reports in, orders out.
 
-use evolute_protocol::rpc::{CreateVolumeRequest, Health};
+use std::time::Duration;
 
-use crate::support::{Mds, status, three_chunkservers, volumes};
+use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
+use evolute_protocol::rpc::{CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, Health, Report, order};
+use tokio_stream::StreamExt;
+
+use crate::support::{
+    Chunkserver, Mds, channel, first_registration, register, status, three_chunkservers, until, volumes, word,
+};
 
 /// From nothing to a volume with space, as a new cluster lives it.
 #[tokio::test]
@@ -19,11 +25,144 @@ async fn three_chunkservers_become_a_cluster() {
     for chunkserver in &status.chunkservers {
         assert_eq!((chunkserver.online, chunkserver.replicas, chunkserver.leaders), (true, 6, 2));
     }
-    let addresses = chunkservers[0].seen.lock().expect("lock").addresses.len();
-    assert_eq!(addresses, 3);
+    assert_eq!(chunkservers[0].seen.lock().expect("lock").addresses.len(), 3);
+    assert!(status.mds[0].leader && status.mds[0].address == mds.address.to_string());
+}
 
+#[tokio::test]
+async fn an_order_is_repeated_until_a_report_shows_it_done() {
+    let mds = Mds::start().await;
+    let lazy = Chunkserver::start_lazy(mds.address, "z1").await;
+    let _two = Chunkserver::start(mds.address, "z2").await;
+    let _three = Chunkserver::start(mds.address, "z3").await;
+    let count = || lazy.seen.lock().expect("lock").orders.len();
+    until("it is told to create six replicas", || async { count() == 6 }).await;
+    lazy.report().await;
+    until("it is told again", || async { count() == 12 }).await;
+    let stalled = status(mds.address).await;
+    assert!(
+        stalled.copysets.iter().all(|c| c.reason.contains("is creating its replica")),
+        "{:?}",
+        stalled.reasons
+    );
+
+    lazy.seen.lock().expect("lock").lazy = false;
+    lazy.report().await;
+    until("it has them", || async { lazy.replicas() == 6 }).await;
+    until("all is well", || async { status(mds.address).await.health() == Health::Ok }).await;
+    let told = count();
+    lazy.report().await;
+    lazy.report().await;
+    until("both reports arrived", || async {
+        status(mds.address).await.chunkservers[0].last_report_ms_ago < 5000
+    })
+    .await;
+    assert_eq!(count(), told, "nothing more to do");
+}
+
+/// The disk was wiped but for its identity. A replica made anew under its old id could undo a commit.
+#[tokio::test]
+async fn a_lost_replica_is_not_created_again() {
+    let mds = Mds::start().await;
+    let [one, _two, _three] = three_chunkservers(mds.address).await;
+    let mut disk = one.kill().await;
+    until("it is missed", || async { !status(mds.address).await.chunkservers[0].online }).await;
+    disk.replicas.clear();
+    let wiped = Chunkserver::start_again(mds.address, &disk).await;
+    until("the loss is seen", || async {
+        status(mds.address)
+            .await
+            .reasons
+            .iter()
+            .any(|reason| reason.contains("chunkserver-1") && reason.contains("has lost its replica"))
+    })
+    .await;
+    assert_eq!(wiped.seen.lock().expect("lock").orders, []);
+}
+
+#[tokio::test]
+async fn a_deleted_volume_is_dropped_by_its_leaders() {
+    let mds = Mds::start().await;
+    let chunkservers = three_chunkservers(mds.address).await;
     let mut volumes = volumes(mds.address).await;
-    let request = CreateVolumeRequest { name: "web".into(), size_bytes: 1 << 30, width: 0 };
-    let volume = volumes.create(request).await.expect("created").into_inner();
-    assert_eq!((volume.id, volume.width, volume.copysets.len()), (1, 6, 6));
+    let create = CreateVolumeRequest { name: "web".into(), size_bytes: 1 << 30, width: 0 };
+    volumes.create(create.clone()).await.expect("created");
+    volumes.delete(DeleteVolumeRequest { name: "web".into(), force: false }).await.expect("deleted");
+    // The name is free at once, whatever the chunkservers still have to do.
+    assert_eq!(volumes.create(create).await.expect("created").into_inner().id, 2);
+    let drops = |chunkserver: &Chunkserver| {
+        let seen = chunkserver.seen.lock().expect("lock");
+        let is_drop = |order: &&evolute_protocol::rpc::Order| matches!(&order.what, Some(order::What::DropVolume(drop)) if drop.volume == 1);
+        seen.orders.iter().filter(is_drop).count()
+    };
+    for chunkserver in &chunkservers {
+        until("its two copysets drop it", || async { drops(chunkserver) >= 2 }).await;
+    }
+    // Once all have reported it, nobody is told again.
+    until("the end is known", || async {
+        let before: usize = chunkservers.iter().map(drops).sum();
+        for chunkserver in &chunkservers {
+            chunkserver.report().await;
+        }
+        status(mds.address).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        before == chunkservers.iter().map(drops).sum::<usize>()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_chunkserver_that_went_away_is_offline_and_named() {
+    let mds = Mds::with_interval(Duration::from_millis(500)).await;
+    let [_one, two, _three] = three_chunkservers(mds.address).await;
+    two.kill().await;
+    until("it is offline", || async {
+        let status = status(mds.address).await;
+        let named = status.reasons.iter().any(|reason| {
+            reason.contains("of 3 replicas")
+                && reason.contains("chunkserver-2 (127.0.0.1:7801) has not reported for ")
+        });
+        !status.chunkservers[1].online && named
+    })
+    .await;
+}
+
+/// Whoever cannot prove to be a chunkserver reports nothing.
+#[tokio::test]
+async fn a_stream_is_as_guarded_as_a_registration() {
+    let mds = Mds::start().await;
+    let request = first_registration("z1");
+    let mine = register(mds.address, request.clone()).await.expect("registered");
+    let good = Report {
+        chunkserver: mine.chunkserver,
+        token: mine.token.clone(),
+        instance: request.instance.clone(),
+        ..Report::default()
+    };
+    let end = async |reports: Vec<Report>| {
+        let mut client = ChunkserversClient::new(channel(mds.address).await);
+        let reports = tokio_stream::iter(reports).chain(tokio_stream::pending());
+        let mut orders = client.heartbeat(reports).await.expect("a stream").into_inner();
+        loop {
+            match orders.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("an end without a reason"),
+                Err(status) => return word::<()>(Err(status)),
+            }
+        }
+    };
+    for (report, expected) in [
+        (Report { token: vec![7; 32], ..good.clone() }, ErrorWord::WrongToken),
+        (Report { chunkserver: 9, ..good.clone() }, ErrorWord::NotFound),
+        (Report { chunkserver: 0, ..good.clone() }, ErrorWord::NotFound),
+        (Report { instance: vec![], ..good.clone() }, ErrorWord::Invalid),
+        (Report { instance: vec![1; 65], ..good.clone() }, ErrorWord::Invalid),
+        (Report { instance: vec![1; 16], ..good.clone() }, ErrorWord::DuplicateChunkserver),
+    ] {
+        assert_eq!(end(vec![report.clone()]).await, expected, "{report:?}");
+    }
+    let other = Report { chunkserver: 9, ..good.clone() };
+    assert_eq!(end(vec![good.clone(), other]).await, ErrorWord::Invalid);
+    let other = Report { instance: vec![1; 16], ..good.clone() };
+    assert_eq!(end(vec![good, other]).await, ErrorWord::Invalid);
 }

@@ -1,4 +1,8 @@
 //! The MDS from outside: real sockets on loopback, real directories, chunkservers that only talk.
 
+mod bad_input;
 mod heartbeat;
+mod registration;
+mod restart;
 mod support;
+mod volumes;

@@ -16,7 +16,7 @@ use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
     ClusterStatus, CreateReplica, ErrorWord, MemberReport, Order, RegisterRequest, RegisterResponse,
-    ReplicaReport, Report, Role, StatusRequest, order,
+    ReplicaReport, Report, Role, StatusRequest, VolumeUse, order,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -147,6 +147,7 @@ pub struct Seen {
     pub addresses: BTreeMap<u32, String>,
     pub replicas: BTreeMap<u32, ReplicaReport>,
     pub free_bytes: u64,
+    pub volumes: Vec<VolumeUse>,
     pub lazy: bool,
     pub ended: Option<Option<ErrorWord>>,
 }
@@ -251,6 +252,7 @@ impl Seen {
             used_bytes: TIB - self.free_bytes,
             free_bytes: self.free_bytes,
             replicas: self.replicas.values().cloned().collect(),
+            volumes: self.volumes.clone(),
             ..Report::default()
         }
     }

@@ -1,0 +1,102 @@
+//! Who may speak for a chunkserver.
+
+use evolute_protocol::rpc::{ErrorWord, RegisterRequest};
+
+use crate::support::{
+    Chunkserver, Mds, first_registration, instance, register, registration, status, until, word,
+};
+
+#[tokio::test]
+async fn only_the_one_with_the_token_is_that_chunkserver() {
+    let mds = Mds::start().await;
+    let disk = Chunkserver::start(mds.address, "z1").await.kill().await;
+    let other = Mds::start().await;
+    let stranger = Chunkserver::start(other.address, "z1").await.kill().await;
+    assert_eq!((disk.token.len(), disk.cluster.len()), (32, 16));
+    assert_ne!(disk.token, stranger.token);
+
+    let good = || registration(&disk);
+    let mut flipped = disk.token.clone();
+    flipped[31] ^= 1;
+    for (request, expected) in [
+        (RegisterRequest { token: flipped, ..good() }, ErrorWord::WrongToken),
+        (RegisterRequest { token: disk.token[..31].to_vec(), ..good() }, ErrorWord::WrongToken),
+        (RegisterRequest { token: stranger.token.clone(), ..good() }, ErrorWord::WrongToken),
+        (registration(&stranger), ErrorWord::WrongCluster),
+        (
+            RegisterRequest { cluster_id: stranger.cluster.clone(), ..first_registration("z1") },
+            ErrorWord::WrongCluster,
+        ),
+        (RegisterRequest { cluster_id: vec![1], ..good() }, ErrorWord::WrongCluster),
+        (RegisterRequest { chunkserver: 77, ..good() }, ErrorWord::NotFound),
+        (RegisterRequest { zone: "z2".into(), ..good() }, ErrorWord::Invalid),
+        (RegisterRequest { token: vec![], ..good() }, ErrorWord::Invalid),
+        (RegisterRequest { cluster_id: vec![], ..good() }, ErrorWord::Invalid),
+        (RegisterRequest { chunkserver: 0, ..good() }, ErrorWord::Invalid),
+    ] {
+        assert_eq!(word(register(mds.address, request.clone()).await), expected, "{request:?}");
+    }
+    let answer = register(mds.address, good()).await.expect("it is the one");
+    assert_eq!((answer.chunkserver, answer.token, answer.cluster_id), (disk.id, disk.token, disk.cluster));
+    assert_eq!(status(mds.address).await.chunkservers.len(), 1, "nobody else came in");
+}
+
+#[tokio::test]
+async fn an_answer_that_was_lost_is_given_again() {
+    let mds = Mds::start().await;
+    let request = first_registration("z1");
+    let first = register(mds.address, request.clone()).await.expect("registered");
+    assert_eq!(register(mds.address, request).await.expect("registered"), first);
+    let second =
+        register(mds.address, first_registration("z1")).await.expect("another process, another disk");
+    assert_ne!(second.chunkserver, first.chunkserver);
+}
+
+/// A copied data directory: two processes, one identity. The one that runs goes on undisturbed.
+#[tokio::test]
+async fn a_second_process_with_the_same_identity_is_refused() {
+    let mds = Mds::start().await;
+    let first = Chunkserver::start(mds.address, "z1").await;
+    until("it is online", || async { status(mds.address).await.chunkservers[0].online }).await;
+    let copy = registration(&first.identity);
+    let refused = register(mds.address, copy.clone()).await.expect_err("a duplicate");
+    assert_eq!(ErrorWord::of(&refused), Some(ErrorWord::DuplicateChunkserver));
+    assert!(
+        refused.message().contains("chunkserver-1") && refused.message().contains("127.0.0.1"),
+        "{refused}"
+    );
+    // The process itself may ask again.
+    let again = RegisterRequest { instance: first.instance.clone(), ..copy.clone() };
+    register(mds.address, again).await.expect("itself");
+    first.report().await;
+    assert!(first.seen.lock().expect("lock").ended.is_none());
+
+    // Killed: its successor gets in as soon as the connection's end has been seen, at once.
+    first.kill().await;
+    until("the successor is in", || async { register(mds.address, copy.clone()).await.is_ok() }).await;
+}
+
+/// The address and the rest of what may change follow the process.
+#[tokio::test]
+async fn everybody_hears_of_a_new_address() {
+    let mds = Mds::start().await;
+    let (one, two) =
+        (Chunkserver::start(mds.address, "z1").await, Chunkserver::start(mds.address, "z2").await);
+    let disk = two.kill().await;
+    let moved = RegisterRequest {
+        address: "127.0.0.1:9".into(),
+        server: "elsewhere".into(),
+        capacity_bytes: 5,
+        version: "9".into(),
+        instance: instance(),
+        ..registration(&disk)
+    };
+    until("it is back", || async { register(mds.address, moved.clone()).await.is_ok() }).await;
+    until("the other one knows", || async {
+        one.seen.lock().expect("lock").addresses.get(&disk.id).is_some_and(|address| address == "127.0.0.1:9")
+    })
+    .await;
+    let status = status(mds.address).await;
+    let known = &status.chunkservers[1];
+    assert_eq!((known.server.as_str(), known.capacity_bytes, known.version.as_str()), ("elsewhere", 5, "9"));
+}
