@@ -37,6 +37,9 @@ pub(crate) const PROPOSED_BYTES_MAX: usize = 64 << 20;
 /// How long a leader that was removed goes on, so that its followers learn that the change is committed.
 const REMOVED_LEADER_SERVES: Duration = Duration::from_millis(150);
 
+/// How soon to ask openraft again to take note of a checkpoint.
+const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
+
 /// A group of this thread. Cheap to clone.
 #[derive(Clone)]
 pub struct Group(pub(crate) Rc<State>);
@@ -385,11 +388,19 @@ impl Group {
         }
         let state = state.clone();
         tokio::task::spawn_local(async move {
-            if let Some(raft) = state.raft.get() {
-                // An error is a stopped replica, which has nothing to purge.
-                let _ = raft.trigger().snapshot().await;
-                state.purge().await;
+            let Some(raft) = state.raft.get() else { return };
+            let mut metrics = raft.metrics();
+            // openraft purges nothing beyond the snapshot it knows, and overlooks the wish for one while it takes
+            // another. An error is a stopped replica, which has nothing to purge.
+            while metrics.borrow_and_update().snapshot < Some(log_id(at)) {
+                if raft.trigger().snapshot().await.is_err() {
+                    return;
+                }
+                if let Ok(Err(_)) = tokio::time::timeout(SNAPSHOT_RETRY, metrics.changed()).await {
+                    return;
+                }
             }
+            state.purge().await;
         });
     }
 

@@ -139,7 +139,7 @@ impl Node {
             Some(bytes) => decode_membership(bytes).ok_or(StartError::Membership(id))?,
             None => crate::group::no_membership(),
         };
-        let log = inner.log.group(id, me).await?;
+        let mut log = inner.log.group(id, me).await?;
         check(id, restored.applied, &log)?;
         let state = State::new(
             id,

@@ -7,7 +7,7 @@
 //! A guard of [`watch`]'s `borrow_watched` must not live over a send on the same channel: the `RefCell` panics.
 
 mod mpsc;
-mod oneshot;
+pub mod oneshot;
 mod watch;
 
 use std::future::Future;

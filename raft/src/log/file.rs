@@ -1,0 +1,85 @@
+//! One file of the log: opened twice, for writes that are durable when they complete and for reads from the page
+//! cache.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::LogError;
+
+/// A file in one of its lives.
+#[derive(Debug)]
+pub struct LogFile {
+    pub path: PathBuf,
+    read: File,
+    write: File,
+}
+
+/// What is prefilled at once.
+const FILL: usize = 1 << 20;
+
+pub fn failed(doing: &'static str, file: &Path) -> impl FnOnce(io::Error) -> LogError {
+    move |source| LogError::Io { doing, file: file.to_owned(), source: Arc::new(source) }
+}
+
+impl LogFile {
+    /// Opens an existing file.
+    pub fn open(path: PathBuf) -> Result<Self, LogError> {
+        let read = File::open(&path).map_err(failed("open", &path))?;
+        let with = |flags| OpenOptions::new().write(true).custom_flags(flags).open(&path);
+        // A file system that cannot write around its cache says EINVAL; O_DSYNC alone is as durable, only slower.
+        let write = with(libc::O_DIRECT | libc::O_DSYNC)
+            .or_else(|_| with(libc::O_DSYNC))
+            .map_err(failed("open for writing", &path))?;
+        Ok(Self { path, read, write })
+    }
+
+    /// Makes a file of `bytes` zeroes. They are really written: a block that was only promised would cost the
+    /// file system a journal commit at its first write.
+    pub fn create(path: PathBuf, bytes: u64) -> Result<Self, LogError> {
+        let unfinished = path.with_extension("new");
+        let fill = || -> io::Result<()> {
+            let mut file = File::create(&unfinished)?;
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)?;
+            let zeroes = vec![0; FILL];
+            let mut left = bytes;
+            while left > 0 {
+                let now = usize::try_from(left).unwrap_or(FILL).min(FILL);
+                file.write_all(&zeroes[..now])?;
+                left -= now as u64;
+            }
+            file.sync_all()?;
+            std::fs::rename(&unfinished, &path)?;
+            sync_dir(&path)
+        };
+        fill().map_err(failed("create", &path))?;
+        Self::open(path)
+    }
+
+    pub fn write_fd(&self) -> RawFd {
+        self.write.as_raw_fd()
+    }
+
+    /// Fills `into` from `offset`; a file that ends before is an error.
+    pub fn read_at(&self, into: &mut [u8], offset: u64) -> Result<(), LogError> {
+        self.read.read_exact_at(into, offset).map_err(failed("read", &self.path))
+    }
+
+    pub fn len(&self) -> Result<u64, LogError> {
+        Ok(self.read.metadata().map_err(failed("look at", &self.path))?.len())
+    }
+
+    /// Takes the file out of the directory. Its bytes go with its last user.
+    pub fn remove(&self) -> Result<(), LogError> {
+        std::fs::remove_file(&self.path).map_err(failed("remove", &self.path))
+    }
+}
+
+/// Makes names durable.
+fn sync_dir(file: &Path) -> io::Result<()> {
+    let dir = file.parent().unwrap_or(Path::new("."));
+    File::open(dir)?.sync_all()
+}
