@@ -134,19 +134,29 @@ impl<'a> Cluster<'a> {
 
     /// Starts a backend for the volume and gives its socket, which stays the same when it is started again.
     pub fn serve(&mut self, volume: &str) -> Result<PathBuf> {
-        let socket = self.scene.folder().join(format!("{volume}.sock"));
-        let name = format!("backend-{volume}");
+        self.start_backend(volume, volume, "")
+    }
+
+    /// Starts another backend for a volume that is served already, as an operator does who believes the first one
+    /// dead. [`Cluster::backend`] knows it as `VOLUME-successor`.
+    pub fn take_over(&mut self, volume: &str) -> Result<PathBuf> {
+        self.start_backend(&format!("{volume}-successor"), volume, "--takeover")
+    }
+
+    fn start_backend(&mut self, name: &str, volume: &str, more_flags: &str) -> Result<PathBuf> {
+        let socket = self.scene.folder().join(format!("{name}.sock"));
+        let process_name = format!("backend-{name}");
         let arguments = format!(
-            "--socket-path {} --volume {volume} --mds {} --queues 4 --state-dir {}",
+            "--socket-path {} --volume {volume} --mds {} --queues 4 --state-dir {} {more_flags}",
             socket.display(),
             self.mds_address,
-            folder(self.scene, &name)?
+            folder(self.scene, &process_name)?
         );
         let program = self.programs.join("evolute-vhost");
-        let mut process =
-            Process::new(self.scene, &name, program, words(&arguments)).with_ready_file(self.scene);
+        let process = Process::new(self.scene, &process_name, program, words(&arguments));
+        let mut process = process.with_ready_file(self.scene);
         process.start()?;
-        self.backends.insert(volume.to_string(), process);
+        self.backends.insert(name.to_string(), process);
         Ok(socket)
     }
 
