@@ -80,6 +80,7 @@ pub(super) struct Outbox {
     open: RefCell<BytesMut>,
     filled: Notify,
     drained: Notify,
+    ended: Notify,
     closed: Cell<bool>,
 }
 
@@ -116,6 +117,15 @@ impl Outbox {
         self.closed.set(true);
         self.filled.notify_one();
         self.drained.notify_waiters();
+        self.ended.notify_waiters();
+    }
+
+    /// Waits until nothing is sent any more. Cancel-safe.
+    pub async fn until_closed(&self) {
+        let ended = self.ended.notified();
+        if !self.closed.get() {
+            ended.await;
+        }
     }
 
     pub fn is_closed(&self) -> bool {

@@ -9,8 +9,8 @@ use openraft::raft::{StreamAppendError, TransferLeaderRequest};
 
 use crate::machine::{get_membership, put_membership};
 use crate::types::{
-    AppendRequest, AppendResult, Entry, LeaderId, LogId, Payload, TransferRequest, Vote, VoteRequest, VoteResponse,
-    log_id, position,
+    AppendRequest, AppendResult, Entry, LeaderId, LogId, Payload, TransferRequest, Vote, VoteRequest,
+    VoteResponse, log_id, position,
 };
 use crate::{Command, Position};
 
@@ -219,8 +219,8 @@ mod tests {
         put_append_result, put_transfer, put_vote_request, put_vote_response,
     };
     use crate::types::{
-        AppendRequest, Entry, Host, LeaderId, Membership, Payload, TransferRequest, Vote, VoteRequest, VoteResponse,
-        log_id,
+        AppendRequest, Entry, Host, LeaderId, Membership, Payload, TransferRequest, Vote, VoteRequest,
+        VoteResponse, log_id,
     };
     use crate::{Command, Position};
 
@@ -234,8 +234,10 @@ mod tests {
 
     fn append() -> AppendRequest {
         let membership =
-            Membership::new(vec![BTreeSet::from([1, 2])], BTreeMap::from([(1, Host(5)), (2, Host(6))])).expect("good");
-        let command: Command = [Bytes::from_static(b"head"), Bytes::from_static(b"data")].into_iter().collect();
+            Membership::new(vec![BTreeSet::from([1, 2])], BTreeMap::from([(1, Host(5)), (2, Host(6))]))
+                .expect("good");
+        let command: Command =
+            [Bytes::from_static(b"head"), Bytes::from_static(b"data")].into_iter().collect();
         let entries = [Payload::Blank, Payload::Normal(command), Payload::Membership(membership)]
             .into_iter()
             .zip(10..)
@@ -264,13 +266,11 @@ mod tests {
     fn every_message_survives_its_bytes_and_nothing_else_passes_for_one() {
         let sent = append();
         for floor in [None, Some(4)] {
-            check(&bytes(|out| put_append(out, 2, &sent, floor)), |b| get_append(b).map(|a| (a.to, a.floor, a.request)), |(
-                to,
-                got,
-                request,
-            )| {
-                (to, got) == (2, floor) && format!("{request:?}") == format!("{sent:?}")
-            });
+            check(
+                &bytes(|out| put_append(out, 2, &sent, floor)),
+                |b| get_append(b).map(|a| (a.to, a.floor, a.request)),
+                |(to, got, request)| (to, got) == (2, floor) && format!("{request:?}") == format!("{sent:?}"),
+            );
         }
         for result in [
             Ok(Some(at(3, 4))),
@@ -281,10 +281,14 @@ mod tests {
             check(&bytes(|out| put_append_result(out, &result)), get_append_result, |got| got == result);
         }
         let request = VoteRequest { vote: vote(), last_log_id: Some(at(1, 2)), leadership_transfer: true };
-        check(&bytes(|out| put_vote_request(out, 9, &request)), get_vote_request, |got| got == (9, request.clone()));
+        check(&bytes(|out| put_vote_request(out, 9, &request)), get_vote_request, |got| {
+            got == (9, request.clone())
+        });
         let response = VoteResponse { vote: vote(), vote_granted: true, last_log_id: None };
         check(&bytes(|out| put_vote_response(out, &response)), get_vote_response, |got| got == response);
         let transfer = TransferRequest::new(vote(), 8, Some(at(2, 2)));
-        check(&bytes(|out| put_transfer(out, 8, &transfer)), get_transfer, |got| got == (8, transfer.clone()));
+        check(&bytes(|out| put_transfer(out, 8, &transfer)), get_transfer, |got| {
+            got == (8, transfer.clone())
+        });
     }
 }

@@ -1,19 +1,47 @@
-//! Connections to other processes (stand-in; the real ones follow in the next commit with the same interface).
+//! Connections to other processes: one per direction and pair, shared by all groups.
+//!
+//! Whoever leads calls: it sends appends on its own connection and gets their answers there; votes and transfers go
+//! the same way. So a pair of processes that lead something each has two connections.
+//!
+//! ```text
+//!  openraft ──stream_append──▶ network.rs ──frames──▶ Outbox ──one write──▶ … ──▶ serve.rs ──▶ openraft
+//!      ▲                            ▲                                               │
+//!      └──── answers in order ──────┴──────────── link.rs (reads) ◀──── frames ─────┘
+//! ```
+//!
+//! What always holds:
+//!
+//! - A session number is used once in the life of this process, so an answer that comes late, or over a connection
+//!   that replaced another one, can never be taken for the answer to something else.
+//! - Losing a connection fails everything that waited on it, at once. A peer that is silent fails what waits on it
+//!   after a time; nobody waits for it who need not.
+//! - Memory for a peer that does not read is bounded; damaged or senseless bytes end the connection they came on, and
+//!   nothing else.
+//! - A message to a replica that is not hosted here (any more) is answered so, never by another member.
+//!
+//! It does not know where processes are, nor how they greet each other ([`Dial`]).
 
+mod frame;
+mod link;
+mod message;
+mod network;
+mod serve;
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::rc::Rc;
 
-use openraft::RaftNetworkFactory;
-use openraft::errors::{ReplicationClosed, StreamingError, Unreachable};
-use openraft::network::{RPCOption, RaftNetworkV2};
-use openraft::raft::{AppendEntriesResponse, SnapshotResponse};
 use tokio::net::TcpStream;
 
-use crate::group::{Group, State};
-use crate::types::{AppendRequest, Host, RpcError, Snapshot, Types, Vote, VoteRequest, VoteResponse};
+use self::frame::Outbox;
+use self::link::Link;
+use crate::group::Group;
 use crate::{GroupId, ProcessId};
+
+pub(crate) use self::network::Network;
 
 /// What [`Dial::dial`] returns.
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<TcpStream>>>>;
@@ -31,12 +59,23 @@ pub struct Peers(Rc<Inner>);
 
 struct Inner {
     me: ProcessId,
-    _dial: Rc<dyn Dial>,
+    dial: Rc<dyn Dial>,
+    groups: RefCell<HashMap<GroupId, Group>>,
+    links: RefCell<HashMap<ProcessId, Rc<Link>>>,
+    accepted: RefCell<Vec<std::rc::Weak<Outbox>>>,
+    sessions: Rc<Cell<u64>>,
 }
 
 impl Peers {
     pub fn new(me: ProcessId, dial: Rc<dyn Dial>) -> Self {
-        Self(Rc::new(Inner { me, _dial: dial }))
+        Self(Rc::new(Inner {
+            me,
+            dial,
+            groups: RefCell::default(),
+            links: RefCell::default(),
+            accepted: RefCell::default(),
+            sessions: Rc::default(),
+        }))
     }
 
     /// Who this process is to others.
@@ -45,63 +84,44 @@ impl Peers {
     }
 
     /// Serves an incoming, handshaken connection of another process, for all groups of this thread.
-    pub fn accept(&self, _stream: TcpStream) {}
-
-    pub(crate) fn serve(&self, _group: Group) {}
-
-    pub(crate) fn stop_serving(&self, _group: GroupId) {}
-
-    pub(crate) fn close(&self) {}
-}
-
-/// openraft's network of one group.
-pub(crate) struct Network {
-    _peers: Peers,
-    _state: Rc<State>,
-}
-
-impl Network {
-    pub fn new(state: Rc<State>, peers: Peers) -> Self {
-        Self { _peers: peers, _state: state }
-    }
-}
-
-impl RaftNetworkFactory<Types> for Network {
-    type Network = Target;
-
-    async fn new_client(&mut self, _target: u64, _host: &Host) -> Target {
-        Target
-    }
-}
-
-pub(crate) struct Target;
-
-fn unreachable() -> Unreachable<Types> {
-    Unreachable::new(&io::Error::from(io::ErrorKind::NotConnected))
-}
-
-impl RaftNetworkV2<Types> for Target {
-    type SnapshotData = ();
-
-    async fn append_entries(
-        &mut self,
-        _request: AppendRequest,
-        _option: RPCOption,
-    ) -> Result<AppendEntriesResponse<Types>, RpcError> {
-        Err(unreachable().into())
+    pub fn accept(&self, stream: TcpStream) {
+        let outbox = Rc::new(Outbox::default());
+        {
+            let mut accepted = self.0.accepted.borrow_mut();
+            accepted.retain(|outbox| outbox.strong_count() > 0);
+            accepted.push(Rc::downgrade(&outbox));
+        }
+        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox));
     }
 
-    async fn vote(&mut self, _request: VoteRequest, _option: RPCOption) -> Result<VoteResponse, RpcError> {
-        Err(unreachable().into())
+    pub(crate) fn serve(&self, group: Group) {
+        self.0.groups.borrow_mut().insert(group.id(), group);
     }
 
-    async fn full_snapshot(
-        &mut self,
-        _vote: Vote,
-        _snapshot: Snapshot,
-        _cancel: impl Future<Output = ReplicationClosed> + openraft::OptionalSend + 'static,
-        _option: RPCOption,
-    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        Err(unreachable().into())
+    pub(crate) fn stop_serving(&self, group: GroupId) {
+        self.0.groups.borrow_mut().remove(&group);
+    }
+
+    /// Ends every connection, in both directions.
+    pub(crate) fn close(&self) {
+        self.0.links.borrow_mut().drain().for_each(|(_, link)| link.close());
+        self.0
+            .accepted
+            .borrow_mut()
+            .drain(..)
+            .filter_map(|outbox| outbox.upgrade())
+            .for_each(|it| it.close());
+    }
+
+    fn group(&self, group: GroupId) -> Option<Group> {
+        self.0.groups.borrow().get(&group).cloned()
+    }
+
+    fn link(&self, to: ProcessId) -> Rc<Link> {
+        let mut links = self.0.links.borrow_mut();
+        let link = links
+            .entry(to)
+            .or_insert_with(|| Rc::new(Link::new(to, self.0.dial.clone(), self.0.sessions.clone())));
+        link.clone()
     }
 }

@@ -1,0 +1,147 @@
+//! The connections other processes call us on.
+
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+
+use futures::StreamExt;
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use super::Peers;
+use super::frame::{self, Frame, Kind, Outbox, Reader};
+use super::link::set_options;
+use super::message::{get_append, get_transfer, get_vote_request, put_append_result, put_vote_response};
+use crate::group::Group;
+use crate::types::AppendRequest;
+
+/// Appends of one session that openraft has not taken yet. It takes 64 at a time; a leader sends no more than that
+/// before it is answered, so this is never reached by one of ours.
+const APPENDS_WAITING_MAX: usize = 256;
+
+/// Serves one connection until it ends.
+pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>) {
+    let from = stream.peer_addr().ok();
+    if let Err(error) = set_options(&stream) {
+        tracing::warn!(?from, %error, "a peer's connection cannot be used");
+        return;
+    }
+    let (read, write) = stream.into_split();
+    let writer = tokio::task::spawn_local(frame::send(outbox.clone(), write));
+    let mut serving = Serving { peers, outbox: outbox.clone(), sessions: HashMap::new() };
+    let ended = tokio::select! {
+        ended = serving.run(Reader::new(read)) => ended,
+        () = outbox.until_closed() => Ok(()),
+    };
+    outbox.close();
+    writer.abort();
+    if let Err(error) = ended {
+        tracing::debug!(?from, %error, "a peer's connection ended");
+    }
+}
+
+struct Serving {
+    peers: Peers,
+    outbox: Rc<Outbox>,
+    sessions: HashMap<u64, mpsc::Sender<AppendRequest>>,
+}
+
+fn senseless() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "a message that makes no sense")
+}
+
+impl Serving {
+    async fn run(&mut self, mut reader: Reader) -> io::Result<()> {
+        loop {
+            let frame = reader.next().await?;
+            match frame.kind {
+                Kind::Append => self.append(frame).await?,
+                Kind::Close => {
+                    self.sessions.remove(&frame.session);
+                }
+                Kind::Vote | Kind::PreVote => self.vote(frame)?,
+                Kind::Transfer => self.transfer(frame)?,
+                Kind::Appended | Kind::Voted | Kind::Transferred | Kind::NotHere => return Err(senseless()),
+            }
+        }
+    }
+
+    /// The group, if the replica that is meant is the one here.
+    fn replica(&self, frame: &Frame, to: u64) -> Option<Group> {
+        let group = self.peers.group(frame.group).filter(|group| group.me().replica.0 == to);
+        if group.is_none() {
+            self.outbox.frame(Kind::NotHere, frame.group, frame.session, |_| {});
+        }
+        group
+    }
+
+    async fn append(&mut self, frame: Frame) -> io::Result<()> {
+        let (id, session) = (frame.group, frame.session);
+        let append = get_append(frame.body.clone()).ok_or_else(senseless)?;
+        let Some(group) = self.replica(&frame, append.to) else {
+            self.sessions.remove(&session);
+            return Ok(());
+        };
+        if append.floor.is_some() {
+            group.0.retain_floor.set(append.floor);
+        }
+        let requests = match self.sessions.get(&session) {
+            Some(requests) => requests,
+            None => {
+                let (requests, waiting) = mpsc::channel(APPENDS_WAITING_MAX);
+                let Some(raft) = group.0.running() else { return Ok(()) };
+                let input = futures::stream::unfold(waiting, |mut waiting| async {
+                    waiting.recv().await.map(|request| (request, waiting))
+                });
+                let answers = raft.stream_append(Box::pin(input));
+                let outbox = self.outbox.clone();
+                tokio::task::spawn_local(async move {
+                    let mut answers = std::pin::pin!(answers);
+                    while let Some(Ok(result)) = answers.next().await {
+                        outbox.frame(Kind::Appended, id, session, |out| put_append_result(out, &result));
+                    }
+                });
+                self.sessions.entry(session).or_insert(requests)
+            }
+        };
+        // It is gone when the group stopped or refused; the leader hears of that by the answers.
+        if requests.send(append.request).await.is_err() {
+            self.sessions.remove(&session);
+        }
+        Ok(())
+    }
+
+    fn vote(&self, frame: Frame) -> io::Result<()> {
+        let (to, request) = get_vote_request(frame.body.clone()).ok_or_else(senseless)?;
+        let Some(group) = self.replica(&frame, to) else { return Ok(()) };
+        let outbox = self.outbox.clone();
+        tokio::task::spawn_local(async move {
+            let Some(raft) = group.0.running() else { return };
+            let answer = match frame.kind {
+                Kind::PreVote => raft.pre_vote(request).await,
+                _ => raft.vote(request).await,
+            };
+            // A replica that stopped does not answer; the candidate's call runs out.
+            if let Ok(answer) = answer {
+                outbox.frame(Kind::Voted, frame.group, frame.session, |out| put_vote_response(out, &answer));
+            }
+        });
+        Ok(())
+    }
+
+    fn transfer(&self, frame: Frame) -> io::Result<()> {
+        let (to, request) = get_transfer(frame.body.clone()).ok_or_else(senseless)?;
+        let Some(group) = self.replica(&frame, to) else { return Ok(()) };
+        let outbox = self.outbox.clone();
+        tokio::task::spawn_local(async move {
+            let Some(raft) = group.0.running() else { return };
+            if let Ok(accepted) = raft.handle_transfer_leader(request).await {
+                if let Err(error) = accepted {
+                    tracing::info!(group = %frame.group, %error, "did not take the leadership");
+                }
+                outbox.frame(Kind::Transferred, frame.group, frame.session, |_| {});
+            }
+        });
+        Ok(())
+    }
+}
