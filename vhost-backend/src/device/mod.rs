@@ -22,6 +22,8 @@ mod chain;
 pub(crate) mod command;
 mod completion;
 pub(crate) mod config_space;
+#[cfg(test)]
+mod crash_tests;
 mod inflight;
 mod memory;
 mod queue;

@@ -294,7 +294,8 @@ impl Queues {
         }
         for index in self.replaying_queues() {
             let Some(queue) = self.queue(index) else { continue };
-            let Replay::All(heads) = std::mem::replace(&mut queue.replay, Replay::Done) else { continue };
+            let Replay::All(heads) = &mut queue.replay else { continue };
+            let heads = std::mem::take(heads);
             queue.progress_at = now;
             let mut reads = Vec::new();
             for head in heads {
@@ -315,7 +316,9 @@ impl Queues {
         }
         for index in self.replaying_queues() {
             let Some(queue) = self.queue(index) else { continue };
-            let Replay::Reads(heads) = std::mem::replace(&mut queue.replay, Replay::Done) else { continue };
+            let Replay::Reads(heads) = &mut queue.replay else { continue };
+            let heads = std::mem::take(heads);
+            queue.replay = Replay::Done;
             self.replaying -= 1;
             for head in heads {
                 self.take_up(index, head, false, backing, now);
