@@ -4,6 +4,8 @@
 mod chunk_store_model;
 
 use chunk_store_model::{CHUNKS, Change, SECTORS, World};
+use evolute_chunkserver::chunk_store::StoreError;
+use evolute_chunkserver::disk::Disk;
 use evolute_chunkserver::disk::crash::Survives;
 use proptest::prelude::{Just, Strategy, prop_oneof};
 use proptest::test_runner::{Config, TestRunner};
@@ -255,4 +257,70 @@ fn the_store_is_its_model_through_any_crashes() {
         Ok(())
     };
     TestRunner::new(config).run(&steps(), live).unwrap();
+}
+
+/// A failed sync means nobody knows what the disk holds: the store says so from then on and tries nothing again.
+#[test]
+fn after_a_failed_sync_the_store_is_dead_and_the_log_has_it_all() {
+    let steps =
+        [write(0, 0, 24), write(2, 0, 8), Step::Checkpoint, write(0, 9, 3), write(1, 1, 1), zero(2, 0, 8)];
+    for syncs in 0.. {
+        let mut world = World::new(false);
+        run(&mut world, &steps);
+        world.disk.fail_sync_after(syncs);
+        let Err(error) = world.checkpoint() else {
+            assert!(syncs > 2, "rescue file and two chunk files are synced");
+            break;
+        };
+        assert!(matches!(error, StoreError::SyncFailed { .. }), "{error}");
+        let operations = world.disk.operations();
+        let again = world.checkpoint().expect_err("dead");
+        assert!(matches!(again, StoreError::SyncFailed { .. }), "{again}");
+        assert!(world.store.as_ref().unwrap().failed().is_some());
+        assert_eq!(world.disk.operations(), operations, "nothing was tried again");
+        // What is in memory still answers; and a restart, with or without a power cut, has the log.
+        world.check();
+        for survives in [Survives::Everything, Survives::Nothing, Survives::Some(syncs)] {
+            recover(&mut world.after_crash(survives), &format!("sync {syncs} failed, {survives:?}"));
+        }
+    }
+}
+
+/// A full disk is not a broken one: nothing is lost, reads go on, and with space the checkpoint is made good. The
+/// power may go while it is full.
+#[test]
+fn a_full_disk_waits_for_space_and_loses_nothing() {
+    let before = [write(0, 0, 24), write(2, 0, 8), Step::Checkpoint];
+    let after = [write(0, 9, 3), write(0, 32, 32), write(1, 0, 64), zero(2, 0, 8)];
+    let mut refused = 0;
+    for free in (0..80).map(|sectors| sectors * 512) {
+        let mut world = World::new(false);
+        run(&mut world, &before);
+        let space = world.disk.space().unwrap();
+        let limit = space.total - space.available + free;
+        run(&mut world, &after);
+        // What the store is told of free space is too much: it finds out in the middle of writing.
+        world.disk.limit_writes(Some(limit));
+        let outcome = world.checkpoint();
+        if let Err(error) = outcome {
+            assert!(matches!(error, StoreError::NoSpace { .. }), "{error}");
+            refused += 1;
+            world.check();
+            world.change(Change::Write { chunk: 1, sector: 3, count: 4 });
+            world.check();
+            recover(&mut world.after_crash(Survives::Some(free)), &format!("crashed with {free} bytes free"));
+            let mut world = World::new(false);
+            run(&mut world, &before);
+            run(&mut world, &after);
+            world.disk.limit_writes(Some(limit));
+            world.checkpoint().expect_err("as before");
+            world.change(Change::Write { chunk: 1, sector: 3, count: 4 });
+            world.disk.limit_writes(None);
+            world.checkpoint().expect("there is space again");
+            world.check();
+            world.checkpoint().expect("what came later");
+            recover(&mut world.after_crash(Survives::Nothing), &format!("had {free} bytes free"));
+        }
+    }
+    assert!(refused > 40, "refused only {refused} times");
 }

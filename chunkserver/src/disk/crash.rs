@@ -40,6 +40,7 @@ struct State {
     syncs: u64,
     fail_sync: Option<u64>,
     bytes_max: Option<u64>,
+    is_honest: bool,
 }
 
 /// What a name may stand for after a crash: the first is durable, the last is what everybody sees.
@@ -107,7 +108,14 @@ impl Crash {
 
     /// The disk holds no more than this.
     pub fn limit(&self, bytes: Option<u64>) {
-        self.lock().bytes_max = bytes;
+        let mut state = self.lock();
+        (state.bytes_max, state.is_honest) = (bytes, true);
+    }
+
+    /// The same, but who asks for free space is not told: it ends in the middle of a write.
+    pub fn limit_writes(&self, bytes: Option<u64>) {
+        let mut state = self.lock();
+        (state.bytes_max, state.is_honest) = (bytes, false);
     }
 
     /// The disk as it may be found after a crash now, with power again.
@@ -291,7 +299,7 @@ impl Disk for Crash {
 
     fn space(&self) -> io::Result<Space> {
         let state = self.lock();
-        let total = state.bytes_max.unwrap_or(1 << 40);
+        let total = state.bytes_max.filter(|_| state.is_honest).unwrap_or(1 << 40);
         Ok(Space { total, available: total.saturating_sub(state.used()) })
     }
 }
