@@ -454,9 +454,9 @@ fn a_newer_format_and_a_damaged_catalog_are_told_apart() {
     }
     for file in ["CURRENT", "MANIFEST"] {
         let error = refused(&|dir| {
-            let names = fs::read_dir(dir.join("meta")).unwrap().map(|entry| entry.unwrap().path());
+            let mut names = fs::read_dir(dir.join("meta")).unwrap().map(|entry| entry.unwrap().path());
             let named = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().starts_with(file);
-            fs::write(names.filter(named).next().unwrap(), "garbage").unwrap();
+            fs::write(names.find(named).unwrap(), "garbage").unwrap();
         });
         assert!(matches!(error, StoreError::Damaged { .. } | StoreError::Io { .. }), "{file}: {error}");
     }
@@ -494,7 +494,6 @@ fn at_its_bound_the_overlay_asks_for_pace_until_it_is_drained() {
         store.write(CHUNK, 0, &[1; 4096]);
     }
     assert_eq!(store.get().pressure(), Pressure::Pace);
-    assert!(!store.get().has_room_for(CHUNK, 0, 4096));
     store.checkpoint().unwrap();
     assert_eq!(store.get().pressure(), Pressure::Free);
     assert!(!store.get().checkpoint_due());

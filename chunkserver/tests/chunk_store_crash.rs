@@ -80,7 +80,16 @@ fn workloads() -> Vec<(&'static str, Vec<Step>)> {
         ("a sub-block write on nothing", vec![write(0, 3, 1), c(), write(0, 4, 1), c()]),
         (
             "a block assembled from parts",
-            vec![write(0, 0, 8), c(), write(0, 0, 4), write(0, 4, 4), c(), write(0, 2, 1), c()],
+            vec![
+                write(0, 0, 8),
+                c(),
+                write(0, 0, 4),
+                write(0, 4, 4),
+                write(1, 0, 1),
+                c(),
+                write(0, 2, 1),
+                c(),
+            ],
         ),
         (
             "a neighbour's checksum is not touched",
@@ -135,6 +144,43 @@ fn power_may_be_cut_at_any_operation() {
         }
     }
     assert!(images > 3000, "only {images} images");
+}
+
+/// The owner may make a checkpoint while it is still applying the log after a crash. Blocks that the crash tore may
+/// then be merged before the log has come to what heals them.
+#[test]
+fn a_checkpoint_may_come_while_the_log_is_being_applied() {
+    let mut checkpoints = 0;
+    for (story, steps) in workloads() {
+        let mut undisturbed = World::new(false);
+        run(&mut undisturbed, &steps);
+        undisturbed.kill();
+        for cut in 0..=undisturbed.disk.operations() {
+            let mut world = World::new(false);
+            if cut < world.disk.operations() {
+                continue;
+            }
+            world.disk.cut_power_at(cut);
+            run(&mut world, &steps);
+            for seed in 0..4 {
+                for after in 1.. {
+                    let mut crashed = world.after_crash(Survives::Some(seed * 31 + cut));
+                    let applied = crashed.open().expect("a crash never costs us the store");
+                    if applied + after >= crashed.log.len() {
+                        break;
+                    }
+                    crashed.replay(applied..applied + after);
+                    crashed.checkpoint_as_of(applied + after).expect("in the middle of the log");
+                    recover(
+                        &mut crashed.after_crash(Survives::Some(seed)),
+                        &format!("{story}: cut at {cut}, seed {seed}, checkpoint after {after}"),
+                    );
+                    checkpoints += 1;
+                }
+            }
+        }
+    }
+    assert!(checkpoints > 300, "only {checkpoints} checkpoints");
 }
 
 /// Opening repairs what a checkpoint left half merged. The power may go then, too, and again.

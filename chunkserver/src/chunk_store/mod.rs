@@ -223,7 +223,8 @@ impl ChunkStore {
         self.shard.borrow().pressure()
     }
 
-    /// Whether a write of this range may be admitted when the pressure is [`Pressure::Full`]. Discards always may.
+    /// Whether the disk has room for a write of this range: ask before admitting it. On a full disk: yes to what is
+    /// there already. Discards are always admitted. Nanoseconds.
     pub fn has_room_for(&self, chunk: ChunkKey, offset: u32, len: u32) -> bool {
         self.shard.borrow().has_room_for(chunk, offset, len)
     }

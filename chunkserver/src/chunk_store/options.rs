@@ -99,9 +99,10 @@ pub struct StoreUsage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pressure {
     Free,
-    /// The overlay is at its bound: hold new writes until the checkpoint under way is done.
+    /// The overlay is at its bound: hold writes until the checkpoint under way is done. Comes before `Full`: while a
+    /// full disk keeps the overlay from being drained, memory is what must not grow.
     Pace,
-    /// The disk is at its reserve: admit only what [`super::ChunkStore::has_room_for`] says.
+    /// The disk is at its reserve: [`super::ChunkStore::has_room_for`] no longer says yes to everything.
     Full,
 }
 

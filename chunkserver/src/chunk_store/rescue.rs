@@ -127,3 +127,65 @@ pub fn read(file: &dyn File, cluster: ClusterIdBytes, committed: u64) -> io::Res
     }
     Ok(blocks)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::IoSlice;
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+    use evolute_protocol::checksum::crc32c;
+    use evolute_protocol::id::{ChunkIndex, ChunkKey, CopysetId, VolumeId};
+
+    use crate::disk::crash::Crash;
+    use crate::disk::{Disk, File};
+
+    use super::super::block::BlockData;
+    use super::super::overlay::Owner;
+    use super::{Rescued, file_bytes, read, write};
+
+    const CLUSTER: [u8; 16] = *b"cluster-id-16-by";
+
+    fn file() -> Arc<dyn File> {
+        Crash::new().create("rescue".as_ref()).expect("a new file")
+    }
+
+    fn rescued(block: u16) -> Rescued {
+        let data = Bytes::from(vec![7; 4096]);
+        let crc = crc32c(&data);
+        Rescued {
+            key: ChunkKey { volume: VolumeId(5), index: ChunkIndex(6) },
+            generation: 1,
+            owner: Owner { copyset: CopysetId(3), admission: 9 },
+            block,
+            data: BlockData::new(data, 0, crc),
+        }
+    }
+
+    #[test]
+    fn the_file_is_the_one_of_the_first_release() {
+        let golden = include_bytes!("../../tests/golden/rescue-v1.bin");
+        let file = file();
+        write(&*file, CLUSTER, 42, &[rescued(130)]).expect("written");
+        let mut raw = vec![0; golden.len() + 512];
+        file.read(&mut raw, 0).expect("read");
+        assert!(raw[..golden.len()] == golden[..] && raw[golden.len()..] == [0; 512]);
+        assert_eq!(file_bytes(1), golden.len() as u64);
+    }
+
+    /// Only the whole file of the very next checkpoint counts, and of it only whole blocks.
+    #[test]
+    fn what_is_not_intact_or_not_due_is_not_put_back() {
+        let file = file();
+        let blocks: Vec<_> = (0..70).map(rescued).collect();
+        write(&*file, CLUSTER, 42, &blocks).expect("written");
+        let found = |committed| read(&*file, CLUSTER, committed).expect("read").len();
+        assert_eq!((found(41), found(40), found(42), found(0)), (70, 0, 0, 0));
+        assert_eq!(read(&*file, [0; 16], 41).expect("read").len(), 0, "another cluster's");
+        let rot = |at: u64| file.write(&mut [IoSlice::new(&[0xee; 512])], at).expect("written");
+        rot(file_bytes(70) - 512);
+        assert_eq!(found(41), 69, "one block is torn");
+        rot(4096 + 512);
+        assert_eq!(found(41), 0, "the index is torn");
+    }
+}

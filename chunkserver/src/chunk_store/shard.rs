@@ -159,25 +159,18 @@ impl Shard {
     }
 
     pub fn pressure(&self) -> Pressure {
-        if self.is_full() {
-            Pressure::Full
-        } else if self.is_overlay_full() {
+        if self.overlay_bytes() >= self.options.overlay_bytes_max {
             Pressure::Pace
+        } else if self.is_full() {
+            Pressure::Full
         } else {
             Pressure::Free
         }
     }
 
-    fn is_overlay_full(&self) -> bool {
-        self.overlay_bytes() >= self.options.overlay_bytes_max
-    }
-
     /// Above half of the reserve any chunk we have may still grow; below only what is certain to need no new space
     /// is let in.
     pub fn has_room_for(&self, key: ChunkKey, offset: u32, len: u32) -> bool {
-        if self.is_overlay_full() {
-            return false;
-        }
         if !self.is_full() {
             return true;
         }
