@@ -370,3 +370,30 @@ fn a_full_disk_waits_for_space_and_loses_nothing() {
     }
     assert!(refused > 40, "refused only {refused} times");
 }
+
+/// A drain that ran out of space is done again from the start. Its first attempt has merged blocks in place that are
+/// not synced: what rescues them must not be touched by the second, in which the power goes.
+#[test]
+fn power_may_be_cut_while_a_drain_that_found_no_space_is_repeated() {
+    let before = [write(0, 0, 24), Step::Checkpoint];
+    let after = [write(0, 9, 3), write(0, 17, 1), write(1, 0, 64)];
+    let mut cuts = 0;
+    for free in [20 * 512, 30 * 512, 40 * 512, 60 * 512] {
+        for operations_in in 0..14 {
+            for seed in 0..8 {
+                let mut world = World::new(false);
+                run(&mut world, &before);
+                run(&mut world, &after);
+                let space = world.disk.space().unwrap();
+                world.disk.limit_writes(Some(space.total - space.available + free));
+                world.checkpoint().expect_err("no space");
+                world.disk.limit_writes(None);
+                world.disk.cut_power_at(world.disk.operations() + operations_in);
+                cuts += usize::from(world.checkpoint().is_err());
+                let story = format!("{free} bytes free, then cut {operations_in} operations in, seed {seed}");
+                recover(&mut world.after_crash(Survives::Some(seed)), &story);
+            }
+        }
+    }
+    assert!(cuts > 100, "cut only {cuts} times");
+}

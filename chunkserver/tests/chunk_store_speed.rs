@@ -54,16 +54,19 @@ fn speed() {
         store.put_copyset(record()).unwrap();
         let checkpoint = |store: &mut ChunkStore, what: &str| {
             let (before, start) = (written(), Instant::now());
-            let done = runtime.block_on(store.begin_checkpoint(vec![record()])).unwrap();
+            let draining = store.begin_checkpoint(vec![record()]);
+            let froze = start.elapsed();
+            let done = runtime.block_on(draining).unwrap();
             let took = start.elapsed();
             let bytes = u32::try_from(written() - before).unwrap();
             println!(
-                "  checkpoint of {} {what} blocks in {} chunks: {:.0} MiB/s, {:.0} ms, {:.2} device bytes per byte",
+                "  checkpoint of {} {what} blocks in {} chunks: {:.0} MiB/s, {:.0} ms, {:.2} device bytes per byte; freeze {:.1} µs",
                 done.blocks,
                 done.chunks,
                 done.blocks as f64 / 256.0 / took.as_secs_f64(),
                 took.as_secs_f64() * 1e3,
                 f64::from(bytes) / (done.blocks as f64 * 4096.0),
+                froze.as_secs_f64() * 1e6,
             );
         };
         println!("random 4 KiB blocks over {name}:");
@@ -117,7 +120,7 @@ fn speed() {
         let sums = vec![crc32c(&data[..4096]); 256];
         for mib in 0..128_u32 {
             let chunk = ChunkKey { volume: VolumeId(2), index: ChunkIndex(mib / 16) };
-            store.write(COPYSET, chunk, mib % 16 << 20, data.clone(), &sums);
+            store.write(COPYSET, chunk, (mib % 16) << 20, data.clone(), &sums);
         }
         println!("  apply of 1 MiB: {:.1} µs", each(start.elapsed(), 128) / 1e3);
         checkpoint(&mut store, "sequential");

@@ -182,6 +182,8 @@ pub struct OpenChunks {
 struct Place {
     key: ChunkKey,
     file: Arc<ChunkFile>,
+    /// Checksum sectors written since, a bit for each: to be read anew when the file is next asked for.
+    stale: u64,
     used: bool,
 }
 
@@ -195,10 +197,13 @@ impl OpenChunks {
         if let Some(place) = self.places.get(&id.key) {
             let place = &mut self.clock[*place];
             place.used = true;
+            if place.stale != 0 {
+                place.file = Arc::new(place.file.without(std::mem::take(&mut place.stale)));
+            }
             return place.file.clone();
         }
         let file = Arc::new(ChunkFile::new(id));
-        let fresh = Place { key: id.key, file: file.clone(), used: false };
+        let fresh = Place { key: id.key, file: file.clone(), stale: 0, used: false };
         if self.clock.len() < self.max {
             self.places.insert(id.key, self.clock.len());
             self.clock.push(fresh);
@@ -217,8 +222,7 @@ impl OpenChunks {
     /// A checkpoint wrote these checksum sectors (a bit for each).
     pub fn touched(&mut self, key: ChunkKey, sectors: u64) {
         if let Some(place) = self.places.get(&key) {
-            let place = &mut self.clock[*place];
-            place.file = Arc::new(place.file.without(sectors));
+            self.clock[*place].stale |= sectors;
         }
     }
 

@@ -252,8 +252,11 @@ impl Drainer {
             touched: u64::MAX,
             created: false,
         };
+        if chunk.block_count() == 0 && !chunk.base_gone {
+            return Ok(());
+        }
         let base = before.as_ref().filter(|_| !chunk.base_gone);
-        let (Some(owner), true) = (chunk.owner, base.is_some() || chunk.block_count() > 0) else {
+        let (Some(owner), true) = (chunk.owner, chunk.block_count() > 0) else {
             drained.chunks.push(gone);
             return Ok(());
         };

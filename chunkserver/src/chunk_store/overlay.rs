@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
 use bytes::Bytes;
-use evolute_protocol::checksum::pieces;
+use evolute_protocol::checksum::{crc32c, pieces};
 use evolute_protocol::id::{ChunkKey, CopysetId};
 
 use super::block::{Block, BlockData, Partial, Piece, ZEROES, merge};
@@ -95,25 +95,34 @@ impl Layer {
         }
     }
 
-    /// Makes a range read as zeroes. The caller has ruled out the whole chunk.
-    pub fn zero(&mut self, key: ChunkKey, owner: impl FnOnce() -> Owner, offset: u32, len: u32) {
+    /// Makes a range read as zeroes. The caller has ruled out the whole chunk. `is_below` says whether a block may
+    /// hold anything below this layer; where nothing is, nothing needs to be remembered, so that trimming a sparse
+    /// chunk costs next to nothing.
+    pub fn zero(
+        &mut self,
+        key: ChunkKey,
+        owner: impl FnOnce() -> Owner,
+        offset: u32,
+        len: u32,
+        is_below: impl Fn(u16) -> bool,
+    ) {
         let chunk = chunk_mut(&mut self.chunks, &mut self.bytes, key, owner);
         for piece in pieces(u64::from(offset), len as usize) {
             let at = offset as usize + piece.start;
             let block = block_of(at);
-            if piece.len() == BLOCK {
+            if !chunk.base_gone && is_below(block) {
                 self.bytes += BLOCK_OVERHEAD;
-                if chunk.base_gone {
-                    chunk.blocks.remove(&block);
-                } else {
+                if piece.len() == BLOCK {
                     chunk.blocks.insert(block, Block::Zero);
+                    continue;
                 }
-            } else {
-                self.bytes += BLOCK as u64 + BLOCK_OVERHEAD;
-                let zeroes = &ZEROES[..piece.len()];
-                let crc = evolute_protocol::checksum::crc32c(zeroes);
-                chunk.write_piece(block, &Piece { at: at % BLOCK, data: zeroes, crc });
+            } else if piece.len() == BLOCK || !chunk.blocks.contains_key(&block) {
+                chunk.blocks.remove(&block);
+                continue;
             }
+            self.bytes += BLOCK as u64;
+            let zeroes = &ZEROES[..piece.len()];
+            chunk.write_piece(block, &Piece { at: at % BLOCK, data: zeroes, crc: crc32c(zeroes) });
         }
     }
 

@@ -78,7 +78,15 @@ impl Shard {
             self.active.drop_chunk(key, Some(owner), below);
         } else if below || self.active.chunk(key).is_some() {
             let owner = self.owner(copyset);
-            self.active.zero(key, || owner, offset, len);
+            let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+            let written = table.get(key).map(|record| record.written);
+            let in_file = |block| written.is_some_and(|written| written[checksum_place(block).0] > 0);
+            let frozen = self.draining.as_ref().and_then(|draining| draining.frozen.layer.chunk(key));
+            let is_below = |block| match frozen {
+                Some(chunk) => chunk.block(block).is_some() || !chunk.base_gone && in_file(block),
+                None => in_file(block),
+            };
+            self.active.zero(key, || owner, offset, len, is_below);
         }
         // Else nobody ever wrote there: the discard of a fresh disk costs nothing.
     }
