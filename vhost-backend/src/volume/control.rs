@@ -41,6 +41,8 @@ use crate::io_thread::WakerHandle;
 /// How long one question to one MDS may take before the next one is asked.
 const CALL_MAX: Duration = Duration::from_secs(5);
 const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// The map of the largest volume, 64 Ki segments of 64 numbers, is some 20 MiB.
+const MAP_BYTES_MAX: usize = 64 << 20;
 /// Between rounds over all MDS that did not answer: first, and at most.
 const WAIT_MIN: Duration = Duration::from_millis(50);
 const WAIT_MAX: Duration = Duration::from_secs(1);
@@ -101,8 +103,8 @@ pub enum Ask {
     AttachAnew,
     /// The cluster says that somebody else writes now; main should hear of it.
     FencedOut,
-    /// Give the volume back. Says whether the control plane knows.
-    Detach(mpsc::Sender<bool>),
+    /// Give the volume back, in this time. Says whether the control plane knows.
+    Detach { timeout: Duration, done: mpsc::Sender<bool> },
     Stop,
 }
 
@@ -236,8 +238,8 @@ impl Control {
     /// not be told in time, and the volume stays ours until it is attached again.
     pub fn detach(self, timeout: Duration) -> bool {
         let (done, told) = mpsc::channel();
-        let _ = self.asks.send(Ask::Detach(done));
-        let detached = told.recv_timeout(timeout).unwrap_or(false);
+        let _ = self.asks.send(Ask::Detach { timeout, done });
+        let detached = told.recv().unwrap_or(false);
         self.stop();
         detached
     }
@@ -284,7 +286,7 @@ fn run(
         let mds = Mds {
             clients: mds
                 .into_iter()
-                .map(|(name, to)| (name, VolumesClient::new(to.connect_lazy())))
+                .map(|(name, to)| (name, client(&to)))
                 .collect(),
             current: Cell::new(0),
             away_since: Cell::new(None),
@@ -300,6 +302,10 @@ fn run(
         });
         controller.serve(asks).await;
     });
+}
+
+fn client(to: &Endpoint) -> VolumesClient<Channel> {
+    VolumesClient::new(to.connect_lazy()).max_decoding_message_size(MAP_BYTES_MAX)
 }
 
 /// A question that is being asked: not asked a second time meanwhile.
@@ -336,8 +342,9 @@ impl Controller {
                 Ask::Map => self.spawn(Question::Map),
                 Ask::AttachAnew => self.spawn(Question::Attach),
                 Ask::FencedOut => self.tell_lost(),
-                Ask::Detach(done) => {
-                    let _ = done.send(self.detach().await);
+                Ask::Detach { timeout, done } => {
+                    let detached = tokio::time::timeout(timeout, self.detach()).await;
+                    let _ = done.send(detached.unwrap_or(false));
                 }
                 Ask::Stop => break,
             }
@@ -577,20 +584,18 @@ impl Controller {
         };
         let request = DetachRequest { volume_id, attachment };
         let answer = self.mds.call("detach", |mut mds| async move { mds.detach(request).await });
-        // Whoever asked gave up waiting long before; this only keeps the thread from waiting for ever.
-        match tokio::time::timeout(CALL_MAX, answer).await {
-            Ok(Ok(_)) => {
+        match answer.await {
+            Ok(_) => {
                 *self.known.borrow_mut() = None;
                 if let Some(Err(error)) = self.state.as_ref().map(StateFile::forget) {
                     warn!("{}", chain(&error));
                 }
                 true
             }
-            Ok(Err(refusal)) => {
+            Err(refusal) => {
                 warn!("{}: not detached: {}", self.options.volume, refusal.message);
                 false
             }
-            Err(_) => false,
         }
     }
 }

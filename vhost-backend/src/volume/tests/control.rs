@@ -419,3 +419,14 @@ fn an_attached_volume_does_not_need_the_control_plane() {
     assert!(before.elapsed() < Duration::from_secs(30));
     assert_eq!(client.read(9 * GIB + CHUNK_BYTES, 4096).expect("read"), data(4, 4096));
 }
+
+/// A process that is told to end while the control plane is away must not hang on saying goodbye.
+#[test]
+fn giving_the_volume_back_to_nobody_takes_no_longer_than_asked() {
+    let cluster = Cluster::start(1);
+    let plane = Plane::start(&cluster);
+    let (control, _link) = control::start(options(&[plane.address], None)).expect("started");
+    control.wait_attached(Duration::from_secs(30)).expect("no error").expect("in time");
+    drop(plane);
+    assert!(!control.detach(Duration::from_millis(50)));
+}

@@ -191,7 +191,8 @@ fn a_hung_leader_costs_one_silence_and_its_other_requests_follow() {
     // It wakes up and answers what it was asked long ago, or not: nobody minds.
     cluster.state().fault(SERVERS[0]).hung = false;
     assert_eq!(rig.read(4096, 4096), pattern(1, 4096));
-    assert!(rig.volume.counters().asked_another >= 1);
+    // One request found the new leader for all sixteen.
+    assert!((1..=4).contains(&rig.volume.counters().asked_another), "{:?}", rig.volume.counters());
 }
 
 #[test]
@@ -433,4 +434,39 @@ fn the_floor_stays_at_a_stuck_write_while_others_go_on() {
     assert_eq!(rig.read(0, 4096), pattern(1, 4096));
     assert_eq!(rig.write(0, pattern(3, 4096)), Outcome::Done);
     assert_eq!(cluster.state().received.last().map(|r| r.tag.floor), Some(Sequence(52)));
+}
+
+/// Not a check: what this side of a 4 KiB request costs at depth 32, as CPU time of the volume's own thread. Run with
+/// `cargo test --release -p evolute-vhost-backend what_a_request_costs -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn what_a_request_costs() {
+    let cluster = Cluster::start(6);
+    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    let data = Bytes::from(pattern(1, 4096));
+    for writes in [true, false] {
+        let request = |n: u64| {
+            let offset = n * 7919 % (GIB / 4096) * 4096;
+            if writes {
+                Request::Write { offset, data: data.clone() }
+            } else {
+                Request::Read { offset, len: 4096 }
+            }
+        };
+        let (total, mut sent, mut done) = (200_000u64, 0u64, 0u64);
+        let before = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        while done < total {
+            while sent < total && sent - done < 32 {
+                rig.submit(request(sent));
+                sent += 1;
+            }
+            rig.turn();
+            done += rig.outcomes.len() as u64;
+            rig.outcomes.clear();
+            cluster.state().received.clear();
+        }
+        let after = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        let us = (after.tv_sec - before.tv_sec) * 1_000_000 + (after.tv_nsec - before.tv_nsec) / 1000;
+        println!("{}: {us} µs for {total}", if writes { "write" } else { "read" });
+    }
 }
