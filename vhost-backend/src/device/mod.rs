@@ -24,6 +24,8 @@ mod completion;
 pub(crate) mod config_space;
 #[cfg(test)]
 mod crash_tests;
+#[cfg(test)]
+mod fuzz_tests;
 mod inflight;
 mod memory;
 mod queue;

@@ -168,7 +168,7 @@ fn rings_that_make_no_sense_do_not_start() {
     }
     let driver = Driver::new(0, 64);
     let good = front_end.ring_config(&memory, &driver);
-    let outside = [0u64, 16, u64::MAX & !15, good.desc_table_addr + REGION_LEN - 16];
+    let outside = [0u64, 16, !15, good.desc_table_addr + REGION_LEN - 16];
     for at in outside {
         front_end.vhost.set_vring_num(0, 64).unwrap();
         let mut bad = good;

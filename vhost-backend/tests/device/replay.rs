@@ -46,15 +46,9 @@ fn crash() -> Crashed {
     for driver in &mut drivers {
         front_end.start(&memory, driver, 0);
     }
-    let requests: [(usize, u32, u16, Result<[u8; 512], u32>); 5] = [
-        (0, OUT, 0, Ok([10; 512])),
-        (0, IN, 1, Err(512)),
-        (0, OUT, 2, Ok([12; 512])),
-        (1, IN, 3, Err(512)),
-        (1, OUT, 4, Ok([14; 512])),
-    ];
-    for (ring, kind, slot, payload) in requests {
-        let payload = payload.as_ref().map(|bytes| &bytes[..]).map_err(|len| *len);
+    for (ring, kind, slot) in [(0, OUT, 0), (0, IN, 1), (0, OUT, 2), (1, IN, 3), (1, OUT, 4u16)] {
+        let bytes = [10 + slot as u8; 512];
+        let payload = if kind == OUT { Ok(&bytes[..]) } else { Err(512) };
         let head = place(&memory, &drivers[ring], slot, kind, slot.into(), payload);
         drivers[ring].offer(&memory, head);
         drivers[ring].kick();
