@@ -556,6 +556,24 @@ fn what_a_replica_left_is_never_taken_for_the_next_ones() {
     }
 }
 
+/// Should a chunk's record ever outlive its replica, the chunk goes with it.
+#[test]
+fn a_chunk_of_no_replica_that_lives_here_is_removed() {
+    let mut store = Store::new();
+    store.write(CHUNK, 0, &pattern(1, 4096));
+    store.checkpoint().unwrap();
+    store.store = None;
+    let db = rocksdb::DB::open_default(store.dir.path().join("store/meta")).unwrap();
+    let key = b"k\0\0\0\0\0\0\0\x0b\0\0\0\x16";
+    let mut value = db.get(key).unwrap().expect("the chunk's record");
+    value[5] ^= 0x40;
+    db.put(key, value).unwrap();
+    drop(db);
+    store.reopen();
+    assert_eq!(store.read(CHUNK, 0, 4096).unwrap(), [0; 4096]);
+    assert!(!store.file(CHUNK).exists());
+}
+
 /// A drain that was under way when its copyset was deleted brings nothing back.
 #[test]
 fn a_copyset_deleted_during_a_drain_stays_deleted() {

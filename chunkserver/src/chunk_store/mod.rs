@@ -173,7 +173,11 @@ impl ChunkStore {
                 let fault = match tokio::task::spawn_blocking(run).await {
                     Ok(Ok(read)) => return Ok(read.expect("it may wait")),
                     Ok(Err(fault)) => fault,
-                    Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+                    Err(error) => match error.try_into_panic() {
+                        Ok(panic) => std::panic::resume_unwind(panic),
+                        // The runtime is going down: nobody waits for this any more.
+                        Err(_) => std::future::pending().await,
+                    },
                 };
                 let shard = shard.borrow();
                 if shard.version == version && shard.draining.is_none() {
