@@ -44,6 +44,8 @@ const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
 #[derive(Clone)]
 pub struct Group(pub(crate) Rc<State>);
 
+type Listener = Rc<dyn Fn(LeaderChange)>;
+
 /// What a replica knows about itself beside openraft.
 pub(crate) struct State {
     pub id: GroupId,
@@ -62,7 +64,7 @@ pub(crate) struct State {
     /// Set while a refused proposal's answer is dropped, so that it says `Busy`.
     refusing: Cell<bool>,
     leader: Cell<Option<(u64, u64)>>,
-    on_leader_change: RefCell<Vec<Rc<dyn Fn(LeaderChange)>>>,
+    on_leader_change: RefCell<Vec<Listener>>,
     pub command_bytes_max: usize,
     pub election_max: Duration,
 }
@@ -510,6 +512,14 @@ impl State {
             }
         }
         lowest
+    }
+
+    /// A leader of `term` says up to where every member has the log.
+    pub fn floor_heard(&self, term: u64, floor: Option<u64>) {
+        // One that was deposed knows of fewer members.
+        if self.leader.get().is_none_or(|(known, _)| term >= known) {
+            self.retain_floor.set(floor);
+        }
     }
 
     /// Purges what the owner holds durably and no member lacks.

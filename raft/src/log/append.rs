@@ -421,11 +421,6 @@ impl Core {
         self.dead = Some(error);
     }
 
-    /// Nothing is on its way.
-    pub fn is_idle(&self) -> bool {
-        self.open.is_none() && self.sealed.is_empty() && self.in_flight.is_empty()
-    }
-
     /// Notes an entry that was just appended at `place`.
     pub fn entry_appended(&mut self, group: GroupId, entry: &Entry, place: Place) {
         self.life(place.sequence).entries += 1;

@@ -146,10 +146,6 @@ impl Kind {
         .into_iter()
         .find(|kind| *kind as u8 == byte)
     }
-
-    pub fn is_entry(self) -> bool {
-        matches!(self, Self::Blank | Self::Command | Self::Membership)
-    }
 }
 
 /// One record without its payload.

@@ -106,8 +106,18 @@ pub(super) fn get_append(mut from: Bytes) -> Option<Append> {
     let count = from.try_get_u32_le().ok()? as usize;
     // An entry takes 21 bytes at least: no more is allocated than what arrived can hold.
     let mut entries = Vec::with_capacity(count.min(from.len() / 21));
+    let mut last = prev_log_id.as_ref().map(position);
     for _ in 0..count {
         let at = get_position(&mut from)?;
+        // The log asserts that entries follow each other; what another process sends must not reach an assertion.
+        let follows = match last {
+            Some(last) => last.index.checked_add(1) == Some(at.index) && last.term <= at.term,
+            None => at.index == 0,
+        };
+        if !follows {
+            return None;
+        }
+        last = Some(at);
         let kind = from.try_get_u8().ok()?;
         let bytes = from.try_get_u32_le().ok()? as usize;
         if from.len() < bytes {
@@ -213,6 +223,7 @@ mod tests {
     use bytes::{Bytes, BytesMut};
     use openraft::entry::RaftEntry;
     use openraft::raft::StreamAppendError;
+    use proptest::prelude::{any, prop, proptest};
 
     use super::{
         get_append, get_append_result, get_transfer, get_vote_request, get_vote_response, put_append,
@@ -290,5 +301,37 @@ mod tests {
         check(&bytes(|out| put_transfer(out, 8, &transfer)), get_transfer, |got| {
             got == (8, transfer.clone())
         });
+    }
+
+    #[test]
+    fn entries_must_follow_each_other() {
+        for index in [0, 9, 11, u64::MAX] {
+            let mut request = append();
+            request.entries[0].log_id.index = index;
+            assert!(get_append(bytes(|out| put_append(out, 2, &request, None))).is_none(), "{index} after 9");
+        }
+        let mut request = append();
+        request.entries[1].log_id = at(6, 11);
+        assert!(get_append(bytes(|out| put_append(out, 2, &request, None))).is_none(), "a term that falls");
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_a_message_or_none_and_never_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..150)) {
+            let bytes = Bytes::from(bytes);
+            let _ = get_append(bytes.clone());
+            let _ = get_append_result(bytes.clone());
+            let _ = get_vote_request(bytes.clone());
+            let _ = get_vote_response(bytes.clone());
+            let _ = get_transfer(bytes);
+        }
+
+        #[test]
+        fn a_changed_byte_never_panics(place: prop::sample::Index, byte: u8) {
+            let mut changed = bytes(|out| put_append(out, 2, &append(), None)).to_vec();
+            let place = place.index(changed.len());
+            changed[place] = byte;
+            let _ = get_append(changed.into());
+        }
     }
 }

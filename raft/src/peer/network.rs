@@ -14,7 +14,7 @@ use openraft::raft::{AppendEntriesResponse, SnapshotResponse};
 use openraft::{OptionalSend, RaftNetworkFactory};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::Peers;
 use super::frame::{Frame, Kind};
@@ -32,8 +32,6 @@ use crate::{GroupId, ProcessId};
 const COMMIT_HELD: Duration = Duration::from_millis(5);
 /// A follower that leaves appends unanswered for this long is asked again in a new session.
 const SILENCE_MAX: Duration = Duration::from_secs(2);
-/// How often appends carry the retain floor.
-const FLOOR_EVERY: Duration = Duration::from_millis(500);
 /// Calls are given up after this at the latest, whatever openraft allows: an election does not wait longer.
 const CALL_MAX: Duration = Duration::from_secs(1);
 /// Appends of one session on their way: a bound on what a slow follower is sent before it answers.
@@ -116,18 +114,13 @@ struct Pump {
     to: u64,
     group: GroupId,
     number: u64,
-    floor_told: Option<Instant>,
 }
 
 impl Pump {
     fn send(&mut self, request: &AppendRequest) -> bool {
         let Some(session) = self.session.upgrade() else { return false };
-        let now = Instant::now();
-        let mut floor = None;
-        if self.floor_told.is_none_or(|told| now - told >= FLOOR_EVERY) {
-            self.floor_told = Some(now);
-            floor = self.state.lowest_matched();
-        }
+        // Every time: "nobody may purge anything", because a new member has nothing yet, must not come late.
+        let floor = self.state.lowest_matched();
         let body = |out: &mut bytes::BytesMut| put_append(out, self.to, request, floor);
         self.connection.outbox.frame(Kind::Append, self.group, self.number, body);
         session.sent.set(session.sent.get() + 1);
@@ -240,7 +233,6 @@ impl Target {
             to: self.to,
             group: self.group,
             number,
-            floor_told: None,
         };
         if self.single {
             if let Some(request) = input.next().await {

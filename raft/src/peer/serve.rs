@@ -82,9 +82,7 @@ impl Serving {
             self.sessions.remove(&session);
             return Ok(());
         };
-        if append.floor.is_some() {
-            group.0.retain_floor.set(append.floor);
-        }
+        group.0.floor_heard(append.request.vote.leader_id.term, append.floor);
         let requests = match self.sessions.get(&session) {
             Some(requests) => requests,
             None => {
