@@ -25,6 +25,9 @@ use crate::state::{Chunkserver, Command, Done, State};
 
 /// A stream begins with a report; whoever says nothing at all is cut off.
 const FIRST_REPORT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a second process is kept waiting before it is refused: the end of its predecessor's stream takes
+/// milliseconds to arrive, more on a busy machine. A refused chunkserver ends for good.
+const PREDECESSOR_PATIENCE: Duration = Duration::from_secs(2);
 /// Orders on their way to one chunkserver. What does not fit is said again with its next report.
 const ORDERS_IN_FLIGHT: usize = 8;
 /// Random bytes that name a process. Longer ones would only be kept in memory.
@@ -132,6 +135,7 @@ async fn register_again(
         capacity_bytes: request.capacity_bytes,
         version: request.version.clone(),
     };
+    wait_for_predecessor(mds, id, request).await;
     let (token, same) = mds
         .replicated
         .read(|state| {
@@ -154,6 +158,19 @@ async fn register_again(
     }
     tracing::info!(chunkserver = %id, address = request.address, "is back");
     Ok((id, token))
+}
+
+/// Whoever was killed a moment ago has closed its connection, but perhaps its stream's end has not been seen yet.
+async fn wait_for_predecessor(mds: &Mds, id: ChunkserverId, request: &RegisterRequest) {
+    let mut news = mds.news();
+    let gone = async {
+        while mds.reports().check_instance(id, &request.instance, Instant::now()).is_err() {
+            // The sender lives as long as we do.
+            let _ = news.changed().await;
+        }
+    };
+    // If it is still there after that, it is alive, and the caller says so.
+    let _ = tokio::time::timeout(PREDECESSOR_PATIENCE, gone).await;
 }
 
 /// Is this process that chunkserver, and nobody else?

@@ -25,6 +25,7 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use evolute_protocol::checksum::crc32c;
 use evolute_protocol::id::ClusterId;
@@ -84,7 +85,7 @@ pub struct DataDir {
     dir: PathBuf,
     identity: Identity,
     /// Gives the lock back when closed, by whatever death.
-    _lock: File,
+    lock: Arc<File>,
 }
 
 impl DataDir {
@@ -126,7 +127,7 @@ impl DataDir {
                 fs::create_dir(&part).map_err(io)?;
             }
         }
-        Ok(Self { dir: dir.to_owned(), identity, _lock: lock })
+        Ok(Self { dir: dir.to_owned(), identity, lock: Arc::new(lock) })
     }
 
     /// True until [`DataDir::made`]: what lies in [`DataDir::raft`] and [`DataDir::state`] is to be made.
@@ -141,6 +142,11 @@ impl DataDir {
             .map_err(|source| DataDirError::Io { dir: self.dir.clone(), source })?;
         self.identity = made;
         Ok(())
+    }
+
+    /// Keeps the directory locked for as long as it is held.
+    pub fn lock(&self) -> Arc<File> {
+        self.lock.clone()
     }
 
     pub fn path(&self) -> &Path {

@@ -23,6 +23,7 @@ use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -129,7 +130,24 @@ pub struct Replicated {
 
 struct Thread {
     stop: oneshot::Sender<()>,
-    ended: oneshot::Receiver<()>,
+    joined: JoinHandle<()>,
+}
+
+impl Thread {
+    /// Returns when everything that lived on the thread is closed: RocksDB aborts a process that exits before.
+    fn end(self) {
+        drop(self.stop);
+        // A panic there has ended the process.
+        let _ = self.joined.join();
+    }
+}
+
+impl Drop for Replicated {
+    fn drop(&mut self) {
+        if let Some(thread) = self.take_thread() {
+            thread.end();
+        }
+    }
 }
 
 /// An MDS of one has nobody to call.
@@ -144,15 +162,13 @@ impl raft::Dial for Nobody {
 impl Replicated {
     /// Opens what the data directory holds, starts the raft thread, and waits until this replica leads.
     pub async fn start(mut dir: DataDir) -> Result<Self, StartError> {
-        let (store, state, restored) = Store::open(&dir.state(), dir.is_new())?;
+        let (store, state, restored) = Store::open(&dir)?;
         let shared = Arc::new(Shared::new(state));
         let cluster = dir.cluster();
         let (stop, stopped) = oneshot::channel();
         let (started, starting) = oneshot::channel();
-        let (ended_tx, ended) = oneshot::channel();
         let on_thread = shared.clone();
-        // The thread owns the directory, and with it the lock, until its last write is done.
-        raft::spawn_thread("mds-raft", move || async move {
+        let joined = raft::spawn_thread("mds-raft", move || async move {
             match open(&mut dir, store, restored, on_thread).await {
                 Ok(running) => {
                     if started.send(Ok(running.group.handle())).is_ok() {
@@ -161,12 +177,20 @@ impl Replicated {
                 }
                 Err(error) => drop(started.send(Err(error))),
             }
-            drop(dir);
-            drop(ended_tx);
         })
         .map_err(StartError::Thread)?;
-        let handle = starting.await.map_err(|_| StartError::Ended("at its start".to_owned()))??;
-        let this = Self { handle, shared, cluster, thread: Mutex::new(Some(Thread { stop, ended })) };
+        let thread = Thread { stop, joined };
+        let handle = match starting.await {
+            Ok(Ok(handle)) => handle,
+            other => {
+                let _ = tokio::task::spawn_blocking(move || thread.end()).await;
+                return Err(match other {
+                    Ok(Err(error)) => error,
+                    _ => StartError::Ended("at its start".to_owned()),
+                });
+            }
+        };
+        let this = Self { handle, shared, cluster, thread: Mutex::new(Some(thread)) };
         if let Err(error) = this.lead().await {
             this.stop().await;
             return Err(error);
@@ -249,12 +273,13 @@ impl Replicated {
 
     /// Ends the raft thread; what was applied is stored then, and the data directory free.
     pub async fn stop(&self) {
-        let thread = self.thread.lock().expect("a panic ends the process").take();
-        if let Some(Thread { stop, ended }) = thread {
-            drop(stop);
-            // Always an error: the other end is dropped when the thread is done.
-            let _ = ended.await;
+        if let Some(thread) = self.take_thread() {
+            let _ = tokio::task::spawn_blocking(move || thread.end()).await;
         }
+    }
+
+    fn take_thread(&self) -> Option<Thread> {
+        self.thread.lock().expect("a panic ends the process").take()
     }
 }
 

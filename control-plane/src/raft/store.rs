@@ -9,12 +9,14 @@
 //!  "membership"       → as raft/ gave it
 //! ```
 
-use std::path::Path;
+use std::fs::File;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use evolute_raft::{Position, Restored};
 use rocksdb::{DB, IteratorMode, Options, WriteBatch, WriteOptions};
 
+use super::data_dir::DataDir;
 use crate::state::{Damaged, Key, State};
 
 const RECORD: u8 = b's';
@@ -37,18 +39,20 @@ pub enum StoreError {
 
 pub struct Store {
     db: DB,
+    /// Given back after the database is closed: fields are dropped in this order.
+    _lock: Arc<File>,
 }
 
 impl Store {
-    /// Opens what is there; `new` makes it.
-    pub fn open(dir: &Path, new: bool) -> Result<(Self, State, Restored), StoreError> {
+    /// Opens what is there, or makes it in a new directory.
+    pub fn open(dir: &DataDir) -> Result<(Self, State, Restored), StoreError> {
         let mut options = Options::default();
-        options.create_if_missing(new);
+        options.create_if_missing(dir.is_new());
         options.set_write_buffer_size(WRITE_BUFFER_BYTES);
         options.set_max_open_files(64);
         options.set_keep_log_file_num(2);
         options.set_max_log_file_size(1 << 20);
-        let db = DB::open(&options, dir)?;
+        let db = DB::open(&options, dir.state())?;
         // What recovery read out of RocksDB's own log may not be synced yet, and raft is about to rely on it.
         db.flush()?;
         let mut state = State::default();
@@ -62,7 +66,7 @@ impl Store {
                 _ => return Err(Damaged::Key(key.into_vec()).into()),
             }
         }
-        Ok((Self { db }, state, restored))
+        Ok((Self { db, _lock: dir.lock() }, state, restored))
     }
 
     /// One entry's effect. Durable when this returns.

@@ -150,7 +150,9 @@ mod tests {
     fn nothing_moves_for_a_difference_of_one() {
         let mut world = led_by([1, 1, 2, 2, 3, 3]);
         world.add_copyset([1, 2, 3]);
-        for (leaders, moves) in [([1, 1, 2, 2, 3, 3, 1], 0), ([1, 1, 2, 2, 3, 3, 3], 0), ([1, 1, 1, 2, 2, 2, 2], 2)] {
+        for (leaders, moves) in
+            [([1, 1, 2, 2, 3, 3, 1], 0), ([1, 1, 2, 2, 3, 3, 3], 0), ([1, 1, 1, 2, 2, 2, 2], 2)]
+        {
             world.lead(&leaders);
             let planned = plan(&world.state, &world.reports, &Transfers::new(), world.now);
             assert_eq!(planned.len(), moves, "{leaders:?} {planned:?}");
