@@ -25,6 +25,8 @@ const BYTES_MAX: u64 = 32 << 20;
 const REQUESTS_MAX: usize = 512;
 /// How long giving the volume back may take.
 const DETACH_MAX: Duration = Duration::from_secs(10);
+/// How long the reason of a failure may be behind the failure.
+const REASON_MAX: Duration = Duration::from_millis(200);
 
 /// Where [`WakerHandle`] reports.
 const WAKER: Token = Token(0);
@@ -70,6 +72,11 @@ pub struct Client {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
 }
+
+const _: () = {
+    const fn any_thread<T: Send + Sync>() {}
+    any_thread::<Client>();
+};
 
 /// One request on its way to the I/O thread. A read has somebody waiting for its data.
 #[derive(Debug)]
@@ -239,10 +246,11 @@ impl Client {
     }
 
     fn explain(&self, failure: Failure) -> ClientError {
-        match (failure, self.control.as_ref().and_then(Control::lost)) {
-            (Failure::Io, Some(lost)) => lost.into(),
-            (failure, _) => failure.into(),
-        }
+        let lost = match (failure, &self.control) {
+            (Failure::Io, Some(control)) => control.lost_within(REASON_MAX),
+            _ => None,
+        };
+        lost.map_or(failure.into(), ClientError::from)
     }
 
     fn check(&self, offset: u64, len: u64) -> Result<(), ClientError> {

@@ -18,7 +18,7 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use std::{fmt, io};
@@ -104,7 +104,10 @@ pub enum Ask {
     /// The cluster says that somebody else writes now; main should hear of it.
     FencedOut,
     /// Give the volume back, in this time. Says whether the control plane knows.
-    Detach { timeout: Duration, done: mpsc::Sender<bool> },
+    Detach {
+        timeout: Duration,
+        done: mpsc::Sender<bool>,
+    },
     Stop,
 }
 
@@ -195,7 +198,7 @@ pub fn link() -> (ControlLink, ControlEnd) {
 #[derive(Debug)]
 pub struct Control {
     asks: UnboundedSender<Ask>,
-    attached: mpsc::Receiver<Result<AttachedVolume, AttachError>>,
+    attached: Mutex<mpsc::Receiver<Result<AttachedVolume, AttachError>>>,
     thread: JoinHandle<()>,
 }
 
@@ -216,13 +219,13 @@ pub fn start(options: ControlOptions) -> Result<(Control, ControlLink), AttachEr
         .name("control".into())
         .spawn(move || run(options, mds, state, end, told))
         .map_err(AttachError::Thread)?;
-    Ok((Control { asks, attached, thread }, link))
+    Ok((Control { asks, attached: Mutex::new(attached), thread }, link))
 }
 
 impl Control {
     /// Waits until the volume is attached, or can not be; `None` when that takes longer than `timeout`.
     pub fn wait_attached(&self, timeout: Duration) -> Result<Option<AttachedVolume>, AttachError> {
-        match self.attached.recv_timeout(timeout) {
+        match self.told().recv_timeout(timeout) {
             Ok(result) => result.map(Some),
             Err(RecvTimeoutError::Timeout) => Ok(None),
             Err(RecvTimeoutError::Disconnected) => Err(AttachError::Gone),
@@ -231,7 +234,24 @@ impl Control {
 
     /// Why the volume is lost, once it is. After that every request fails, and a process can only end.
     pub fn lost(&self) -> Option<AttachError> {
-        self.attached.try_iter().find_map(Result::err)
+        self.told().try_iter().find_map(Result::err)
+    }
+
+    /// The same for one whose request has just failed: the reason may be a moment behind.
+    pub fn lost_within(&self, timeout: Duration) -> Option<AttachError> {
+        let told = self.told();
+        loop {
+            match told.recv_timeout(timeout) {
+                Ok(Ok(_)) => {}
+                Ok(Err(lost)) => return Some(lost),
+                Err(_) => return None,
+            }
+        }
+    }
+
+    fn told(&self) -> MutexGuard<'_, mpsc::Receiver<Result<AttachedVolume, AttachError>>> {
+        // A panic aborts the process; a poisoned lock can only be seen in tests.
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Gives the volume back and ends the thread. Call it when the I/O thread has ended. False: the control plane could
@@ -284,10 +304,7 @@ fn run(
     local.block_on(&runtime, async move {
         let ControlEnd { asks, news } = end;
         let mds = Mds {
-            clients: mds
-                .into_iter()
-                .map(|(name, to)| (name, client(&to)))
-                .collect(),
+            clients: mds.into_iter().map(|(name, to)| (name, client(&to))).collect(),
             current: Cell::new(0),
             away_since: Cell::new(None),
         };
