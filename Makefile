@@ -12,6 +12,8 @@ OUT ?=
 QUICK ?=
 RUN := $(CARGO_TARGET_DIR)/evolute-run
 STEP := .ci/step
+# Named, because make runs lines that name MAKE itself even under `make -n`.
+SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
 
 .DEFAULT_GOAL := help
@@ -35,26 +37,27 @@ build:
 	@$(BINARIES)
 
 images: deps
-	@$(MAKE) --no-print-directory -C images
+	@$(SUBMAKE) -C images
 
 demo:
 	@mkdir -p $(RUN); rm -f $(RUN)/steps
 	@export EVOLUTE_STEPS=$(RUN)/steps; \
 	 $(STEP) 'Debian packages' .ci/deps; \
-	 $(STEP) 'guest images' $(MAKE) --no-print-directory -C images; \
+	 $(STEP) 'guest images' $(SUBMAKE) -C images; \
 	 $(STEP) 'programs' $(BINARIES); \
-	 $(STEP) 'demo' cargo run --release --quiet -p evolute-guest-tests --bin demo; \
+	 $(STEP) 'demo' $(CARGO_TARGET_DIR)/release/demo; \
 	 printf '\nTime of each step:\n'; cat $(RUN)/steps
 
 test:
 	@mkdir -p $(RUN); rm -f $(RUN)/steps $(RUN)/tests; touch $(RUN)/tests
 	@export EVOLUTE_STEPS=$(RUN)/steps EVOLUTE_TESTS=$(RUN)/tests; status=0; \
 	 $(STEP) 'Debian packages' .ci/deps; \
-	 $(STEP) 'guest images' $(MAKE) --no-print-directory -C images; \
-	 $(MAKE) --no-print-directory verify || status=1; \
-	 $(MAKE) --no-print-directory guest-tests || status=1; \
+	 $(STEP) 'guest images' $(SUBMAKE) -C images; \
+	 $(SUBMAKE) verify || status=1; \
+	 $(SUBMAKE) guest-tests || status=1; \
 	 printf '\nTime of each step:\n'; cat $(RUN)/steps; \
 	 .ci/count-tests $(RUN)/tests || status=1; \
+	 if [ $$status -ne 0 ]; then echo 'make test: something above failed'; fi; \
 	 exit $$status
 
 # Never writes to the work tree. Looks at everything before it says no, so that one run shows all there is to mend.
@@ -62,6 +65,7 @@ verify:
 	@status=0; \
 	 $(STEP) 'format' cargo fmt --all --check || status=1; \
 	 $(STEP) 'clippy' cargo clippy --release --workspace --all-targets -- -D warnings || status=1; \
+	 $(STEP) 'programs' $(BINARIES) || status=1; \
 	 $(STEP) 'tests' .ci/cargo-test --workspace --exclude evolute-guest-tests || status=1; \
 	 RUSTDOCFLAGS='-D warnings' $(STEP) 'documentation' \
 	   cargo doc --release --workspace --no-deps --document-private-items --quiet || status=1; \

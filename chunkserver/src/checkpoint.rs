@@ -34,7 +34,7 @@ pub async fn run(registry: Rc<Registry>, store: Rc<RefCell<ChunkStore>>, log: Lo
             return ShardError::Store(error);
         }
         looks += 1;
-        if looks % LOOKS_PER_PURGE == 0 {
+        if looks.is_multiple_of(LOOKS_PER_PURGE) {
             registry.purge().await;
         }
         let grown = log.usage().appended_bytes.saturating_sub(log_at_last) >= LOG_BYTES_DUE;

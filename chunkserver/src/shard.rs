@@ -235,13 +235,14 @@ impl Shard {
     fn started(self: &Rc<Self>, started: Result<Rc<Copyset>, ReplicaError>) {
         match started {
             Ok(copyset) => {
-                let shard = Rc::clone(self);
+                let changed = Arc::clone(&self.changed);
+                // Weak: the copyset has the group, which has this.
                 let watched = Rc::downgrade(&copyset);
                 copyset.group().on_leader_change(move |change| {
                     if let (false, Some(copyset)) = (change.me, watched.upgrade()) {
                         copyset.refuse_waiting();
                     }
-                    shard.changed.notify_one();
+                    changed.notify_one();
                 });
                 spawn_local(initialize(copyset));
             }

@@ -21,7 +21,7 @@ use tracing_subscriber::EnvFilter;
 /// A panic is a broken invariant of ours: to go on with half a process would be worse than a restart.
 pub fn start() {
     let filter =
-        EnvFilter::try_from_env("EVOLUTE_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=warn"));
+        EnvFilter::try_from_env("EVOLUTE_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     // A second subscriber (in tests that hold several programs) is not an error.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use evolute_protocol::epoch::Epoch;
-use evolute_protocol::geometry::MIB;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
 use evolute_raft::{Applied, ProposeError};
 use smallvec::SmallVec;
@@ -20,12 +19,12 @@ use crate::chunk_store::Pressure;
 /// `reference/rust-stack.md` §2.2).
 const ENTRIES_IN_FLIGHT_MAX: usize = 2;
 /// Data of one entry: a few of the longest requests, so that a stream of large writes does not keep small ones out.
-const ENTRY_BYTES_MAX: usize = 2 * MIB as usize;
+const ENTRY_BYTES_MAX: usize = 2 << 20;
 /// Changes of one entry; their count fits 16 bits and their fields some tens of KiB.
 const ENTRY_CHANGES_MAX: usize = 1024;
 /// What may wait on one copyset: beyond it the answer is `Busy`. 64 MiB × 100 copysets is the most a chunkserver
 /// could be made to hold, and only if every copyset stalled at once.
-const WAITING_BYTES_MAX: usize = 64 * MIB as usize;
+const WAITING_BYTES_MAX: usize = 64 << 20;
 const WAITING_CHANGES_MAX: usize = 16 << 10;
 
 /// Changes that arrived and are not proposed yet.
@@ -56,7 +55,7 @@ impl Copyset {
         if let Change::Write(write) = &change {
             let store = self.store.borrow();
             let (offset, length) = (write.range.offset(), write.range.length());
-            if store.pressure() == Pressure::Full && !store.has_room_for(write.chunk, offset, length) {
+            if !store.has_room_for(write.chunk, offset, length) {
                 return self.answer(&caller, &Reply::Refused(Refusal::NoSpace));
             }
         }

@@ -116,7 +116,12 @@ fn settle(layout: &Layout, args: &DevArgs) -> Result<Kept, Failure> {
         None => None,
     };
     let seed = u64::from(std::process::id()) ^ crate::output::unix_ms_now();
-    let mut kept = match layout.kept()? {
+    let former = layout.kept()?;
+    let instead = match former {
+        Some(_) => "add --new-ports to choose others (the data stay)",
+        None => "choose another --mds-port",
+    };
+    let mut kept = match former {
         Some(kept) => {
             if data_on.is_some() && data_on != kept.data_on {
                 return Err(Failure::Dev {
@@ -142,9 +147,9 @@ fn settle(layout: &Layout, args: &DevArgs) -> Result<Kept, Failure> {
             Kept::new(mds, [a, b, c], data_on)
         }
     };
-    ports::expect_free(kept.mds_port, "control plane")?;
+    ports::expect_free(kept.mds_port, "control plane", instead)?;
     for (i, port) in kept.chunkserver_ports.iter().enumerate() {
-        ports::expect_free(*port, &format!("chunkserver {}", i + 1))?;
+        ports::expect_free(*port, &format!("chunkserver {}", i + 1), instead)?;
     }
     for volume in &args.volumes {
         layout.socket(&volume.name)?;

@@ -35,8 +35,8 @@ pub fn choose<const N: usize>(seed: u64) -> Result<[u16; N], Failure> {
     Ok(ports)
 }
 
-/// Refuses with the name of whoever listens there.
-pub fn expect_free(port: u16, wanted_by: &str) -> Result<(), Failure> {
+/// Refuses with the name of whoever listens there; `instead` is the other way out.
+pub fn expect_free(port: u16, wanted_by: &str, instead: &str) -> Result<(), Failure> {
     if is_free(port) {
         return Ok(());
     }
@@ -45,8 +45,8 @@ pub fn expect_free(port: u16, wanted_by: &str) -> Result<(), Failure> {
         None => "another process (of another user, or ending just now)".to_owned(),
     };
     Err(Failure::Dev {
-        what: format!("port {port}, kept for the {wanted_by} of this cluster, is taken by {holder}"),
-        next: "stop that process, or add --new-ports to choose others (the data stay)".to_owned(),
+        what: format!("port {port}, meant for the {wanted_by} of this cluster, is taken by {holder}"),
+        next: format!("stop that process, or {instead}"),
     })
 }
 
@@ -114,7 +114,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let port = listener.local_addr().expect("address").port();
         assert!(!is_free(port));
-        let refused = expect_free(port, "control plane").expect_err("taken").to_string();
+        let refused = expect_free(port, "control plane", "think again").expect_err("taken").to_string();
         let me = std::process::id().to_string();
         assert!(refused.contains(&port.to_string()) && refused.contains(&me), "{refused}");
     }

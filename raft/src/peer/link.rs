@@ -39,9 +39,7 @@ enum State {
         not_before: Option<Instant>,
         backoff: Duration,
     },
-    Dialling {
-        backoff: Duration,
-    },
+    Dialling,
     Up(Rc<Connection>),
     Closed,
 }
@@ -146,14 +144,14 @@ impl Link {
                 let mut state = self.state.borrow_mut();
                 match &*state {
                     State::Up(connection) if !connection.outbox.is_closed() => return Ok(connection.clone()),
-                    State::Up(_) | State::Dialling { .. } => None,
+                    State::Up(_) | State::Dialling => None,
                     State::Closed => return Err(io::ErrorKind::NotConnected.into()),
                     State::Down { not_before: Some(time), .. } if Instant::now() < *time => {
                         return Err(io::ErrorKind::NotConnected.into());
                     }
                     State::Down { backoff, .. } => {
                         let backoff = *backoff;
-                        *state = State::Dialling { backoff };
+                        *state = State::Dialling;
                         Some(backoff)
                     }
                 }

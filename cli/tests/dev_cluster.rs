@@ -1,0 +1,236 @@
+//! `evolute dev` with the real programs: a cluster comes up, takes an image, survives its processes, comes back with its
+//! data, and leaves nothing running.
+//!
+//! The programs are found beside `evolute`; where they are not built the test says so and passes (`make` builds them first).
+
+use std::fs::{self, File};
+use std::net::TcpListener;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use evolute_vhost_backend::volume::client::Client;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const EVOLUTE: &str = env!("CARGO_BIN_EXE_evolute");
+/// For everything that is waited for: far more than it takes, so that only a hang reaches it.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+fn programs_are_built() -> bool {
+    let beside = Path::new(EVOLUTE).parent().expect("a directory");
+    let missing = ["evolute-mds", "evolute-chunkserver", "evolute-vhost"]
+        .iter()
+        .find(|name| !beside.join(name).exists());
+    if let Some(name) = missing {
+        eprintln!("skipped: {name} is not built (make build)");
+    }
+    missing.is_none()
+}
+
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+struct Dev {
+    child: Child,
+    ready_file: PathBuf,
+}
+
+impl Dev {
+    fn start(dir: &Path, more: &[&str]) -> Self {
+        let ready_file = dir.with_extension("ready");
+        let out = File::create(dir.with_extension("out")).expect("create");
+        let err = out.try_clone().expect("clone");
+        let child = Command::new(EVOLUTE)
+            .args(["dev", "--start-timeout", "100", "--dir"])
+            .arg(dir)
+            .arg("--ready-file")
+            .arg(&ready_file)
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(out)
+            .stderr(err)
+            .spawn()
+            .expect("starts");
+        let mut dev = Self { child, ready_file };
+        until("the cluster", || {
+            let ended = dev.child.try_wait().expect("ours");
+            let said = fs::read_to_string(dir.with_extension("out")).unwrap_or_default();
+            assert!(ended.is_none(), "evolute dev ended: {said}");
+            dev.ready_file.exists().then_some(())
+        });
+        dev
+    }
+
+    fn running(&self) -> Value {
+        serde_json::from_slice(&fs::read(&self.ready_file).expect("ready")).expect("JSON")
+    }
+
+    fn mds(&self) -> String {
+        self.running()["mds"]["address"].as_str().expect("an address").to_owned()
+    }
+
+    /// The processes of the cluster.
+    fn pids(&self) -> Vec<u64> {
+        let running = self.running();
+        let lists = ["chunkservers", "volumes"].map(|list| running[list].as_array().expect("a list").clone());
+        let processes = lists.into_iter().flatten().chain([running["mds"].clone()]);
+        processes.map(|process| process["pid"].as_u64().expect("a pid")).collect()
+    }
+
+    fn evolute(&self, words: &[&str]) -> Output {
+        let mds = self.mds();
+        Command::new(EVOLUTE).args(["--mds", &mds, "--json"]).args(words).output().expect("runs")
+    }
+
+    fn ask(&self, words: &[&str]) -> Value {
+        let output = self.evolute(words);
+        assert!(output.status.success(), "{words:?}: {}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(u64::from(self.child.id()), signal);
+    }
+
+    fn stop(mut self) -> ExitStatus {
+        self.signal(Signal::TERM);
+        until("the end", || self.child.try_wait().expect("ours"))
+    }
+}
+
+impl Drop for Dev {
+    fn drop(&mut self) {
+        // Its processes die with it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn kill(pid: u64, signal: Signal) {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a pid");
+    kill_process(pid, signal).expect("ours");
+}
+
+fn is_alive(pid: u64) -> bool {
+    // A zombie has no command line any more.
+    fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|command| !command.is_empty())
+}
+
+/// An image with data at both ends, a hole, and zeroes that nobody punched.
+fn image(path: &Path) -> Vec<u8> {
+    let mut bytes = vec![0; (5 << 20) + 1000];
+    for (i, byte) in bytes[..2 << 20].iter_mut().enumerate() {
+        *byte = u8::try_from(i % 251).expect("small");
+    }
+    bytes[(1 << 20)..(1 << 20) + 65536].fill(0);
+    let end = bytes.len();
+    bytes[end - 10..].fill(7);
+    let file = File::create(path).expect("create");
+    file.set_len(end as u64).expect("size");
+    file.write_all_at(&bytes[..2 << 20], 0).expect("write");
+    file.write_all_at(&bytes[end - 10..], (end - 10) as u64).expect("write");
+    bytes
+}
+
+fn read_back(mds: &str, volume: &str, bytes: usize) -> Vec<u8> {
+    let client = Client::attach(volume, &[mds.to_owned()], "a test").expect("attached");
+    let data = client.read(0, bytes.next_multiple_of(4096)).expect("read");
+    client.detach().expect("detached");
+    data[..bytes].to_vec()
+}
+
+#[test]
+fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
+    if !programs_are_built() {
+        return;
+    }
+    let temporary = tempfile::tempdir().expect("tempdir");
+    let dir = temporary.path().join("c");
+    let dev = Dev::start(&dir, &["--volume", "disk:64M", "--mds-port", "0"]);
+    let first = dev.running();
+    assert_eq!(first["volumes"][0]["volume"], "disk");
+    let socket = PathBuf::from(first["volumes"][0]["socket"].as_str().expect("a path"));
+    assert!(socket.exists());
+    assert!(first["volumes"][0]["qemu"].as_str().is_some_and(|line| line.contains("share=on")));
+    let volume = dev.ask(&["volume", "show", "disk"]);
+    assert_eq!((&volume["size_bytes"], volume["attached"].is_object()), (&Value::from(64 << 20), true));
+    assert_eq!(dev.ask(&["cluster", "status"])["chunkservers"].as_array().map(Vec::len), Some(3));
+
+    // The same directory is served once.
+    let second = Command::new(EVOLUTE).arg("dev").arg("--dir").arg(&dir).output().expect("runs");
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(!second.status.success() && said.contains(&dev.child.id().to_string()), "{said}");
+
+    // An image arrives whole.
+    let file = temporary.path().join("image.raw");
+    let bytes = image(&file);
+    let imported = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--name", "debian"]);
+    assert!(imported.status.success(), "{}", String::from_utf8_lossy(&imported.stderr));
+    let events = String::from_utf8(imported.stdout).expect("UTF-8");
+    let last: Value = serde_json::from_str(events.lines().last().expect("events")).expect("JSON");
+    assert_eq!(
+        (last["event"].as_str(), last["image_bytes"].as_u64()),
+        (Some("done"), Some(bytes.len() as u64))
+    );
+    assert!(
+        last["written_bytes"].as_u64().is_some_and(|written| written < 2 << 20),
+        "holes are not written: {last}"
+    );
+    assert_eq!(dev.ask(&["volume", "show", "debian"])["size_bytes"], 6 << 20);
+    assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
+    let again = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--into", "debian"]);
+    assert_eq!(again.status.code(), Some(2), "it is not empty any more");
+
+    // A process that dies is started again.
+    let victim = first["chunkservers"][1]["pid"].as_u64().expect("a pid");
+    kill(victim, Signal::KILL);
+    until("a new chunkserver", || {
+        dev.running()["chunkservers"][1]["pid"].as_u64().filter(|pid| *pid != victim && *pid != 0)
+    });
+
+    // Stopped and started: the same ports, the same volume, the same data.
+    let before = dev.pids();
+    assert!(dev.stop().success());
+    assert!(!dir.with_extension("ready").exists(), "nothing is ready any more");
+    assert_eq!(before.iter().filter(|pid| is_alive(**pid)).count(), 0);
+    let dev = Dev::start(&dir, &[]);
+    assert_eq!(dev.mds(), first["mds"]["address"].as_str().expect("an address"));
+    assert_eq!(dev.running()["volumes"][0]["volume"], "disk");
+    assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
+
+    // Even killed it leaves nothing running.
+    let pids = dev.pids();
+    assert_eq!(pids.iter().filter(|pid| is_alive(**pid)).count(), 5);
+    dev.signal(Signal::KILL);
+    until("the children's end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+}
+
+#[test]
+fn a_kept_port_that_somebody_else_took_names_them() {
+    if !programs_are_built() {
+        return;
+    }
+    let temporary = tempfile::tempdir().expect("tempdir");
+    let dir = temporary.path().join("c");
+    let taken = TcpListener::bind("127.0.0.1:0").expect("bind");
+    let port = taken.local_addr().expect("address").port().to_string();
+    fs::create_dir(&dir).expect("mkdir");
+    let kept = format!("format = 1\nmds_port = {port}\nchunkserver_ports = [20001, 20002, 20003]\n");
+    fs::write(dir.join("dev.toml"), kept).expect("write");
+    let refused = Command::new(EVOLUTE).arg("dev").arg("--dir").arg(&dir).output().expect("runs");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success(), "{said}");
+    for word in [port.as_str(), &std::process::id().to_string(), "--new-ports"] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+}
