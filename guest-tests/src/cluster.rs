@@ -127,9 +127,11 @@ impl<'a> Cluster<'a> {
             .context("cannot run evolute")?;
         let errors = String::from_utf8_lossy(&answer.stderr);
         ensure!(answer.status.success(), "evolute {}: {}", arguments.join(" "), errors.trim());
-        serde_json::from_slice(&answer.stdout).with_context(|| {
-            format!("evolute {} --json: {}", arguments.join(" "), String::from_utf8_lossy(&answer.stdout))
-        })
+        // A command that shows progress prints one JSON value per event; the last one is the answer.
+        let answers = serde_json::Deserializer::from_slice(&answer.stdout).into_iter::<Value>();
+        let last = answers.last().transpose();
+        let last = last.with_context(|| format!("evolute {} --json printed no JSON", arguments.join(" ")))?;
+        last.with_context(|| format!("evolute {} --json printed nothing", arguments.join(" ")))
     }
 
     /// Starts a backend for the volume and gives its socket, which stays the same when it is started again.
