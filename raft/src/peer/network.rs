@@ -214,7 +214,15 @@ impl Target {
     where
         S: Stream<Item = AppendRequest> + OptionalSend + Unpin + 'static,
     {
-        let connection = self.link.up().await.map_err(|error| unreachable(&error))?;
+        let connection = match self.link.up().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                // openraft waits out its back-off inside this stream: not to ask it for anything would be to be
+                // called again at once, for ever, while a peer is away.
+                input.next().await;
+                return Err(unreachable(&error));
+            }
+        };
         let (number, answers) = connection.open();
         let session = Rc::new(Session {
             connection: connection.clone(),
