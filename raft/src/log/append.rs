@@ -514,6 +514,11 @@ impl Core {
         }
     }
 
+    #[cfg(test)]
+    pub fn durable(&self) -> Mark {
+        self.durable
+    }
+
     pub fn usage(&self) -> LogUsage {
         LogUsage {
             file_bytes: self.file_count * self.options.file_bytes,

@@ -488,4 +488,4 @@ fn free_name(dir: &Path) -> Result<PathBuf, LogError> {
 }
 
 #[cfg(test)]
-mod suite;
+mod tests;

@@ -14,8 +14,8 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{AsyncRuntime, OptionalSend, StorageError};
 
-use super::{GroupLog, Log, LogOptions, LogOwner};
 use crate::group::{State, no_membership};
+use crate::log::{GroupLog, Log, LogOptions, LogOwner};
 use crate::machine::{Applying, Machine, Restored, StateMachine};
 use crate::runtime::LocalRt;
 use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, Types, position};

@@ -1,0 +1,148 @@
+//! Disks that fail, fall short or finish in another order than they were asked.
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::rc::Rc;
+
+use openraft::AsyncRuntime;
+use openraft::async_runtime::Oneshot;
+use openraft::storage::RaftLogStorage;
+
+use super::{Model, Op, apply, entry, groups, held, open, options, run};
+use crate::Position;
+use crate::log::device::{self, Completion, Device, Write};
+use crate::log::{Log, LogError};
+use crate::runtime::LocalRt;
+use crate::types::{IoFlushed, Vote};
+
+/// What happens to completions from now on.
+#[derive(Clone, Copy, PartialEq)]
+enum Fault {
+    None,
+    /// As after a failed sync.
+    Error,
+    /// One block less than asked.
+    Short,
+    /// Kept back until there are two, then given in reverse.
+    Reverse,
+}
+
+struct Faulty {
+    inner: Box<dyn Device>,
+    fault: Rc<Cell<Fault>>,
+    kept: Rc<RefCell<Vec<Completion>>>,
+}
+
+impl Device for Faulty {
+    unsafe fn submit(&mut self, write: Write) -> io::Result<()> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.inner.submit(write) }
+    }
+
+    fn reap(&mut self, completed: &mut Vec<Completion>) {
+        let mut now = Vec::new();
+        self.inner.reap(&mut now);
+        for mut completion in now {
+            match self.fault.get() {
+                Fault::None => completed.push(completion),
+                Fault::Error => {
+                    completion.outcome = Err(io::Error::from_raw_os_error(libc::EIO));
+                    completed.push(completion);
+                }
+                Fault::Short => {
+                    completion.outcome = completion.outcome.map(|length| length - 4096);
+                    completed.push(completion);
+                }
+                Fault::Reverse => self.kept.borrow_mut().push(completion),
+            }
+        }
+        let mut kept = self.kept.borrow_mut();
+        if kept.len() >= 2 || self.fault.get() != Fault::Reverse {
+            completed.extend(kept.drain(..).rev());
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        self.inner.wait()
+    }
+}
+
+async fn open_faulty(dir: &std::path::Path) -> (Log, Rc<Cell<Fault>>, Rc<RefCell<Vec<Completion>>>) {
+    let fault = Rc::new(Cell::new(Fault::None));
+    let kept = Rc::new(RefCell::default());
+    let (given, keeping) = (fault.clone(), kept.clone());
+    let log = Log::open_on(dir, options(), move |io_uring| {
+        let (inner, event) = device::open(io_uring)?;
+        Ok((Box::new(Faulty { inner, fault: given, kept: keeping }), event))
+    });
+    (log.await.expect("a log"), fault, kept)
+}
+
+#[test]
+fn a_log_that_failed_is_dead_and_what_it_told_durable_is_there() {
+    for fault in [Fault::Error, Fault::Short] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut model = Model::default();
+        run(async {
+            let (log, faults, _) = open_faulty(dir.path()).await;
+            let mut group = groups(&log).await.remove(0);
+            for _ in 0..10 {
+                apply(&mut group, &mut model, &Op::Append(500, 0)).await;
+            }
+            log.synced().await.expect("durable");
+            assert!(log.failed().is_none());
+            faults.set(fault);
+            let (tell, told) = <LocalRt as AsyncRuntime>::Oneshot::channel();
+            let at = Position { term: model.term(), index: model.next() };
+            group.append([entry(at, vec![1; 500])], IoFlushed::signal(tell)).await.expect("taken");
+            assert!(told.await.unwrap().is_err(), "told of the failure");
+            assert!(matches!(log.until_failed().await, LogError::Io { doing: "write", .. }));
+            // It never comes back, though the disk does.
+            faults.set(Fault::None);
+            assert!(group.save_vote(&Vote::new(9, 9)).await.is_err());
+            assert!(log.synced().await.is_err());
+            let next = Position { index: at.index + 1, ..at };
+            assert!(group.append([entry(next, vec![1; 500])], IoFlushed::noop()).await.is_err());
+        });
+        run(async {
+            let log = open(dir.path()).await.expect("a log");
+            let found = held(&log).await[&0].clone();
+            assert_eq!(found.vote, None);
+            // What was being written may be there or not.
+            assert_eq!(found.entries[..10], model.entries[..]);
+        });
+    }
+}
+
+#[test]
+fn nobody_is_told_before_everything_earlier_is_durable() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (log, faults, kept) = open_faulty(dir.path()).await;
+        let mut group = groups(&log).await.remove(0);
+        faults.set(Fault::Reverse);
+        let order = Rc::new(RefCell::new(Vec::new()));
+        for index in 0..2 {
+            let (tell, told) = <LocalRt as AsyncRuntime>::Oneshot::channel();
+            let at = Position { term: 1, index };
+            group.append([entry(at, vec![1; 500])], IoFlushed::signal(tell)).await.expect("taken");
+            let noting = order.clone();
+            tokio::task::spawn_local(async move {
+                told.await.unwrap().unwrap();
+                noting.borrow_mut().push(index);
+            });
+            if index == 0 {
+                // Its write is with the disk, and the next goes down before anything is heard of it.
+                while kept.borrow().is_empty() {
+                    tokio::task::yield_now().await;
+                }
+                assert!(order.borrow().is_empty());
+            }
+        }
+        while order.borrow().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(*order.borrow(), [0, 1]);
+        faults.set(Fault::None);
+    });
+}

@@ -1,0 +1,223 @@
+//! The log against a model of it: what was told durable is there after any crash, and damage is never passed over.
+
+#![expect(clippy::cast_possible_truncation, reason = "small numbers of tests")]
+
+mod crash;
+mod failing;
+mod golden;
+mod suite;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use bytes::Bytes;
+use openraft::async_runtime::Oneshot;
+use openraft::entry::RaftEntry;
+use openraft::storage::{RaftLogReader, RaftLogStorage};
+use openraft::{AsyncRuntime, EntryPayload};
+
+use super::{GroupLog, Log, LogError, LogOptions, LogOwner};
+use crate::runtime::LocalRt;
+use crate::types::{Entry, IoFlushed, Vote, log_id, position};
+use crate::{Command, GroupId, Position, ProcessId, ReplicaId};
+
+const OWNER: LogOwner = LogOwner { cluster: [5; 16], process: ProcessId(7) };
+const GROUPS: u64 = 3;
+
+fn options() -> LogOptions {
+    LogOptions { file_bytes: 64 << 10, memory_bytes_max: 4000, ..LogOptions::new(OWNER) }
+}
+
+fn run<F: Future>(future: F) -> F::Output {
+    LocalRt::new(1).block_on(future)
+}
+
+/// What one group's log is to hold.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct Model {
+    vote: Option<Vote>,
+    purged: Option<Position>,
+    entries: Vec<(Position, Vec<u8>)>,
+}
+
+type Models = BTreeMap<u64, Model>;
+
+impl Model {
+    fn next(&self) -> u64 {
+        let last = self.entries.last().map(|entry| entry.0).or(self.purged);
+        last.map_or(0, |last| last.index + 1)
+    }
+
+    fn term(&self) -> u64 {
+        let last = self.entries.last().map(|entry| entry.0).or(self.purged);
+        last.map_or(1, |last| last.term)
+    }
+}
+
+/// One thing done to a log.
+#[derive(Debug, Clone)]
+enum Op {
+    /// This many bytes, in a term this much later.
+    Append(usize, u64),
+    Vote(bool),
+    /// Drops this many of the last entries.
+    Truncate(usize),
+    /// Drops this many of the first entries.
+    Purge(usize),
+}
+
+async fn groups(log: &Log) -> Vec<GroupLog> {
+    let mut groups = Vec::new();
+    for group in 0..GROUPS {
+        groups.push(log.group(GroupId(group), ReplicaId(100 + group)).await.expect("a group"));
+    }
+    log.synced().await.expect("durable");
+    groups
+}
+
+fn entry(at: Position, bytes: Vec<u8>) -> Entry {
+    // In two parts, as commands are.
+    let bytes = Bytes::from(bytes);
+    let command: Command =
+        [bytes.slice(..bytes.len() / 2), bytes.slice(bytes.len() / 2..)].into_iter().collect();
+    Entry::new(log_id(at), EntryPayload::Normal(command))
+}
+
+/// Does `op` to the log and to the model, without waiting for the disk.
+async fn apply(group: &mut GroupLog, model: &mut Model, op: &Op) {
+    match *op {
+        Op::Append(length, later) => {
+            let at = Position { term: model.term() + later, index: model.next() };
+            let bytes: Vec<u8> = (0..length).map(|n| (at.index as usize * 31 + n).to_le_bytes()[0]).collect();
+            group.append([entry(at, bytes.clone())], IoFlushed::noop()).await.expect("appended");
+            model.entries.push((at, bytes));
+        }
+        Op::Vote(committed) => {
+            let term = model.vote.map_or(1, |vote| vote.leader_id.term + 1);
+            let vote = if committed { Vote::new_committed(term, 3) } else { Vote::new(term, 4) };
+            group.save_vote(&vote).await.expect("saved");
+            model.vote = Some(vote);
+        }
+        Op::Truncate(count) => {
+            let keep = model.entries.len() - count.min(model.entries.len());
+            let last = match keep {
+                0 => model.purged,
+                keep => Some(model.entries[keep - 1].0),
+            };
+            group.truncate_after(last.map(log_id)).await.expect("truncated");
+            model.entries.truncate(keep);
+        }
+        Op::Purge(count) => {
+            let count = count.min(model.entries.len());
+            if count > 0 {
+                let upto = model.entries[count - 1].0;
+                group.purge(log_id(upto)).await.expect("purged");
+                model.purged = Some(upto);
+                model.entries.drain(..count);
+            }
+        }
+    }
+}
+
+/// What a log holds.
+async fn held(log: &Log) -> Models {
+    let mut all = Models::new();
+    for group in log.groups() {
+        let replica = log.replica(group).expect("known");
+        let mut group_log = log.group(group, replica).await.expect("a group");
+        let mut model = Model {
+            vote: group_log.read_vote().await.expect("read"),
+            purged: group_log.bounds().0,
+            entries: Vec::new(),
+        };
+        for entry in group_log.try_get_log_entries(..).await.expect("read") {
+            let EntryPayload::Normal(command) = &entry.payload else { panic!("{entry:?}") };
+            let bytes = command.clone().into_cursor().take(command.len()).expect("all of it");
+            model.entries.push((position(&entry.log_id()), bytes.to_vec()));
+        }
+        all.insert(group.0, model);
+    }
+    all
+}
+
+async fn open(dir: &Path) -> Result<Log, LogError> {
+    Log::open(dir, options()).await
+}
+
+#[test]
+fn somebody_else_s_log_is_refused_and_not_touched() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        groups(&log).await;
+        assert!(matches!(open(dir.path()).await, Err(LogError::InUse { .. })), "two at a time");
+        log.close().await;
+    });
+    let bytes = || std::fs::read(dir.path().join("0001.log")).unwrap();
+    let before = bytes();
+    for owner in [LogOwner { cluster: [6; 16], ..OWNER }, LogOwner { process: ProcessId(8), ..OWNER }] {
+        let opened = run(Log::open(dir.path(), LogOptions { owner, ..options() }));
+        assert!(matches!(opened, Err(LogError::WrongOwner { found: OWNER, .. })));
+    }
+    let mut newer = before.clone();
+    newer[8] = 9;
+    std::fs::write(dir.path().join("0001.log"), &newer).unwrap();
+    assert!(matches!(run(open(dir.path())), Err(LogError::NewerVersion { found: 9, known: 1, .. })));
+    assert_eq!(bytes(), newer);
+    std::fs::write(dir.path().join("0001.log"), &before).unwrap();
+    run(async { assert_eq!(open(dir.path()).await.unwrap().groups().len(), 3) });
+}
+
+#[test]
+fn a_group_has_one_replica_here_until_it_is_removed() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        let mut group = log.group(GroupId(1), ReplicaId(5)).await.unwrap();
+        group.save_vote(&Vote::new(3, 5)).await.unwrap();
+        let other = log.group(GroupId(1), ReplicaId(6)).await;
+        assert!(matches!(other, Err(LogError::OtherReplica { found: ReplicaId(5), .. })));
+        log.remove_group(GroupId(1)).await.unwrap();
+    });
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        assert_eq!(log.groups(), []);
+        let mut group = log.group(GroupId(1), ReplicaId(6)).await.unwrap();
+        assert_eq!(group.read_vote().await.unwrap(), None);
+    });
+}
+
+#[test]
+fn old_entries_are_read_back_from_the_files_and_memory_stays_bounded() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        let mut groups = groups(&log).await;
+        let mut models = vec![Model::default(); groups.len()];
+        for round in 0..120 {
+            let at = round % groups.len();
+            apply(&mut groups[at], &mut models[at], &Op::Append(1000 + round, 0)).await;
+        }
+        log.synced().await.unwrap();
+        assert!(log.usage().memory_bytes <= options().memory_bytes_max, "{:?}", log.usage());
+        for (group, model) in models.into_iter().enumerate() {
+            assert_eq!(held(&log).await[&(group as u64)], model);
+        }
+        // A reader that wants little gets little, and at least one.
+        assert_eq!(groups[0].limited_get_log_entries(0, 1).await.unwrap().len(), 1);
+    });
+}
+
+#[test]
+fn an_append_is_told_durable_when_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        let mut group = groups(&log).await.remove(0);
+        let (tell, told) = <LocalRt as AsyncRuntime>::Oneshot::channel();
+        let at = Position { term: 1, index: 0 };
+        group.append([entry(at, vec![1; 100])], IoFlushed::signal(tell)).await.unwrap();
+        told.await.unwrap().unwrap();
+        assert!(log.core().durable().offset > 0);
+    });
+}
