@@ -1,6 +1,6 @@
 //! Stores replicas of chunks on one disk.
 //!
-//! In the order data flows: [`server`] takes requests from sockets, [`copyset`] makes them entries of a Raft group's
+//! In the order data flows: `server` takes requests from sockets, [`copyset`] makes them entries of a Raft group's
 //! log and applies them, [`chunk_store`] keeps the bytes, [`disk`] is the only one to open chunk files. [`shard`] is
 //! the thread all of that lives on; [`heartbeat`] talks to the control plane from another one.
 //!

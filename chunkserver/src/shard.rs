@@ -283,7 +283,9 @@ impl Shard {
 
 /// A new copyset's group begins with all its members; one that has begun is left as it is.
 async fn initialize(copyset: Rc<Copyset>) {
-    if let Err(error) = copyset.group().initialize(copyset.created().raft_members()).await {
+    let created = copyset.created();
+    let first = evolute_raft::ReplicaId(created.first_leader.0);
+    if let Err(error) = copyset.group().initialize(created.raft_members(), first).await {
         tracing::warn!(copyset = %copyset.id(), %error, "the group did not begin");
     }
 }

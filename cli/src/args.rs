@@ -23,7 +23,7 @@ const EXIT_STATUS: &str = "Exit status: 0 done · 1 failed · 2 wrong usage, siz
 {EXIT_STATUS}
 What --json prints: docs/cli.md"))]
 pub struct Args {
-    /// Addresses of the control plane, HOST:PORT[,HOST:PORT]; asked in turn until one leads
+    /// Addresses of the control plane, HOST:PORT, several separated by commas; asked in turn until one leads
     #[arg(
         long,
         global = true,

@@ -45,7 +45,7 @@ enum Repeat {
 }
 
 impl Mds {
-    /// `addresses` is HOST:PORT[,HOST:PORT].
+    /// `addresses` is HOST:PORT, or several separated by commas.
     pub fn new(addresses: &str, timeout: Duration) -> Result<Self, Failure> {
         let addresses: Vec<String> =
             addresses.split(',').map(str::trim).filter(|a| !a.is_empty()).map(str::to_owned).collect();

@@ -23,8 +23,8 @@ Examples:
   evolute-mds --data-dir /var/lib/evolute/mds --listen 10.0.0.5:7700
       For chunkservers on other machines. There is no encryption yet: a trusted network only.
   evolute-mds --config /etc/evolute/mds.toml
-      The same keys as the flags:  data-dir = \"/var/lib/evolute/mds\"
-                                   listen = \"10.0.0.5:7700\"
+      Keys are the flags with underscores:  data_dir = \"/var/lib/evolute/mds\"
+                                            listen = \"10.0.0.5:7700\"
 
 EVOLUTE_LOG filters the traces on stderr (default: info). SIGTERM or SIGINT stops it cleanly.";
 
@@ -58,7 +58,7 @@ pub struct Args {
 
 /// What a configuration file may say.
 #[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields)]
 pub struct FileConfig {
     data_dir: Option<PathBuf>,
     listen: Option<String>,
@@ -154,7 +154,7 @@ mod tests {
         let c = config(&["--data-dir", "/d"], "").expect("valid");
         assert_eq!((c.listen.to_string().as_str(), c.report_interval.as_secs()), ("127.0.0.1:7700", 10));
         assert_eq!(c.limits, Limits::default());
-        let file = "data-dir = '/f'\nlisten = '127.0.0.1:1'\nreport-interval-s = 0.5\nvolume-width = 3\ncopysets-max = 9";
+        let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_max = 9";
         let c = config(&["--listen", "127.0.0.1:2", "--volume-width", "4"], file).expect("valid");
         assert_eq!((c.data_dir.to_str(), c.listen.port()), (Some("/f"), 2));
         assert_eq!(c.report_interval, Duration::from_millis(500));

@@ -291,17 +291,16 @@ impl Group {
     /// Gives a new group its first members. All of them may call it, with the same list; nothing happens when the
     /// group already has some.
     ///
-    /// Only one, chosen by the group's number, does so at once and becomes the leader; the others give it time, so
-    /// that they do not all stand for election against each other.
-    pub async fn initialize(&self, mut members: Vec<Member>) -> Result<(), ChangeError> {
+    /// Only `first` does so at once and becomes the leader; the others give it time, so that they do not all stand for
+    /// election against each other. All must name the same one.
+    pub async fn initialize(&self, mut members: Vec<Member>, first: ReplicaId) -> Result<(), ChangeError> {
         let raft = self.raft()?;
         members.sort_unstable();
         members.dedup();
         if !members.contains(&self.0.me) {
             return Err(ChangeError::NotAMember(self.0.me.replica));
         }
-        let turn = usize::try_from(self.0.id.0 % members.len() as u64).expect("less than a Vec's length");
-        if members[turn] != self.0.me {
+        if first != self.0.me.replica {
             let mut metrics = raft.metrics();
             let initialized = async {
                 while metrics.borrow_and_update().last_log_index.is_none() {

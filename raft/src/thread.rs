@@ -43,7 +43,7 @@ enum Ask {
     Propose(Command, oneshot::Sender<Result<Applied, ProposeError>>),
     Status(oneshot::Sender<GroupStatus>),
     LeadsTerm(oneshot::Sender<Option<u64>>),
-    Initialize(Vec<Member>, oneshot::Sender<Result<(), Refused>>),
+    Initialize(Vec<Member>, ReplicaId, oneshot::Sender<Result<(), Refused>>),
     AddLearner(Member, oneshot::Sender<Result<(), Refused>>),
     ChangeMembers(Vec<ReplicaId>, oneshot::Sender<Result<(), Refused>>),
     TransferLeader(ReplicaId, oneshot::Sender<Result<(), Refused>>),
@@ -114,8 +114,8 @@ impl Handle {
     }
 
     /// [`Group::initialize`].
-    pub async fn initialize(&self, members: Vec<Member>) -> Result<(), HandleError> {
-        self.ask(|answer| Ask::Initialize(members, answer)).await.unwrap_or(Err(HandleError::Stopped))
+    pub async fn initialize(&self, members: Vec<Member>, first: ReplicaId) -> Result<(), HandleError> {
+        self.ask(|answer| Ask::Initialize(members, first, answer)).await.unwrap_or(Err(HandleError::Stopped))
     }
 
     /// [`Group::add_learner`].
@@ -146,9 +146,9 @@ fn answer(group: &Group, ask: Ask) {
         Ask::Propose(command, to) => group.propose(command, move |outcome| drop(to.send(outcome))),
         Ask::Status(to) => drop(to.send(group.status())),
         Ask::LeadsTerm(to) => drop(to.send(group.leadership().map(|leadership| leadership.term))),
-        Ask::Initialize(members, to) => {
+        Ask::Initialize(members, first, to) => {
             let group = group.clone();
-            later(to, async move { group.initialize(members).await });
+            later(to, async move { group.initialize(members, first).await });
         }
         Ask::AddLearner(member, to) => {
             let group = group.clone();

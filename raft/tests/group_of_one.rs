@@ -46,7 +46,7 @@ async fn start(dir: &Path) -> (Node, Group, Kept) {
     let node = Node::new(log, Peers::new(ME.process, Rc::new(Nobody)), timing);
     let kept = Kept::default();
     let group = node.start_group(GroupId(1), ME.replica, kept.clone()).await.expect("a group");
-    group.initialize(vec![ME]).await.expect("a new group, or an old one");
+    group.initialize(vec![ME], ME.replica).await.expect("a new group, or an old one");
     while group.leadership().is_none() {
         tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     }
@@ -138,7 +138,7 @@ fn a_checkpoint_lets_files_be_used_again_and_a_restart_go_on_from_it() {
             let log = Log::open(&path, options.clone()).await.expect("a log");
             let node = Node::new(log, Peers::new(ME.process, Rc::new(Nobody)), timing);
             let group = node.start_group(GroupId(1), ME.replica, stored.clone()).await.expect("a group");
-            group.initialize(vec![ME]).await.expect("initialized");
+            group.initialize(vec![ME], ME.replica).await.expect("initialized");
             while group.leadership().is_none() {
                 tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             }

@@ -40,7 +40,7 @@ pub struct Spec {
     pub log: PathBuf,
     pub ready_file: PathBuf,
     pub ready_within: Duration,
-    /// Within [`RESTARTS_WITHIN`].
+    /// Within a minute (`RESTARTS_WITHIN`).
     pub restarts_max: u32,
 }
 

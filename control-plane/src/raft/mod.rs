@@ -307,7 +307,7 @@ async fn open(
     let machine = Machine { store, shared, stored: stored.clone() };
     let in_words = |error: &dyn std::error::Error| StartError::Group(chain(error));
     let group = node.start_group(GROUP, me.replica, machine).await.map_err(|error| in_words(&error))?;
-    group.initialize(vec![me]).await.map_err(|error| in_words(&error))?;
+    group.initialize(vec![me], me.replica).await.map_err(|error| in_words(&error))?;
     // Nobody else could be elected: no need to wait for a timeout.
     group.elect().await.map_err(|error| in_words(&error))?;
     Ok(Running { node, group, stored })

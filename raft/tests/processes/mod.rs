@@ -181,7 +181,7 @@ impl Cluster {
         let members: Vec<Member> = cluster.running().map(|process| process.member).collect();
         let handles: Vec<Handle> = cluster.running().map(|process| process.handle.clone()).collect();
         for initialized in cluster.wait_for(futures::future::join_all(
-            handles.iter().map(|handle| handle.initialize(members.clone())),
+            handles.iter().map(|handle| handle.initialize(members.clone(), members[0].replica)),
         )) {
             initialized.expect("initialized");
         }
