@@ -225,8 +225,14 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         replicas: report.replicas.iter().map(encode_replica).collect(),
         volumes: report.volumes,
         trouble: report.trouble,
+        write_latency_us_p50: micros(report.latency.p50),
+        write_latency_us_p99: micros(report.latency.p99),
         ..Report::default()
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {

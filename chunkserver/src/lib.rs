@@ -16,3 +16,4 @@ pub mod disk;
 pub mod heartbeat;
 mod server;
 pub mod shard;
+mod slow_disk;

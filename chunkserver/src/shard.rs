@@ -15,7 +15,9 @@ use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::VolumeUse;
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Version};
-use evolute_raft::{Dial, DialFuture, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing};
+use evolute_raft::{
+    Dial, DialFuture, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -28,6 +30,7 @@ use crate::copyset::registry::{Registry, ReplicaError};
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
 use crate::server::Server;
+use crate::slow_disk;
 
 /// Peers answer a Hello at once, or are taken for gone.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -84,6 +87,8 @@ pub struct ShardReport {
     pub replicas: Vec<ReplicaOfReport>,
     /// What each volume uses in copysets led here.
     pub volumes: Vec<VolumeUse>,
+    /// How long the log's writes took, over the last second in which there were any.
+    pub latency: WriteLatency,
     /// Empty: healthy.
     pub trouble: String,
 }
@@ -162,6 +167,8 @@ async fn run(
         store: Rc::clone(&store),
         changed,
         trouble: RefCell::default(),
+        latency: Cell::default(),
+        slow: Cell::new(None),
     });
     for record in &records {
         let started = registry.resume(record).await;
@@ -176,6 +183,10 @@ async fn run(
         connections: Cell::new(0),
     };
     spawn_local(Rc::new(server).run(listener));
+    let watched = Rc::clone(&shard);
+    spawn_local(slow_disk::watch(Rc::clone(&shard.registry), log.clone(), move |took, slow| {
+        watched.disk_took(took, slow)
+    }));
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log);
     // The starter may have gone; then the thread ends with the first order, `Stop`.
     let _ = ready.send(());
@@ -192,6 +203,10 @@ struct Shard {
     store: Rc<RefCell<ChunkStore>>,
     changed: Arc<Notify>,
     trouble: RefCell<Vec<String>>,
+    /// How long the log's writes took lately.
+    latency: Cell<WriteLatency>,
+    /// How long one takes, when that is slow.
+    slow: Cell<Option<Duration>>,
 }
 
 impl Shard {
@@ -256,6 +271,15 @@ impl Shard {
         self.changed.notify_one();
     }
 
+    fn disk_took(&self, latency: &WriteLatency, slow: Option<Duration>) {
+        if latency.count > 0 {
+            self.latency.set(*latency);
+        }
+        if self.slow.replace(slow).is_some() != slow.is_some() {
+            self.changed.notify_one();
+        }
+    }
+
     fn report(&self) -> ShardReport {
         let replicas = self
             .registry
@@ -269,6 +293,9 @@ impl Shard {
             .collect();
         let usage = self.store.borrow().usage();
         let mut trouble = self.trouble.borrow().clone();
+        if let Some(took) = self.slow.get() {
+            trouble.push(format!("the disk is slow: a write of the log takes {} ms", took.as_millis()));
+        }
         if usage.damaged_chunks > 0 {
             trouble.push(format!("{} chunks are missing or damaged", usage.damaged_chunks));
         }
@@ -277,7 +304,13 @@ impl Shard {
         } else if usage.near_full {
             trouble.push("the disk is nearly full".into());
         }
-        ShardReport { usage, replicas, volumes: Vec::new(), trouble: trouble.join("; ") }
+        ShardReport {
+            usage,
+            replicas,
+            volumes: Vec::new(),
+            latency: self.latency.get(),
+            trouble: trouble.join("; "),
+        }
     }
 }
 

@@ -41,7 +41,7 @@ pub use command::{Command, Cursor};
 pub use group::{
     Applied, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus, ProposeError, Role,
 };
-pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage};
+pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, WriteLatency};
 pub use machine::{Applying, Restored, StateMachine};
 pub use node::{Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};

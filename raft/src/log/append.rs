@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::buffer::Buffer;
 use super::device::{Completion, Device, Write};
@@ -21,6 +22,7 @@ use super::format::{
     self, BATCH_HEADER, BatchHeader, FILE_HEADER, FileHeader, Kind, Mark, RECORD_HEADER, RecordHeader, blocks,
 };
 use super::index::{Index, Place, memory_bytes};
+use super::latency::{Counts, WriteLatency};
 use super::{LogError, LogOptions, LogUsage};
 use crate::runtime::oneshot;
 use crate::types::{Entry, IoFlushed};
@@ -68,6 +70,7 @@ struct Batch {
     at: Mark,
     first_live: u64,
     waiting: Vec<Waiting>,
+    submitted: Option<Instant>,
     done: bool,
 }
 
@@ -131,6 +134,7 @@ pub struct Core {
     memory: VecDeque<(GroupId, u64)>,
     memory_bytes: usize,
     appended_bytes: u64,
+    latency: Counts,
     file_count: u64,
     completed: Vec<Completion>,
     /// A file is being made.
@@ -170,6 +174,7 @@ impl Core {
             memory: VecDeque::new(),
             memory_bytes: 0,
             appended_bytes: 0,
+            latency: Counts::default(),
             file_count,
             completed: Vec::new(),
             making_spare: false,
@@ -270,6 +275,7 @@ impl Core {
             at,
             first_live: 0,
             waiting: Vec::new(),
+            submitted: None,
             done: false,
         }
     }
@@ -344,7 +350,8 @@ impl Core {
             if self.sealed.is_empty() {
                 self.seal();
             }
-            let Some(batch) = self.sealed.pop_front() else { break };
+            let Some(mut batch) = self.sealed.pop_front() else { break };
+            batch.submitted = Some(Instant::now());
             let write = Write {
                 file: batch.file.write_fd(),
                 start: batch.buffer.as_ptr(),
@@ -378,7 +385,10 @@ impl Core {
             batch.done = true;
             let wanted = blocks(batch.used);
             let error = match completion.outcome {
-                Ok(written) if written == wanted => continue,
+                Ok(written) if written == wanted => {
+                    self.latency.add(batch.submitted.map_or(Duration::ZERO, |at| at.elapsed()));
+                    continue;
+                }
                 Ok(_) => io::Error::from(io::ErrorKind::WriteZero),
                 Err(error) => error,
             };
@@ -526,6 +536,13 @@ impl Core {
             memory_bytes: self.memory_bytes,
             appended_bytes: self.appended_bytes,
         }
+    }
+
+    /// How long writes took since the last call.
+    pub fn take_latency(&mut self) -> WriteLatency {
+        let oldest =
+            self.in_flight.iter().filter(|batch| !batch.done).filter_map(|batch| batch.submitted).min();
+        self.latency.take(oldest.map_or(Duration::ZERO, |at| at.elapsed()))
     }
 
     /// Appends a batch without records, whose header says that everything before it is durable.

@@ -29,6 +29,7 @@ mod device;
 mod file;
 mod format;
 mod index;
+mod latency;
 mod read;
 mod recover;
 mod storage;
@@ -46,6 +47,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
+pub use latency::WriteLatency;
 pub(crate) use storage::GroupLog;
 
 use crate::runtime::oneshot;
@@ -239,6 +241,11 @@ impl Log {
 
     pub fn usage(&self) -> LogUsage {
         self.core().usage()
+    }
+
+    /// How long writes took since the last call: for one who watches the disk.
+    pub fn take_latency(&self) -> WriteLatency {
+        self.core().take_latency()
     }
 
     /// Every group that has a log here.
