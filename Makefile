@@ -17,7 +17,7 @@ SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench guest-tests images deps build
+.PHONY: help demo test verify fix bench guest-tests images deps build mutants
 
 help:
 	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
@@ -26,6 +26,7 @@ help:
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
 	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 two minutes'
+	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
 	@echo 'make deps         installs missing Debian packages (says which and why; needs root or sudo)'
 	@echo 'make build        the programs, into $(CARGO_TARGET_DIR)/release'
@@ -87,3 +88,6 @@ guest-tests:
 bench: deps
 	@$(STEP) 'programs' $(BINARIES)
 	@$(CARGO_TARGET_DIR)/release/evolute-bench $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+
+mutants:
+	@.ci/mutants $(M)

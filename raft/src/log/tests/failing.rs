@@ -164,3 +164,34 @@ fn nobody_is_told_before_everything_earlier_is_durable() {
         assert_eq!(*order.borrow(), [0, 1, 2]);
     });
 }
+
+/// A vote that is answered and then forgotten is two votes in one term, and two leaders.
+#[test]
+fn a_vote_is_answered_only_when_it_is_on_the_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    run(async {
+        let (log, disk) = open_faulty(dir.path()).await;
+        let mut groups = groups(&log).await;
+        let (mut other, mut group) = (groups.remove(1), groups.remove(0));
+        disk.fault.set(Fault::Overtaken);
+        let answered = Rc::new(Cell::new(false));
+        let noting = answered.clone();
+        let saving = tokio::task::spawn_local(async move {
+            group.save_vote(&Vote::new(7, 3)).await.expect("saved");
+            noting.set(true);
+        });
+        while disk.kept.borrow().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert!(!answered.get(), "its write is not complete");
+        disk.fault.set(Fault::None);
+        // Something else completes, and with it what was kept back.
+        other.append([entry(Position { term: 1, index: 0 }, vec![1; 500])], IoFlushed::noop()).await.unwrap();
+        log.synced().await.expect("durable");
+        saving.await.unwrap();
+        assert!(answered.get());
+    });
+}
