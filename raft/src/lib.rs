@@ -42,7 +42,10 @@ pub use group::{
     Applied, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus, ProposeError, Role,
 };
 pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage};
-pub use machine::{Applying, Restored, StateMachine};
+pub use machine::{
+    Applying, LocalFuture, Restored, SNAPSHOT_FRAME_BYTES_MAX, SnapshotHead, SnapshotSink, SnapshotSource,
+    StateMachine,
+};
 pub use node::{Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};
 pub use thread::{Handle, HandleError, spawn_thread};

@@ -5,7 +5,10 @@
 //! will go through [`StateMachine`] too; until then the retain floor ([`crate::Group::checkpointed`]) keeps every
 //! entry that some member still lacks, so that none is ever needed.
 
+use std::any::Any;
+use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
@@ -48,7 +51,71 @@ pub trait StateMachine: 'static {
     /// Applies one entry, in log order. The result goes to whoever proposed it (empty: plain ok, costs nothing).
     /// Called for the same entry again after a restart unless a checkpoint covered it.
     fn apply(&mut self, at: Position, what: Applying) -> Bytes;
+
+    /// Begins a raft snapshot of what the last durable checkpoint holds, for a replica that needs entries the log does
+    /// not have any more. Applying and checkpoints go on while it is read. `None`: this owner has none to give.
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotSource>> {
+        None
+    }
+
+    /// A raft snapshot begins to arrive. Whatever it brings is staged beside the present state, which stays as it is
+    /// and goes on being read, until [`Self::install`]. Several may be staged at a time: one that is given up is
+    /// dropped, perhaps after the next began.
+    fn receive(&mut self, head: SnapshotHead) -> io::Result<Box<dyn SnapshotSink>> {
+        Err(unsupported(&head))
+    }
+
+    /// Everything is in `sink`, which is one that [`Self::receive`] made: replaces this replica's state by it, durably
+    /// and at once (a crash leaves all of the old or all of the new), before it returns. Afterwards `restored` says
+    /// `head`, and the next entry applied is the one after `head.at`. An error is the end of this replica.
+    fn install<'a>(
+        &'a mut self,
+        head: SnapshotHead,
+        sink: Box<dyn SnapshotSink>,
+    ) -> LocalFuture<'a, io::Result<()>> {
+        drop(sink);
+        Box::pin(async move { Err(unsupported(&head)) })
+    }
 }
+
+fn unsupported(head: &SnapshotHead) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, format!("no raft snapshots here: one at {} came", head.at))
+}
+
+/// A future of the group's thread.
+pub type LocalFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
+/// What a raft snapshot is of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SnapshotHead {
+    /// The last entry whose effect it holds for certain. It may hold effects of later, committed entries, because it
+    /// is read while they are applied; applying those again must change nothing.
+    pub at: Position,
+    /// The last membership at or before that, as in [`Restored::membership`].
+    pub membership: Bytes,
+}
+
+/// The sending end of a raft snapshot: the owner's frames, whose content means nothing here.
+pub trait SnapshotSource {
+    /// A durable checkpoint of the owner's that is not older than the last one [`crate::Group::checkpointed`] heard of.
+    fn head(&self) -> SnapshotHead;
+
+    /// The next frame, at most [`SNAPSHOT_FRAME_BYTES_MAX`] long; `None` at the end. Called again only when the frame
+    /// before is on its way, one call at a time. An error ends the transfer; it begins anew later.
+    fn next(&mut self) -> LocalFuture<'_, io::Result<Option<Bytes>>>;
+}
+
+/// The receiving end: stages what comes. Dropped without [`StateMachine::install`], it leaves nothing behind.
+pub trait SnapshotSink {
+    /// The next frame, in the order the source gave them, each once. An error ends the transfer.
+    fn put(&mut self, frame: Bytes) -> LocalFuture<'_, io::Result<()>>;
+
+    /// For the owner to have its own type back in [`StateMachine::install`].
+    fn into_any(self: Box<Self>) -> Box<dyn Any>;
+}
+
+/// No frame of a raft snapshot is longer.
+pub const SNAPSHOT_FRAME_BYTES_MAX: usize = 1 << 20;
 
 /// Entries applied before other tasks of the thread get their turn: about a hundred microseconds of overlay inserts.
 /// Ticks and elections must not wait behind a long replay.
