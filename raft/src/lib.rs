@@ -31,7 +31,9 @@ mod log;
 mod machine;
 mod node;
 mod peer;
+mod retain;
 mod runtime;
+mod state;
 mod thread;
 mod types;
 
@@ -42,8 +44,11 @@ pub use group::{
     Applied, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus, ProposeError, Role,
 };
 pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, WriteLatency};
-pub use machine::{Applying, Restored, StateMachine};
-pub use node::{Node, StartError, Timing};
+pub use machine::{
+    Applying, LocalFuture, Restored, SNAPSHOT_FRAME_BYTES_MAX, SnapshotHead, SnapshotSink, SnapshotSource,
+    StateMachine,
+};
+pub use node::{Limits, Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};
 pub use thread::{Handle, HandleError, spawn_thread};
 
