@@ -151,7 +151,7 @@ async fn run(
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
     let log_options = LogOptions { file_bytes: log_file_mib * MIB, ..LogOptions::new(owner) };
     let log = Log::open(&data_dir.join("log"), log_options).await.map_err(ShardError::OpenLog)?;
-    let (store, records) =
+    let (store, opened) =
         ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
     let store = Rc::new(RefCell::new(store));
     let peers = Peers::new(me, Rc::new(Dialer { identity: identity.clone(), addresses }));
@@ -163,7 +163,7 @@ async fn run(
         changed,
         trouble: RefCell::default(),
     });
-    for record in &records {
+    for record in &opened.copysets {
         let started = registry.resume(record).await;
         shard.started(started);
     }
