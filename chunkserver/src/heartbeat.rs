@@ -206,7 +206,7 @@ fn obey(shard: &ShardHandle, order: Order) {
             copyset: CopysetId(transfer.copyset),
             to: ReplicaId(transfer.to_replica),
         },
-        None => {
+        Some(order::What::ChangeMembers(_) | order::What::RemoveReplica(_)) | None => {
             tracing::warn!("an order this version does not know; upgrade this chunkserver");
             return;
         }
@@ -225,6 +225,7 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         replicas: report.replicas.iter().map(encode_replica).collect(),
         volumes: report.volumes,
         trouble: report.trouble,
+        ..Report::default()
     }
 }
 
@@ -246,9 +247,11 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
                 replica: m.member.replica.0,
                 chunkserver: chunkserver_of(m.member).0,
                 matched_index: m.matched.unwrap_or(0),
+                voter: m.voter,
             })
             .collect(),
         dropped_volumes: replica.dropped.iter().map(|volume| volume.0).collect(),
+        ..ReplicaReport::default()
     }
 }
 

@@ -206,6 +206,7 @@ impl Sight<'_> {
             trouble: last.map(|report| report.trouble.clone()).unwrap_or_default(),
             version: chunkserver.version.clone(),
             pool: chunkserver.pool.clone(),
+            ..ChunkserverStatus::default()
         }
     }
 

@@ -13,11 +13,12 @@ mod generated {
     tonic::include_proto!("evolute.v1");
 }
 pub use generated::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment, ChunkserverAddress, ChunkserverStatus,
-    ClusterStatus, CopysetRoute, CopysetStatus, CreateReplica, CreateVolumeRequest, DeleteVolumeRequest,
-    DeleteVolumeResponse, DetachRequest, DetachResponse, DropVolume, Health, ListVolumesRequest,
-    ListVolumesResponse, MapRequest, MdsStatus, MemberReport, Order, Orders, RegisterRequest,
-    RegisterResponse, ReplicaReport, ReplicaRoute, ReplicaStatus, Report, Role, Segment, ShowVolumeRequest,
+    AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment, ChangeMembers, ChunkserverAddress,
+    ChunkserverStatus, ClusterStatus, CopysetRoute, CopysetStatus, CreateReplica, CreateVolumeRequest,
+    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, DropVolume, Health,
+    ListVolumesRequest, ListVolumesResponse, MapRequest, MdsStatus, MemberReport, Order, Orders,
+    RegisterRequest, RegisterResponse, RemoveReplica, RepairReason, RepairStage, RepairStatus, ReplicaReport,
+    ReplicaRoute, ReplicaStatus, Report, RetireRequest, RetireResponse, Role, Segment, ShowVolumeRequest,
     StatusRequest, TransferLeader, Volume, VolumeMap, VolumeUse, chunkservers_client, chunkservers_server,
     cluster_client, cluster_server, order, volumes_client, volumes_server,
 };

@@ -35,6 +35,7 @@ impl cluster_server::Cluster for Cluster {
                     volumes: volumes::all(state, &reports, now),
                     health: i32::from(health.health),
                     reasons: health.reasons,
+                    repairs: Vec::new(),
                 }
             })
             .await?;

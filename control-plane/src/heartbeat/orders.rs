@@ -67,12 +67,14 @@ fn create_replica(id: CopysetId, copyset: &Copyset, replica: ReplicaId) -> Creat
         replica: replica.id.0,
         chunkserver: replica.chunkserver.0,
         matched_index: 0,
+        voter: true,
     };
     CreateReplica {
         copyset: id.0,
         replica: replica.0,
         members: copyset.replicas.iter().map(member).collect(),
         first_leader: copyset.first_leader.0,
+        joining: false,
     }
 }
 

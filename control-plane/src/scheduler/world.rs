@@ -120,6 +120,7 @@ impl World {
                     replica: replica.id.0,
                     chunkserver: replica.chunkserver.0,
                     matched_index: 1000 - self.behind.get(&replica.chunkserver).copied().unwrap_or(0),
+                    voter: true,
                 };
                 ReplicaReport {
                     copyset: copyset.0,
@@ -131,7 +132,7 @@ impl World {
                     committed_index: 1000,
                     applied_index: 1000 - self.behind.get(&id).copied().unwrap_or(0),
                     members: record.replicas.iter().map(member).collect(),
-                    dropped_volumes: Vec::new(),
+                    ..ReplicaReport::default()
                 }
             });
             let replicas = replicas.collect();

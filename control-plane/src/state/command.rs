@@ -9,6 +9,8 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use prost::Message;
 
+use super::replace::Reason;
+
 /// The version byte. A new variant or a new field does not raise it; a changed meaning does.
 const VERSION: u8 = 1;
 
@@ -36,6 +38,16 @@ pub enum Command {
     Detach(Detach),
     #[prost(message, tag = "11")]
     AllocateSegment(AllocateSegment),
+    #[prost(message, tag = "12")]
+    RetireChunkserver(RetireChunkserver),
+    #[prost(message, tag = "13")]
+    BeginReplace(BeginReplace),
+    #[prost(message, tag = "14")]
+    ReplaceDone(ReplaceDone),
+    #[prost(message, tag = "15")]
+    CancelReplace(CancelReplace),
+    #[prost(message, tag = "16")]
+    ReplaceUndone(ReplaceUndone),
 }
 
 /// The cluster gets its name. The first one wins; the outcome says which that was.
@@ -182,9 +194,63 @@ pub struct AllocateSegment {
     pub chunk_copysets: Vec<u32>,
 }
 
+/// A chunkserver is to become empty, or is not any more.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct RetireChunkserver {
+    #[prost(uint32, tag = "1")]
+    pub chunkserver: u32,
+    #[prost(bool, tag = "2")]
+    pub retiring: bool,
+}
+
+/// A fresh replica on this chunkserver is to take the place of `old_replica`.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct BeginReplace {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub old_replica: u64,
+    #[prost(uint32, tag = "3")]
+    pub chunkserver: u32,
+    #[prost(enumeration = "Reason", tag = "4")]
+    pub reason: i32,
+}
+
+/// The copyset's group committed it.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct ReplaceDone {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub old_replica: u64,
+    #[prost(uint64, tag = "3")]
+    pub new_replica: u64,
+    /// Where the new one is.
+    #[prost(uint32, tag = "4")]
+    pub chunkserver: u32,
+}
+
+/// The change to this new replica is not wanted any more.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct CancelReplace {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub new_replica: u64,
+}
+
+/// Cancelled, and the copyset's group is without the new replica.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct ReplaceUndone {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "2")]
+    pub new_replica: u64,
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct Entry {
-    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")]
+    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     command: Option<Command>,
 }
 

@@ -8,6 +8,7 @@ use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
 
 use super::command::{CreateCopysets, NewCopyset, ReplicasCreated};
 use super::outcome::{Done, Outcome, Why, refuse};
+use super::replace::Reason;
 use super::{Changes, Key, State};
 
 /// Three replicas: any one may be lost at any time.
@@ -20,6 +21,19 @@ pub struct Copyset {
     pub replicas: Vec<Replica>,
     /// Who should lead first, and where leadership goes back to when that evens things out.
     pub first_leader: ReplicaId,
+    /// The replica that is to take another one's place.
+    pub pending: Option<Pending>,
+}
+
+/// A change of one replica that has begun.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pending {
+    /// A member, until the new one is.
+    pub old: ReplicaId,
+    pub new: Replica,
+    pub reason: Reason,
+    /// Cancelled; the new one is to leave the group if it has got into it.
+    pub over: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +51,11 @@ impl Copyset {
 
     pub fn replica(&self, id: ReplicaId) -> Option<&Replica> {
         self.replicas.iter().find(|replica| replica.id == id)
+    }
+
+    /// The members, and the one that is to become a member.
+    pub fn everyone(&self) -> impl Iterator<Item = &Replica> {
+        self.replicas.iter().chain(self.pending.as_ref().map(|pending| &pending.new))
     }
 
     pub fn first_leader_chunkserver(&self) -> Option<ChunkserverId> {
@@ -79,7 +98,8 @@ impl State {
                     created: false,
                 });
             }
-            self.copysets.insert(id, Copyset { pool: command.pool.clone(), replicas, first_leader });
+            self.copysets
+                .insert(id, Copyset { pool: command.pool.clone(), replicas, first_leader, pending: None });
             changes.push(Key::Copyset(id));
         }
         changes.push(Key::Cluster);
@@ -116,7 +136,9 @@ impl State {
             let id = CopysetId(seen.copyset);
             // A report about a copyset or a replica we do not know says nothing about one that we know.
             let Some(copyset) = self.copysets.get_mut(&id) else { continue };
-            let known = copyset.replicas.iter_mut().find(|replica| replica.id.0 == seen.replica);
+            let joining = copyset.pending.as_mut().map(|pending| &mut pending.new);
+            let known =
+                copyset.replicas.iter_mut().chain(joining).find(|replica| replica.id.0 == seen.replica);
             let Some(replica) = known.filter(|replica| !replica.created) else { continue };
             replica.created = true;
             changes.push(Key::Copyset(id));

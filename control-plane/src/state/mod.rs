@@ -21,6 +21,7 @@ pub mod command;
 pub mod copyset;
 pub mod outcome;
 pub mod record;
+pub mod replace;
 pub mod topology;
 pub mod volume;
 
@@ -29,9 +30,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, VolumeId};
 
 pub use command::Command;
-pub use copyset::{Copyset, Replica};
+pub use copyset::{Copyset, Pending, Replica};
 pub use outcome::{Done, Outcome, Refused, Why};
 pub use record::{Damaged, Key};
+pub use replace::Reason;
 pub use topology::Chunkserver;
 pub use volume::Volume;
 
@@ -76,6 +78,11 @@ impl State {
             Command::Attach(c) => self.attach(c, &mut changes),
             Command::Detach(c) => self.detach(c, &mut changes),
             Command::AllocateSegment(c) => self.allocate_segment(c, &mut changes),
+            Command::RetireChunkserver(c) => self.retire_chunkserver(c, &mut changes),
+            Command::BeginReplace(c) => self.begin_replace(c, &mut changes),
+            Command::ReplaceDone(c) => self.replace_done(c, &mut changes),
+            Command::CancelReplace(c) => self.cancel_replace(c, &mut changes),
+            Command::ReplaceUndone(c) => self.replace_undone(c, &mut changes),
         };
         assert!(outcome.is_ok() || changes.is_empty(), "a refused command changed {changes:?}");
         (outcome, changes)

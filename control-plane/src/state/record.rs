@@ -8,7 +8,8 @@ use evolute_protocol::geometry::CHUNKS_PER_SEGMENT;
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId, SegmentIndex, VolumeId};
 use prost::Message;
 
-use super::copyset::{Copyset, Replica};
+use super::copyset::{Copyset, Pending, Replica};
+use super::replace::Reason;
 use super::topology::Chunkserver;
 use super::volume::{Attached, Volume};
 use super::{Given, State};
@@ -128,6 +129,8 @@ struct ChunkserverRecord {
     registered_by: Bytes,
     #[prost(uint64, tag = "9")]
     registered_unix_ms: u64,
+    #[prost(bool, tag = "10")]
+    retiring: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -138,6 +141,20 @@ struct CopysetRecord {
     replicas: Vec<ReplicaRecord>,
     #[prost(uint64, tag = "3")]
     first_leader: u64,
+    #[prost(message, optional, tag = "4")]
+    pending: Option<PendingRecord>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct PendingRecord {
+    #[prost(uint64, tag = "1")]
+    old: u64,
+    #[prost(message, required, tag = "2")]
+    new: ReplicaRecord,
+    #[prost(enumeration = "Reason", tag = "3")]
+    reason: i32,
+    #[prost(bool, tag = "4")]
+    over: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]
@@ -208,6 +225,7 @@ impl State {
                     version: chunkserver.version,
                     registered_by: chunkserver.registered_by,
                     registered_unix_ms: chunkserver.registered_unix_ms,
+                    retiring: chunkserver.retiring,
                 }
                 .encode_to_vec()
             }
@@ -222,6 +240,12 @@ impl State {
                     pool: copyset.pool.clone(),
                     replicas: copyset.replicas.iter().map(replica).collect(),
                     first_leader: copyset.first_leader.0,
+                    pending: copyset.pending.as_ref().map(|pending| PendingRecord {
+                        old: pending.old.0,
+                        new: replica(&pending.new),
+                        reason: pending.reason.into(),
+                        over: pending.over,
+                    }),
                 }
                 .encode_to_vec()
             }
@@ -296,6 +320,7 @@ impl State {
                         version: record.version,
                         registered_by: record.registered_by,
                         registered_unix_ms: record.registered_unix_ms,
+                        retiring: record.retiring,
                     },
                 );
             }
@@ -306,10 +331,20 @@ impl State {
                     chunkserver: ChunkserverId(record.chunkserver),
                     created: record.created,
                 };
+                let pending = |record: PendingRecord| match Reason::try_from(record.reason) {
+                    Ok(reason) => Ok(Pending {
+                        old: ReplicaId(record.old),
+                        new: replica(record.new),
+                        reason,
+                        over: record.over,
+                    }),
+                    Err(_) => Err(impossible("a replica replaced for no reason")),
+                };
                 let copyset = Copyset {
                     pool: record.pool,
                     replicas: record.replicas.into_iter().map(replica).collect(),
                     first_leader: ReplicaId(record.first_leader),
+                    pending: record.pending.map(pending).transpose()?,
                 };
                 self.copysets.insert(id, copyset);
             }

@@ -1,6 +1,6 @@
 //! The state machine by tables, and what holds for any log.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 use evolute_protocol::geometry::{GIB, TIB};
@@ -10,11 +10,12 @@ use proptest::prelude::{
 };
 
 use super::command::{
-    AllocateSegment, Attach, CreateCopysets, CreateVolume, CreatedReplica, DeleteVolume, Detach, InitCluster,
-    NewCopyset, RegisterChunkserver, ReplicasCreated, UpdateChunkserver, VolumeDropped,
+    AllocateSegment, Attach, BeginReplace, CancelReplace, CreateCopysets, CreateVolume, CreatedReplica,
+    DeleteVolume, Detach, InitCluster, NewCopyset, RegisterChunkserver, ReplaceDone, ReplaceUndone,
+    ReplicasCreated, RetireChunkserver, UpdateChunkserver, VolumeDropped,
 };
 use super::volume::ATTACHMENT_MAX;
-use super::{Command, Done, Outcome, State, Why};
+use super::{Command, Done, Outcome, Reason, State, Why};
 
 fn register(instance: u8, zone: &str) -> Command {
     Command::RegisterChunkserver(RegisterChunkserver {
@@ -66,6 +67,27 @@ fn allocate(volume: u64, attachment: u32, segment: u32, copyset: u32) -> Command
 
 fn dropped(copyset: u32, volume: u64) -> Command {
     Command::VolumeDropped(VolumeDropped { copyset, volume })
+}
+
+fn retire(chunkserver: u32, retiring: bool) -> Command {
+    Command::RetireChunkserver(RetireChunkserver { chunkserver, retiring })
+}
+
+fn begin(copyset: u32, old_replica: u64, chunkserver: u32, reason: Reason) -> Command {
+    let reason = reason.into();
+    Command::BeginReplace(BeginReplace { copyset, old_replica, chunkserver, reason })
+}
+
+fn done(copyset: u32, old_replica: u64, new_replica: u64, chunkserver: u32) -> Command {
+    Command::ReplaceDone(ReplaceDone { copyset, old_replica, new_replica, chunkserver })
+}
+
+fn cancel(copyset: u32, new_replica: u64) -> Command {
+    Command::CancelReplace(CancelReplace { copyset, new_replica })
+}
+
+fn undone(copyset: u32, new_replica: u64) -> Command {
+    Command::ReplaceUndone(ReplaceUndone { copyset, new_replica })
 }
 
 /// Three chunkservers, two copysets.
@@ -246,6 +268,62 @@ fn a_deleted_volume_is_gone_at_once_and_its_id_for_ever() {
     run(&mut state, &delete("web", false)).expect("deleted");
 }
 
+/// Two copysets, {1, 2, 3} and {4, 5, 6}, on chunkservers in a, b, c; 4 is in a as well, 5 in d.
+#[test]
+fn a_replica_is_replaced_by_a_fresh_one_in_a_zone_of_its_own() {
+    let mut state = cluster();
+    for (instance, zone) in [(4, "a"), (5, "d"), (6, "d")] {
+        run(&mut state, &register(instance, zone)).expect("registered");
+    }
+    run(&mut state, &retire(6, true)).expect("known");
+    let done_plain = Ok(Done::Plain);
+    let refused = |why| Err(why);
+    for (step, (command, expected)) in [
+        (begin(9, 1, 4, Reason::Silent), refused(Why::NotFound)),
+        (begin(1, 1, 9, Reason::Silent), refused(Why::NotFound)),
+        (begin(1, 9, 4, Reason::Silent), refused(Why::Stale)),
+        (begin(1, 2, 4, Reason::Silent), refused(Why::Invalid)), // 1 is in zone a and stays
+        (begin(1, 1, 2, Reason::Silent), refused(Why::Invalid)), // 2 is a member
+        (begin(1, 1, 1, Reason::Silent), refused(Why::Invalid)), // only what was lost is replaced in place
+        (begin(1, 1, 6, Reason::Silent), refused(Why::Stale)),   // retiring
+        (begin(1, 1, 4, Reason::Silent), done_plain.clone()),    // replica 7
+        (begin(1, 2, 5, Reason::Silent), refused(Why::Stale)),   // one at a time
+        (undone(1, 7), refused(Why::Invalid)),                   // not cancelled
+        (cancel(1, 6), refused(Why::Stale)),
+        (cancel(1, 7), done_plain.clone()),
+        (cancel(1, 7), done_plain.clone()),
+        (begin(1, 1, 5, Reason::Silent), refused(Why::Stale)), // still in the group, perhaps
+        (undone(1, 7), done_plain.clone()),
+        (undone(1, 7), refused(Why::Stale)),
+        (begin(1, 1, 1, Reason::Lost), done_plain.clone()), // replica 8, in place
+        (done(1, 1, 99, 1), refused(Why::Invalid)),         // never given
+        (done(1, 1, 6, 5), refused(Why::Invalid)),          // of the other copyset
+        (done(1, 9, 8, 1), refused(Why::Stale)),
+        (done(1, 1, 8, 1), done_plain.clone()),
+        (done(1, 1, 8, 1), done_plain.clone()), // said again
+        // A change that was cancelled too late has happened all the same.
+        (begin(2, 5, 5, Reason::Retiring), done_plain.clone()), // replica 9, on chunkserver 5
+        (cancel(2, 9), done_plain.clone()),
+        (undone(2, 9), done_plain.clone()),
+        (done(2, 5, 9, 5), done_plain.clone()),
+        (retire(9, true), refused(Why::NotFound)),
+        (retire(6, false), done_plain.clone()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(run(&mut state, &command).map_err(|r| r.why), expected, "step {step}: {command:?}");
+    }
+    let members = |id: u32| {
+        let copyset = &state.copysets()[&CopysetId(id)];
+        assert_eq!(copyset.pending, None);
+        copyset.replicas.iter().map(|r| (r.id.0, r.chunkserver.0)).collect::<Vec<_>>()
+    };
+    assert_eq!(members(1), [(8, 1), (2, 2), (3, 3)]);
+    assert_eq!(state.copysets()[&CopysetId(1)].first_leader, ReplicaId(8), "it leads first in its place");
+    assert_eq!(members(2), [(4, 2), (9, 5), (6, 1)]);
+}
+
 #[test]
 fn volumes_are_made_of_what_there_is() {
     let mut state = cluster();
@@ -294,6 +372,24 @@ fn any_command() -> BoxedStrategy<Command> {
         (0_u64..6, id()).prop_map(|(volume, attachment)| detach(volume, attachment)),
         (0_u64..6, id(), id(), id())
             .prop_map(|(v, attachment, segment, c)| allocate(v, attachment, segment, c)),
+        any_replacement(),
+        any_replacement(),
+    ]
+    .boxed()
+}
+
+fn any_replacement() -> BoxedStrategy<Command> {
+    let reason =
+        prop_oneof![Just(Reason::Silent), Just(Reason::Lost), Just(Reason::Retiring), Just(Reason::Balance)];
+    let (id, replica) = (|| 0_u32..6, || 0_u64..14);
+    prop_oneof![
+        (id(), any::<bool>()).prop_map(|(id, retiring)| retire(id, retiring)),
+        (1_u32..3, replica(), id(), reason).prop_map(|(c, old, to, reason)| begin(c, old, to, reason)),
+        // The likely one.
+        (1_u64..4, 1_u32..6).prop_map(|(old, to)| begin(1, old, to, Reason::Silent)),
+        (1_u32..3, replica(), replica(), id()).prop_map(|(c, old, new, on)| done(c, old, new, on)),
+        (1_u32..3, replica()).prop_map(|(c, new)| cancel(c, new)),
+        (1_u32..3, replica()).prop_map(|(c, new)| undone(c, new)),
     ]
     .boxed()
 }
@@ -375,9 +471,20 @@ proptest! {
             prop_assert_eq!(state.names.len(), state.volumes.len());
             prop_assert!(state.dropping.keys().all(|id| !state.volumes.contains_key(id)));
             prop_assert!(state.dropping.values().all(|waiting| !waiting.is_empty()));
-            for copyset in state.copysets.values() {
-                let zones = copyset.replicas.iter().map(|r| &state.chunkservers[&r.chunkserver].zone);
-                prop_assert_eq!(zones.collect::<std::collections::BTreeSet<_>>().len(), 3);
+            let mut replicas = BTreeSet::new();
+            for (&id, copyset) in &state.copysets {
+                prop_assert_eq!(state.check_copyset(id), Ok(()));
+                prop_assert!(copyset.everyone().all(|r| replicas.insert(r.id)), "one number, two replicas");
+                let was = before.copysets.get(&id);
+                let was_pending = was.and_then(|was| was.pending);
+                if let Some(pending) = copyset.pending.filter(|now| was_pending.is_none_or(|was| was.new.id != now.new.id)) {
+                    prop_assert!(pending.new.id.0 > before.given.replica, "a number was given again");
+                    prop_assert!(was_pending.is_none(), "two changes at once");
+                }
+                if let Some(was) = was {
+                    let stay = was.replicas.iter().filter(|r| copyset.replica(r.id).is_some()).count();
+                    prop_assert!(stay >= 2, "two members were replaced at once");
+                }
             }
         }
     }

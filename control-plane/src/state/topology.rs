@@ -6,7 +6,7 @@
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
 
-use super::command::{InitCluster, RegisterChunkserver, UpdateChunkserver};
+use super::command::{InitCluster, RegisterChunkserver, RetireChunkserver, UpdateChunkserver};
 use super::outcome::{Done, Outcome, Why, refuse};
 use super::{Changes, Key, State};
 
@@ -33,6 +33,8 @@ pub struct Chunkserver {
     /// The process that registered first; see [`RegisterChunkserver::instance`].
     pub registered_by: Bytes,
     pub registered_unix_ms: u64,
+    /// Nothing new is placed there, and what is there moves away.
+    pub retiring: bool,
 }
 
 /// Zone and server names: what an operator types, and a status line shows.
@@ -116,10 +118,27 @@ impl State {
                 version: command.version.clone(),
                 registered_by: command.instance.clone(),
                 registered_unix_ms: command.at_unix_ms,
+                retiring: false,
             },
         );
         changes.extend([Key::Cluster, Key::Chunkserver(id)]);
         Ok(Done::Registered { chunkserver: id, token: command.token.clone() })
+    }
+
+    pub(super) fn retire_chunkserver(
+        &mut self,
+        command: &RetireChunkserver,
+        changes: &mut Changes,
+    ) -> Outcome {
+        let id = ChunkserverId(command.chunkserver);
+        let Some(chunkserver) = self.chunkservers.get_mut(&id) else {
+            return refuse(Why::NotFound, format!("there is no {id}"));
+        };
+        if chunkserver.retiring != command.retiring {
+            chunkserver.retiring = command.retiring;
+            changes.push(Key::Chunkserver(id));
+        }
+        Ok(Done::Plain)
     }
 
     /// The zone is not among what may change: the copysets were placed by it.

@@ -15,8 +15,8 @@ use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
-    ClusterStatus, CreateReplica, ErrorWord, MemberReport, Order, RegisterRequest, RegisterResponse,
-    ReplicaReport, Report, Role, StatusRequest, VolumeUse, order,
+    ChangeMembers, ClusterStatus, CreateReplica, ErrorWord, MemberReport, Order, RegisterRequest,
+    RegisterResponse, ReplicaReport, Report, Role, StatusRequest, VolumeUse, order,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -274,6 +274,30 @@ impl Seen {
                 replica.set_role(Role::Follower);
                 replica.term += 1;
             }
+            order::What::ChangeMembers(change) => {
+                let replica = self.replicas.get_mut(&change.copyset).expect("its own replica");
+                assert_eq!(replica.role(), Role::Leader, "only leaders are told to change members");
+                change_members(replica, &change);
+            }
+            order::What::RemoveReplica(remove) => {
+                if self.replicas.get(&remove.copyset).is_some_and(|mine| mine.replica == remove.replica) {
+                    self.replicas.remove(&remove.copyset);
+                }
+            }
+        }
+    }
+}
+
+/// One step nearer to what was ordered: a learner first, then a voter in the place of another.
+fn change_members(replica: &mut ReplicaReport, change: &ChangeMembers) {
+    let last = replica.last_index;
+    match &change.add {
+        Some(add) if replica.members.iter().all(|member| member.replica != add.replica) => {
+            replica.members.push(MemberReport { voter: false, matched_index: last, ..*add });
+        }
+        _ => {
+            replica.members.retain(|member| member.replica != change.remove_replica);
+            replica.members.iter_mut().for_each(|member| member.voter = true);
         }
     }
 }
@@ -281,9 +305,13 @@ impl Seen {
 fn created(id: u32, create: &CreateReplica) -> ReplicaReport {
     let first =
         create.members.iter().find(|m| m.replica == create.first_leader).expect("a member leads first");
-    let mine = create.members.iter().find(|m| m.replica == create.replica).expect("a member");
-    assert_eq!(mine.chunkserver, id);
-    let role = if first.chunkserver == id { Role::Leader } else { Role::Follower };
+    let mine = create.members.iter().find(|m| m.replica == create.replica);
+    assert_eq!(mine.map(|mine| mine.chunkserver), (!create.joining).then_some(id));
+    let role = match first.chunkserver == id {
+        _ if create.joining => Role::Learner,
+        true => Role::Leader,
+        false => Role::Follower,
+    };
     ReplicaReport {
         copyset: create.copyset,
         replica: create.replica,
@@ -294,7 +322,7 @@ fn created(id: u32, create: &CreateReplica) -> ReplicaReport {
         committed_index: 1,
         applied_index: 1,
         members: create.members.iter().map(|m| MemberReport { matched_index: 1, ..*m }).collect(),
-        dropped_volumes: Vec::new(),
+        ..ReplicaReport::default()
     }
 }
 
