@@ -1,10 +1,9 @@
 //! A handle to one group: propose commands, read its state, change its members.
 //!
-//! What it knows without asking openraft, it learns where the facts pass by: the vote when it is saved
-//! ([`State::vote_saved`]), the position when an entry is applied. So [`Group::leadership`] is a comparison of two
-//! cells, and is gone the moment a higher term arrives, before that term is even on disk.
+//! What it knows without asking openraft is learnt where the facts pass by ([`State`]): the vote when it is saved, the
+//! position when an entry is applied. So [`Group::leadership`] is a comparison of two cells, and is gone the moment a
+//! higher term arrives, before that term is even on disk.
 
-use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
 use std::pin::pin;
@@ -13,20 +12,18 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
-use openraft::OptionalSend;
-use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{
     ChangeMembershipError, ClientWriteError, ForwardReason, ForwardToLeader, InitializeError, RaftError,
 };
 use openraft::raft::responder::Responder;
+use openraft::{ChangeMembers, OptionalSend, ServerState};
 
 use crate::machine::decode_membership;
+use crate::state::State;
 use crate::thread::Handle;
-use crate::types::{
-    ClientWriteResult, Host, Raft, SnapshotMeta, StoredMembership, Types, Vote, log_id, member, position,
-};
-use crate::{Command, GroupId, Member, Position, ReplicaId};
+use crate::types::{ClientWriteResult, Host, Raft, StoredMembership, Types, log_id, member, position};
+use crate::{Command, GroupId, Member, Position, ProcessId, ReplicaId};
 
 /// Proposals of one group that may be unanswered. openraft's own queue is larger ([`crate::node`] asserts it), so a
 /// proposal never waits for room in it. 16 Ki × a small write each is what 128 volumes with full queues send.
@@ -34,8 +31,9 @@ pub(crate) const PROPOSALS_MAX: usize = 16 << 10;
 /// Bytes of one group's proposals that may be unanswered: they are in memory until they are applied.
 pub(crate) const PROPOSED_BYTES_MAX: usize = 64 << 20;
 
-/// How long a leader that was removed goes on, so that its followers learn that the change is committed.
-const REMOVED_LEADER_SERVES: Duration = Duration::from_millis(150);
+/// A learner this far behind is not made a voter: while it caught up, the group would have a member less than it
+/// seems to. About what a busy group appends in a few milliseconds.
+pub(crate) const CAUGHT_UP: u64 = 256;
 
 /// How soon to ask openraft again to take note of a checkpoint.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
@@ -43,31 +41,6 @@ const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
 /// A group of this thread. Cheap to clone.
 #[derive(Clone)]
 pub struct Group(pub(crate) Rc<State>);
-
-type Listener = Rc<dyn Fn(LeaderChange)>;
-
-/// What a replica knows about itself beside openraft.
-pub(crate) struct State {
-    pub id: GroupId,
-    pub me: Member,
-    raft: OnceCell<Raft>,
-    /// The term this replica leads, from the moment its quorum's vote is saved.
-    leading: Cell<Option<u64>>,
-    pub applied: Cell<Option<Position>>,
-    /// What the owner's storage holds durably; openraft's snapshot.
-    pub checkpointed: RefCell<SnapshotMeta>,
-    /// Every entry up to here is on every member, as the leader last said. `None`: not heard yet, or somebody has
-    /// nothing.
-    pub retain_floor: Cell<Option<u64>>,
-    proposals: Cell<usize>,
-    proposed_bytes: Cell<usize>,
-    /// Set while a refused proposal's answer is dropped, so that it says `Busy`.
-    refusing: Cell<bool>,
-    leader: Cell<Option<(u64, u64)>>,
-    on_leader_change: RefCell<Vec<Listener>>,
-    pub command_bytes_max: usize,
-    pub election_max: Duration,
-}
 
 /// The right to serve reads of what is applied here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -112,6 +85,12 @@ pub enum ChangeError {
     /// Only a member, a learner at least, can do this.
     #[error("{0} is not a member of the group")]
     NotAMember(ReplicaId),
+    /// A learner lacks too much to be given a vote. Come back later.
+    #[error("{replica} is {entries} entries behind")]
+    Behind { replica: ReplicaId, entries: u64 },
+    /// The group has the replica already, hosted by another process.
+    #[error("{replica} is hosted by {at}")]
+    Elsewhere { replica: ReplicaId, at: ProcessId },
     /// The change cannot be right.
     #[error("the change is refused: {0}")]
     Refused(#[source] Box<dyn std::error::Error>),
@@ -189,7 +168,7 @@ impl Group {
         if state.proposals.get() >= PROPOSALS_MAX || state.proposed_bytes.get() + bytes > PROPOSED_BYTES_MAX {
             return done(Err(ProposeError::Busy));
         }
-        let Some(raft) = state.raft.get() else { return done(Err(ProposeError::Stopped)) };
+        let Some(raft) = state.running() else { return done(Err(ProposeError::Stopped)) };
         state.proposals.set(state.proposals.get() + 1);
         state.proposed_bytes.set(state.proposed_bytes.get() + bytes);
         let answering = state.clone();
@@ -225,8 +204,14 @@ impl Group {
     /// `Some` while this replica leads and has applied an entry of its own term: what is applied here then includes
     /// everything that was ever acknowledged in earlier terms. Takes nanoseconds.
     pub fn leadership(&self) -> Option<Leadership> {
-        let term = self.0.leading.get()?;
-        (self.0.applied.get()?.term == term).then_some(Leadership { term })
+        self.0.serves().map(|term| Leadership { term })
+    }
+
+    /// While it says `Some`, this replica must not serve reads without leading: its storage may hold effects of entries
+    /// beyond the last applied one, up to that index ([`u64::MAX`]: not known yet). So it is after a start, until a
+    /// leader has said what is committed, and after a raft snapshot. Takes nanoseconds.
+    pub fn consistent_from(&self) -> Option<u64> {
+        self.0.consistent_from()
     }
 
     /// The last entry applied here.
@@ -250,7 +235,7 @@ impl Group {
             purged: None,
             members: Vec::new(),
         };
-        let Some(raft) = state.raft.get() else { return status };
+        let Some(raft) = state.running() else { return status };
         let metrics = raft.metrics();
         let metrics = metrics.borrow_watched();
         status.role = match (&metrics.running_state, metrics.state) {
@@ -322,20 +307,52 @@ impl Group {
         }
     }
 
-    /// Starts replicating to a new replica without giving it a vote; returns when its log has caught up.
+    /// Starts replicating to a new replica without giving it a vote; returns when that is committed, long before it
+    /// has caught up ([`MemberStatus::matched`] shows how far it is). Adding a member again changes nothing.
     pub async fn add_learner(&self, member: Member) -> Result<(), ChangeError> {
         let raft = self.raft()?;
-        match raft.add_learner(member.replica.0, Host(member.process.0), true).await {
+        if let Some(known) = self.leads()?.members.iter().find(|it| it.member.replica == member.replica) {
+            return match known.member == member {
+                true => Ok(()),
+                false => Err(ChangeError::Elsewhere { replica: member.replica, at: known.member.process }),
+            };
+        }
+        match raft.add_learner(member.replica.0, Host(member.process.0), false).await {
             Ok(_) => Ok(()),
             Err(error) => Err(change_error(error)),
         }
     }
 
-    /// Makes these replicas, learners or members until now, the voting members. All others leave the group.
+    /// Makes these replicas, voters or learners until now, the voting members; all others leave the group. One step for
+    /// whoever asks, two entries in the log: until the second is committed, both majorities must agree. Asked again after
+    /// an error, or by the next leader, it goes on where it was. Not to be dropped before it is done.
+    ///
+    /// A learner that is not caught up is refused.
     pub async fn change_members(&self, voters: Vec<ReplicaId>) -> Result<(), ChangeError> {
         let raft = self.raft()?;
-        let voters: BTreeSet<u64> = voters.into_iter().map(|replica| replica.0).collect();
-        match raft.change_membership(voters, false).await {
+        let status = self.leads()?;
+        let wanted: BTreeSet<u64> = voters.into_iter().map(|replica| replica.0).collect();
+        for &replica in &wanted {
+            let replica = ReplicaId(replica);
+            let Some(member) = status.members.iter().find(|it| it.member.replica == replica) else {
+                return Err(ChangeError::NotAMember(replica));
+            };
+            let behind = status.last.unwrap_or(0).saturating_sub(member.matched.unwrap_or(0));
+            if !member.voter && (member.matched.is_none() || behind > CAUGHT_UP) {
+                return Err(ChangeError::Behind { replica, entries: behind });
+            }
+        }
+        let leaving: BTreeSet<u64> = status
+            .members
+            .iter()
+            .filter(|it| !it.voter && !wanted.contains(&it.member.replica.0))
+            .map(|it| it.member.replica.0)
+            .collect();
+        let mut changes = vec![ChangeMembers::ReplaceAllVoters(wanted)];
+        if !leaving.is_empty() {
+            changes.push(ChangeMembers::RemoveNodes(leaving));
+        }
+        match raft.change_membership(ChangeMembers::Batch(changes), false).await {
             Ok(_) => Ok(()),
             Err(error) => Err(change_error(error)),
         }
@@ -344,10 +361,7 @@ impl Group {
     /// Asks `to` to take over. Returns once another replica leads; `InProgress` if none does within an election.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), ChangeError> {
         let raft = self.raft()?;
-        let status = self.status();
-        if status.role != Role::Leader {
-            return Err(ChangeError::NotLeader { leader: status.leader });
-        }
+        let status = self.leads()?;
         if !status.members.iter().any(|member| member.voter && member.member.replica == to) {
             return Err(ChangeError::NotAMember(to));
         }
@@ -389,7 +403,7 @@ impl Group {
         }
         let state = state.clone();
         tokio::task::spawn_local(async move {
-            let Some(raft) = state.raft.get() else { return };
+            let Some(raft) = state.running() else { return };
             let mut metrics = raft.metrics();
             // openraft purges nothing beyond the snapshot it knows, and overlooks the wish for one while it takes
             // another. An error is a stopped replica, which has nothing to purge.
@@ -416,125 +430,18 @@ impl Group {
     }
 
     fn raft(&self) -> Result<&Raft, ChangeError> {
-        self.0.raft.get().ok_or(ChangeError::Stopped)
-    }
-}
-
-impl State {
-    pub fn new(
-        id: GroupId,
-        me: Member,
-        applied: Option<Position>,
-        checkpointed: SnapshotMeta,
-        command_bytes_max: usize,
-        election_max: Duration,
-    ) -> Rc<Self> {
-        Rc::new(Self {
-            id,
-            me,
-            raft: OnceCell::new(),
-            leading: Cell::new(None),
-            applied: Cell::new(applied),
-            checkpointed: RefCell::new(checkpointed),
-            retain_floor: Cell::new(None),
-            proposals: Cell::new(0),
-            proposed_bytes: Cell::new(0),
-            refusing: Cell::new(false),
-            leader: Cell::new(None),
-            on_leader_change: RefCell::default(),
-            command_bytes_max,
-            election_max,
-        })
+        self.0.running().ok_or(ChangeError::Stopped)
     }
 
-    pub fn started(&self, raft: Raft) {
-        assert!(self.raft.set(raft).is_ok(), "{} started twice", self.id);
-    }
-
-    pub fn running(&self) -> Option<&Raft> {
-        self.raft.get()
-    }
-
-    /// openraft is about to save `vote`: whatever this replica led under another one is over.
-    pub fn vote_saved(self: &Rc<Self>, vote: &Vote) {
-        let (term, leader) = (vote.leader_id.term, vote.leader_id.voted_for);
-        let mine = vote.committed && leader == self.me.replica.0;
-        self.leading.set(mine.then_some(term));
-        if !vote.committed || self.leader.replace(Some((term, leader))) == Some((term, leader)) {
-            return;
-        }
-        let change = LeaderChange { term, leader: ReplicaId(leader), me: mine };
-        tracing::info!(group = %self.id, term, leader = %change.leader, me = mine, "new leader");
-        for f in self.on_leader_change.borrow().iter().cloned() {
-            // Later, on its own: whoever listens may call back into the group, and openraft is in the middle of
-            // something here.
-            tokio::task::spawn_local(async move { f(change) });
-        }
-    }
-
-    /// A leader that is not a voter any more serves for a moment, so that the others hear of the change, and then
-    /// steps down. (openraft would keep one more task per replica for this.)
-    pub fn membership_applied(self: &Rc<Self>, membership: &StoredMembership) {
-        let me = self.me.replica.0;
-        if self.leading.get().is_none() || membership.voter_ids().any(|voter| voter == me) {
-            return;
-        }
-        let (state, at) = (self.clone(), *membership.log_id());
-        tokio::task::spawn_local(async move {
-            tokio::time::sleep(REMOVED_LEADER_SERVES).await;
-            if let Some(raft) = state.raft.get() {
-                tracing::info!(group = %state.id, "stepping down: not a member any more");
-                state.leading.set(None);
-                let _ = raft.trigger().refresh_server_state(None, at).await;
+    /// The status of a replica that leads.
+    fn leads(&self) -> Result<GroupStatus, ChangeError> {
+        let status = self.status();
+        match status.role {
+            Role::Leader => Ok(status),
+            Role::Stopped => Err(ChangeError::Stopped),
+            Role::Follower | Role::Candidate | Role::Learner => {
+                Err(ChangeError::NotLeader { leader: status.leader })
             }
-        });
-    }
-
-    pub async fn stop(&self) {
-        self.leading.set(None);
-        if let Some(raft) = self.raft.get() {
-            // The error is a panic of openraft's task, which the process's panic hook has already told.
-            let _ = raft.shutdown().await;
-        }
-    }
-
-    /// The lowest index that is on every member, learners included: what the leader tells the others. `None` when
-    /// this replica does not lead, or somebody has nothing yet.
-    pub fn lowest_matched(&self) -> Option<u64> {
-        self.leading.get()?;
-        let metrics = self.raft.get()?.metrics();
-        let metrics = metrics.borrow_watched();
-        let mut lowest = metrics.last_log_index;
-        for (&replica, matched) in metrics.replication.as_ref()? {
-            if replica != self.me.replica.0 {
-                lowest = lowest.min(matched.as_ref().map(|id| id.index()));
-            }
-        }
-        lowest
-    }
-
-    /// A leader of `term` says up to where every member has the log.
-    pub fn floor_heard(&self, term: u64, floor: Option<u64>) {
-        // One that was deposed knows of fewer members.
-        if self.leader.get().is_none_or(|(known, _)| term >= known) {
-            self.retain_floor.set(floor);
-        }
-    }
-
-    /// Purges what the owner holds durably and no member lacks.
-    pub async fn purge(&self) {
-        let Some(raft) = self.raft.get() else { return };
-        if self.leading.get().is_some() {
-            self.retain_floor.set(self.lowest_matched());
-        }
-        let Some(floor) = self.retain_floor.get() else { return };
-        let Some(checkpointed) = self.checkpointed.borrow().last_log_id.as_ref().map(|id| id.index()) else {
-            return;
-        };
-        let upto = checkpointed.min(floor);
-        let purged = raft.metrics().borrow_watched().purged.as_ref().map(|id| id.index());
-        if Some(upto) > purged {
-            let _ = raft.trigger().purge_log(upto).await;
         }
     }
 }

@@ -31,7 +31,9 @@ mod log;
 mod machine;
 mod node;
 mod peer;
+mod retain;
 mod runtime;
+mod state;
 mod thread;
 mod types;
 
@@ -46,7 +48,7 @@ pub use machine::{
     Applying, LocalFuture, Restored, SNAPSHOT_FRAME_BYTES_MAX, SnapshotHead, SnapshotSink, SnapshotSource,
     StateMachine,
 };
-pub use node::{Node, StartError, Timing};
+pub use node::{Limits, Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};
 pub use thread::{Handle, HandleError, spawn_thread};
 

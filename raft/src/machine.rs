@@ -1,11 +1,17 @@
 //! The owner's side of a group: what it does with committed entries, and how openraft's state machine is made of it.
 //!
 //! openraft's *snapshot* is the owner's checkpoint: a position, the membership there, and no data, because the owner
-//! keeps its own. It lets the log before it be purged. Sending a replica the data itself (a raft snapshot proper)
-//! will go through [`StateMachine`] too; until then the retain floor ([`crate::Group::checkpointed`]) keeps every
-//! entry that some member still lacks, so that none is ever needed.
+//! keeps its own. It lets the log before it be purged. Only when a replica needs entries that are purged does data move:
+//! then openraft's handle to a snapshot is the owner's [`SnapshotSource`] here, and its [`SnapshotSink`] there
+//! (`peer/snapshot`).
+//!
+//! How an install survives a crash at any point: the log notes durably which position is being installed, then the
+//! owner switches to the staged state, durably, and then the log up to it is purged. Found after a restart: the old
+//! state (nothing happened), or the new state and a log that does not reach it, which that note allows
+//! ([`crate::StartError::LogBehind`] otherwise): it is purged now.
 
 use std::any::Any;
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
@@ -17,7 +23,7 @@ use openraft::OptionalSend;
 use openraft::entry::RaftEntry;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
-use crate::group::State;
+use crate::state::{Consistent, State};
 use crate::types::{
     Host, LogId, Membership, Payload, Snapshot, SnapshotMeta, StoredMembership, Types, log_id, position,
 };
@@ -101,13 +107,15 @@ pub trait SnapshotSource {
     fn head(&self) -> SnapshotHead;
 
     /// The next frame, at most [`SNAPSHOT_FRAME_BYTES_MAX`] long; `None` at the end. Called again only when the frame
-    /// before is on its way, one call at a time. An error ends the transfer; it begins anew later.
+    /// before is on its way, one call at a time. An error ends the transfer; it begins anew later. The future may be
+    /// dropped before it is done; then the source is dropped, too.
     fn next(&mut self) -> LocalFuture<'_, io::Result<Option<Bytes>>>;
 }
 
 /// The receiving end: stages what comes. Dropped without [`StateMachine::install`], it leaves nothing behind.
 pub trait SnapshotSink {
-    /// The next frame, in the order the source gave them, each once. An error ends the transfer.
+    /// The next frame, in the order the source gave them, each once. An error ends the transfer. The future may be
+    /// dropped before it is done; then the sink is dropped, too.
     fn put(&mut self, frame: Bytes) -> LocalFuture<'_, io::Result<()>>;
 
     /// For the owner to have its own type back in [`StateMachine::install`].
@@ -150,8 +158,78 @@ impl Machine {
     }
 }
 
+/// What openraft hands from one end of a raft snapshot to the other.
+pub(crate) enum SnapshotData {
+    /// Nothing but the position: the owner's checkpoint, or an owner that has none to give.
+    Position,
+    Source(Box<dyn SnapshotSource>),
+    Staged(Staged),
+}
+
+/// A raft snapshot that arrived whole.
+pub(crate) struct Staged {
+    pub head: SnapshotHead,
+    pub sink: Box<dyn SnapshotSink>,
+    /// The sender had applied this when it read the last of it.
+    pub consistent_from: u64,
+}
+
+impl fmt::Debug for SnapshotData {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Position => "Position",
+            Self::Source(_) => "Source",
+            Self::Staged(_) => "Staged",
+        })
+    }
+}
+
+impl Machine {
+    /// [`StateMachine::receive`].
+    pub fn receive(&mut self, head: SnapshotHead) -> io::Result<Box<dyn SnapshotSink>> {
+        self.owner.receive(head)
+    }
+
+    /// The owner's snapshot, if it has one that openraft can use: at least as new as what was purged.
+    fn source(&mut self) -> Option<(SnapshotMeta, Box<dyn SnapshotSource>)> {
+        // Only a leader that runs is asked for data; openraft also asks at its start.
+        self.state.running()?;
+        let source = self.owner.snapshot()?;
+        let head = source.head();
+        let last_log_id = Some(log_id(head.at));
+        let Some(last_membership) = decode_membership(&head.membership) else {
+            tracing::error!(group = %self.state.id, at = %head.at, "the owner's snapshot has no membership");
+            return None;
+        };
+        let checkpointed = self.state.checkpointed.borrow().last_log_id;
+        if last_log_id < checkpointed {
+            tracing::error!(group = %self.state.id, at = %head.at, ?checkpointed, "the owner's snapshot is too old");
+            return None;
+        }
+        Some((SnapshotMeta { last_log_id, last_membership }, source))
+    }
+
+    async fn install(&mut self, meta: &SnapshotMeta, staged: Staged) -> io::Result<()> {
+        let Staged { head, sink, consistent_from } = staged;
+        let at = head.at;
+        assert_eq!(meta.last_log_id, Some(log_id(at)), "{}: another snapshot arrived", self.state.id);
+        if let Some(log) = self.state.log() {
+            log.set_installing(at).await.map_err(io::Error::other)?;
+        }
+        // Nobody reads what is half the one and half the other.
+        self.state.set_consistent(Consistent::Installing);
+        self.owner.install(head, sink).await?;
+        self.membership = meta.last_membership.clone();
+        *self.state.checkpointed.borrow_mut() = meta.clone();
+        self.state.applied.set(Some(at));
+        self.state.set_consistent(Consistent::From(consistent_from));
+        tracing::info!(group = %self.state.id, %at, consistent_from, "a raft snapshot is installed");
+        Ok(())
+    }
+}
+
 impl RaftStateMachine<Types> for Machine {
-    type SnapshotData = ();
+    type SnapshotData = SnapshotData;
     type SnapshotBuilder = Checkpoint;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
@@ -181,17 +259,26 @@ impl RaftStateMachine<Types> for Machine {
         Checkpoint(self.state.clone())
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, _snapshot: ()) -> Result<(), io::Error> {
-        let at = meta.last_log_id.as_ref().map(position);
-        Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            format!("a raft snapshot at {at:?} carries no data yet"),
-        ))
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        snapshot: SnapshotData,
+    ) -> Result<(), io::Error> {
+        match snapshot {
+            SnapshotData::Staged(staged) => self.install(meta, staged).await,
+            SnapshotData::Position | SnapshotData::Source(_) => {
+                Err(io::Error::new(io::ErrorKind::InvalidInput, "a raft snapshot without data"))
+            }
+        }
     }
 
     async fn get_current_snapshot(&mut self) -> Result<Option<Snapshot>, io::Error> {
+        if let Some((meta, source)) = self.source() {
+            return Ok(Some(Snapshot { meta, snapshot: SnapshotData::Source(source) }));
+        }
+        // For openraft not to have one is the end of a leader. The network refuses to send this.
         let meta = self.state.checkpointed.borrow().clone();
-        Ok(meta.last_log_id.is_some().then_some(Snapshot { meta, snapshot: () }))
+        Ok(meta.last_log_id.is_some().then_some(Snapshot { meta, snapshot: SnapshotData::Position }))
     }
 }
 
@@ -199,10 +286,11 @@ impl RaftStateMachine<Types> for Machine {
 pub(crate) struct Checkpoint(Rc<State>);
 
 impl RaftSnapshotBuilder<Types> for Checkpoint {
-    type SnapshotData = ();
+    type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        Ok(Snapshot { meta: self.0.checkpointed.borrow().clone(), snapshot: () })
+        let meta = self.0.checkpointed.borrow().clone();
+        Ok(Snapshot { meta, snapshot: SnapshotData::Position })
     }
 }
 

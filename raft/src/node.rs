@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use openraft::{Config, SnapshotPolicy, StepDownPolicy};
 
-use crate::group::{Group, PROPOSALS_MAX, State};
+use crate::group::{Group, PROPOSALS_MAX};
 use crate::log::{GroupLog, Log, LogError};
 use crate::machine::{Machine, StateMachine, decode_membership};
-use crate::peer::{Network, Peers};
+use crate::peer::{Network, Peers, Rate};
+use crate::state::{Bounds, State};
 use crate::types::{Raft, SnapshotMeta, log_id};
 use crate::{GroupId, Member, Position, ReplicaId};
 
@@ -29,6 +30,23 @@ pub struct Timing {
 impl Default for Timing {
     fn default() -> Self {
         Self { heartbeat_ms: 150, election_ms_min: 500, election_ms_max: 1000 }
+    }
+}
+
+/// What groups of this thread may use up.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Bytes of the newest log files in which entries are kept for members that lack them. Older ones are kept for
+    /// nobody: a member that was away for longer gets a raft snapshot. Never less than one file.
+    pub log_retain_bytes: u64,
+    /// What all raft snapshots together may send in a second. A third of what a 2.5 Gb/s link carries: repair stays in the
+    /// background of everything else.
+    pub snapshot_bytes_per_second: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { log_retain_bytes: 4 << 30, snapshot_bytes_per_second: 100 << 20 }
     }
 }
 
@@ -104,13 +122,21 @@ struct Inner {
     log: Log,
     peers: Peers,
     timing: Timing,
+    limits: Limits,
+    rate: Rc<Rate>,
     groups: RefCell<BTreeMap<GroupId, Group>>,
 }
 
 impl Node {
     /// Call it on the thread the groups are to live on.
     pub fn new(log: Log, peers: Peers, timing: Timing) -> Self {
-        Self(Rc::new(Inner { log, peers, timing, groups: RefCell::default() }))
+        Self::with_limits(log, peers, timing, Limits::default())
+    }
+
+    /// The same with other limits than usual.
+    pub fn with_limits(log: Log, peers: Peers, timing: Timing, limits: Limits) -> Self {
+        let rate = Rc::new(Rate::new(limits.snapshot_bytes_per_second));
+        Self(Rc::new(Inner { log, peers, timing, limits, rate, groups: RefCell::default() }))
     }
 
     pub fn log(&self) -> &Log {
@@ -122,7 +148,8 @@ impl Node {
     }
 
     /// Starts this process's replica of a group: with an empty log when the log has never heard of it, where it left
-    /// off otherwise. It applies nothing before it has heard from a leader (or is one).
+    /// off otherwise. It applies nothing before it has heard from a leader (or is one). One that is to join a group is
+    /// started like any other, and never [initialized](Group::initialize): it waits to be added.
     pub async fn start_group<S: StateMachine>(
         &self,
         id: GroupId,
@@ -146,11 +173,15 @@ impl Node {
             Member { replica: me, process: inner.peers.me() },
             restored.applied,
             SnapshotMeta { last_log_id: restored.applied.map(log_id), last_membership: membership.clone() },
-            inner.log.command_bytes_max(),
-            Duration::from_millis(inner.timing.election_ms_max),
+            Bounds {
+                command_bytes_max: inner.log.command_bytes_max(),
+                election_max: Duration::from_millis(inner.timing.election_ms_max),
+                retain_bytes: inner.limits.log_retain_bytes,
+            },
         );
+        state.found(log.clone());
         log.tell(state.clone());
-        let network = Network::new(state.clone(), inner.peers.clone());
+        let network = Network::new(state.clone(), inner.peers.clone(), inner.rate.clone());
         let machine = Machine::new(Box::new(machine), state.clone(), membership);
         let raft = Raft::new(me.0, config, network, log, machine)
             .await
@@ -213,8 +244,11 @@ fn check(group: GroupId, applied: Option<Position>, log: &GroupLog) -> Result<()
     {
         return Err(StartError::LogAhead { group, applied, purged });
     }
+    // A raft snapshot was installed, and then came a crash: openraft purges what is left of the old log.
+    let installed = applied.is_some() && log.installing() == applied;
     if let Some(applied) = applied
         && last.is_none_or(|last| last.index < applied.index)
+        && !installed
     {
         return Err(StartError::LogBehind { group, applied, last });
     }

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{Applied, ChangeError, Command, Group, GroupStatus, Member, ProposeError, ReplicaId};
+use crate::{Applied, ChangeError, Command, Group, GroupStatus, Member, ProcessId, ProposeError, ReplicaId};
 
 /// Commands from other threads that may wait for one group's thread.
 const HANDLE_QUEUE: usize = 1024;
@@ -61,6 +61,10 @@ pub enum HandleError {
     InProgress,
     #[error("{0} is not a member of the group")]
     NotAMember(ReplicaId),
+    #[error("{replica} is {entries} entries behind")]
+    Behind { replica: ReplicaId, entries: u64 },
+    #[error("{replica} is hosted by {at}")]
+    Elsewhere { replica: ReplicaId, at: ProcessId },
     #[error("the change is refused: {0}")]
     Refused(String),
     #[error("the replica stopped")]
@@ -73,6 +77,8 @@ impl From<ChangeError> for HandleError {
             ChangeError::NotLeader { leader } => Self::NotLeader { leader },
             ChangeError::InProgress => Self::InProgress,
             ChangeError::NotAMember(replica) => Self::NotAMember(replica),
+            ChangeError::Behind { replica, entries } => Self::Behind { replica, entries },
+            ChangeError::Elsewhere { replica, at } => Self::Elsewhere { replica, at },
             ChangeError::Refused(why) => Self::Refused(why.to_string()),
             ChangeError::Stopped => Self::Stopped,
         }

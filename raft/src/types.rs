@@ -8,7 +8,7 @@ use openraft::alias::{
 use openraft::impls::leader_id_std;
 
 use crate::group::Answer;
-use crate::machine::Machine;
+use crate::machine::{Machine, SnapshotData};
 use crate::runtime::LocalRt;
 use crate::{Command, Member, Position, ProcessId, ReplicaId};
 
@@ -53,7 +53,7 @@ pub type Payload = EntryPayloadOf<Types>;
 pub type Membership = openraft::Membership<u64, Host>;
 pub type StoredMembership = StoredMembershipOf<Types>;
 pub type SnapshotMeta = SnapshotMetaOf<Types>;
-pub type Snapshot = SnapshotOf<Types, ()>;
+pub type Snapshot = SnapshotOf<Types, SnapshotData>;
 pub type IoFlushed = openraft::storage::IOFlushed<Types>;
 pub type LogState = openraft::storage::LogState<Types>;
 pub type AppendRequest = openraft::raft::AppendEntriesRequest<Types>;
@@ -62,6 +62,8 @@ pub type VoteRequest = openraft::raft::VoteRequest<Types>;
 pub type VoteResponse = openraft::raft::VoteResponse<Types>;
 pub type TransferRequest = openraft::raft::TransferLeaderRequest<Types>;
 pub type TransferResponse = openraft::raft::TransferLeaderResponse<Types>;
+pub type SnapshotResponse = openraft::raft::SnapshotResponse<Types>;
+pub type StreamingError = openraft::errors::StreamingError<Types>;
 pub type RpcError = openraft::errors::RPCError<Types>;
 pub type ClientWriteResult = openraft::raft::ClientWriteResult<Types>;
 

@@ -251,6 +251,15 @@ impl Core {
         let state =
             Record { kind: Kind::State, group: GroupId(0), at: Position::default(), parts: &[payload] };
         self.put(&state, length);
+        // The state has no room for these, which are rare.
+        let installing: Vec<_> = self
+            .groups
+            .iter()
+            .filter_map(|(&group, index)| index.borrow().installing.map(|at| (group, at)))
+            .collect();
+        for (group, at) in installing {
+            self.put(&Record { kind: Kind::Installing, group, at, parts: &[] }, 0);
+        }
         self.retire();
         Ok(())
     }
@@ -448,6 +457,12 @@ impl Core {
     fn life(&mut self, sequence: u64) -> &mut Life {
         let at = self.lives.binary_search_by_key(&sequence, |life| life.sequence);
         &mut self.lives[at.expect("an entry's file is live")]
+    }
+
+    /// Sequence of the first of the newest files that hold up to `bytes`; at least the one being written does.
+    pub fn newest_from(&self, bytes: u64) -> u64 {
+        let files = usize::try_from(bytes / self.options.file_bytes).unwrap_or(usize::MAX).max(1);
+        self.lives.get(self.lives.len().saturating_sub(files)).map_or(0, |life| life.sequence)
     }
 
     /// The file of a live sequence.

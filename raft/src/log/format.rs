@@ -128,6 +128,8 @@ pub enum Kind {
     Removed = 8,
     /// What all groups are at the beginning of a file.
     State = 9,
+    /// The owner is about to replace its state by a raft snapshot of up to this position.
+    Installing = 10,
 }
 
 impl Kind {
@@ -142,6 +144,7 @@ impl Kind {
             Self::Created,
             Self::Removed,
             Self::State,
+            Self::Installing,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == byte)

@@ -30,6 +30,9 @@ pub struct Index {
     pub replica: u64,
     pub vote: Option<VoteRecord>,
     pub purged: Option<Position>,
+    /// The owner's state may have become that of a raft snapshot at this position, although the log does not reach it
+    /// yet: a crash came between the two.
+    pub installing: Option<Position>,
     /// Index of the first of `places`.
     first: u64,
     places: VecDeque<Place>,
@@ -56,6 +59,7 @@ impl Index {
             replica,
             vote: None,
             purged: None,
+            installing: None,
             first: 0,
             places: VecDeque::new(),
             recent_first: 0,
@@ -64,11 +68,17 @@ impl Index {
     }
 
     /// As recovery found it: no entry in memory.
-    pub fn restored(record: &GroupRecord, first: u64, places: VecDeque<Place>) -> Self {
+    pub fn restored(
+        record: &GroupRecord,
+        installing: Option<Position>,
+        first: u64,
+        places: VecDeque<Place>,
+    ) -> Self {
         let recent_first = first + places.len() as u64;
         Self {
             vote: record.vote,
             purged: record.purged,
+            installing,
             first,
             places,
             recent_first,
@@ -155,7 +165,14 @@ impl Index {
             self.recent_first = self.first;
         }
         self.purged = Some(upto);
+        self.installing = self.installing.filter(|&at| at > upto);
         freed
+    }
+
+    /// Index of the last entry that lies in a file before `sequence`.
+    pub fn last_before(&self, sequence: u64) -> Option<u64> {
+        let count = self.places.partition_point(|place| place.sequence < sequence) as u64;
+        (self.first + count).checked_sub(1).filter(|_| count > 0)
     }
 
     /// Forgets the values of entries before `upto`; the memory set free.

@@ -195,7 +195,8 @@ impl Log {
         };
         let (device, event) = open_device(options.io_uring).map_err(file::failed("open a ring for", dir))?;
         let groups = recovered.groups.into_iter().map(|(id, group)| {
-            (id, Rc::new(RefCell::new(Index::restored(&group.record, group.first, group.places))))
+            let index = Index::restored(&group.record, group.installing, group.first, group.places);
+            (id, Rc::new(RefCell::new(index)))
         });
         let core = Core::new(
             options,

@@ -40,6 +40,7 @@ pub struct RecoveredGroup {
     pub record: GroupRecord,
     pub first: u64,
     pub places: VecDeque<Place>,
+    pub installing: Option<Position>,
     /// Entries up to here are in files that are not needed any more, so they must turn out to be gone.
     missing: Option<u64>,
 }
@@ -286,6 +287,7 @@ impl Recovering {
             Kind::Vote => group.record.vote = Some(format::read_vote(record.at.term, payload)?),
             Kind::Truncate => group.truncate(record.at.index),
             Kind::Purge => group.purge(record.at),
+            Kind::Installing => group.installing = Some(record.at),
             Kind::Blank | Kind::Command | Kind::Membership => {
                 let length = u32::try_from(RECORD_HEADER + payload.len()).ok()?;
                 group.append(record.at, Place { term: record.at.term, sequence, offset, length })?;
@@ -376,7 +378,7 @@ fn last_first_live(bytes: &[u8], sequence: u64) -> u64 {
 impl RecoveredGroup {
     fn new(record: GroupRecord) -> Self {
         let missing = record.last.map(|last| last.index);
-        Self { record, first: 0, places: VecDeque::new(), missing }
+        Self { record, first: 0, places: VecDeque::new(), installing: None, missing }
     }
 
     fn end(&self) -> u64 {
@@ -415,6 +417,7 @@ impl RecoveredGroup {
             self.first = upto.index + 1;
         }
         self.record.purged = Some(upto);
+        self.installing = self.installing.filter(|&at| at > upto);
     }
 
     /// Nothing between what was purged and the first entry. A group that was never purged begins anywhere.

@@ -16,7 +16,7 @@ use super::append::{Record, Waiting};
 use super::format::{self, Kind, VoteRecord};
 use super::index::{Index, memory_bytes};
 use super::{Log, LogError, read};
-use crate::group::State;
+use crate::state::State;
 use crate::types::{Entry, IoFlushed, LogId, LogState, Payload, Types, Vote, log_id, position};
 use crate::{GroupId, Position};
 
@@ -43,6 +43,29 @@ impl GroupLog {
     pub fn bounds(&self) -> (Option<Position>, Option<Position>) {
         let index = self.index.borrow();
         (index.purged, index.last())
+    }
+
+    /// The vote's term.
+    pub fn term(&self) -> Option<u64> {
+        self.index.borrow().vote.map(|vote| vote.term)
+    }
+
+    /// A raft snapshot at this position was being installed when the process ended.
+    pub fn installing(&self) -> Option<Position> {
+        self.index.borrow().installing
+    }
+
+    /// From here on, durably: the owner's state may be that of a raft snapshot at `at`, which this log does not reach.
+    pub async fn set_installing(&self, at: Position) -> Result<(), LogError> {
+        self.log.push(&Record { kind: Kind::Installing, group: self.group, at, parts: &[] }).await?;
+        self.index.borrow_mut().installing = Some(at);
+        self.log.synced().await
+    }
+
+    /// Index of the last entry that lies outside the newest `bytes` of the log's files.
+    pub fn last_beyond(&self, bytes: u64) -> Option<u64> {
+        let newest = self.log.core().newest_from(bytes);
+        self.index.borrow().last_before(newest)
     }
 
     pub fn tell(&mut self, state: Rc<State>) {

@@ -47,14 +47,35 @@ pub(super) enum Kind {
     Transferred = 8,
     /// The group (or that replica of it) is not here: the answer to anything.
     NotHere = 9,
+    /// Leader → follower: a raft snapshot begins, or goes on over this connection.
+    Snapshot = 10,
+    /// Leader → follower: the next part of it.
+    SnapshotFrame = 11,
+    /// Leader → follower: there is no more.
+    SnapshotEnd = 12,
+    /// Follower → leader: how far it is.
+    SnapshotAnswer = 13,
 }
 
 impl Kind {
     fn from_u8(raw: u8) -> Option<Self> {
-        use Kind::{Append, Appended, Close, NotHere, PreVote, Transfer, Transferred, Vote, Voted};
-        [Append, Appended, Close, Vote, PreVote, Voted, Transfer, Transferred, NotHere]
-            .into_iter()
-            .find(|kind| *kind as u8 == raw)
+        [
+            Self::Append,
+            Self::Appended,
+            Self::Close,
+            Self::Vote,
+            Self::PreVote,
+            Self::Voted,
+            Self::Transfer,
+            Self::Transferred,
+            Self::NotHere,
+            Self::Snapshot,
+            Self::SnapshotFrame,
+            Self::SnapshotEnd,
+            Self::SnapshotAnswer,
+        ]
+        .into_iter()
+        .find(|kind| *kind as u8 == raw)
     }
 }
 

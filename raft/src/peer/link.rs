@@ -13,6 +13,7 @@ use tokio::time::{Instant, timeout};
 use super::Dial;
 use super::frame::{self, Frame, Kind, Outbox, Reader};
 use super::message::get_append_result;
+use super::snapshot::{Answer, get_answer};
 use crate::types::AppendResult;
 use crate::{GroupId, ProcessId};
 
@@ -49,6 +50,7 @@ pub(super) struct Connection {
     pub outbox: Rc<Outbox>,
     sessions: Rc<Cell<u64>>,
     appends: RefCell<HashMap<u64, mpsc::UnboundedSender<AppendResult>>>,
+    snapshots: RefCell<HashMap<u64, mpsc::UnboundedSender<Answer>>>,
     calls: RefCell<HashMap<u64, oneshot::Sender<Frame>>>,
 }
 
@@ -68,8 +70,19 @@ impl Connection {
         (session, receiver)
     }
 
+    /// The same for a raft snapshot.
+    pub fn open_snapshot(&self) -> (u64, mpsc::UnboundedReceiver<Answer>) {
+        let session = self.next_session();
+        let (answers, receiver) = mpsc::unbounded_channel();
+        if !self.outbox.is_closed() {
+            self.snapshots.borrow_mut().insert(session, answers);
+        }
+        (session, receiver)
+    }
+
     pub fn close_session(&self, session: u64) {
         self.appends.borrow_mut().remove(&session);
+        self.snapshots.borrow_mut().remove(&session);
     }
 
     /// One question, one answer; `None` when the connection ends first, or the group is not there.
@@ -93,6 +106,7 @@ impl Connection {
     fn fail_all(&self) {
         self.outbox.close();
         self.appends.borrow_mut().clear();
+        self.snapshots.borrow_mut().clear();
         self.calls.borrow_mut().clear();
     }
 
@@ -106,13 +120,29 @@ impl Connection {
                     let _ = answers.send(result);
                 }
             }
+            Kind::SnapshotAnswer => {
+                let Some(answer) = get_answer(frame.body) else { return false };
+                if let Some(answers) = self.snapshots.borrow().get(&frame.session) {
+                    let _ = answers.send(answer);
+                }
+            }
             Kind::NotHere | Kind::Voted | Kind::Transferred => {
                 self.appends.borrow_mut().remove(&frame.session);
+                if let Some(answers) = self.snapshots.borrow_mut().remove(&frame.session) {
+                    let _ = answers.send(Answer::Refused("the replica is not there".to_owned()));
+                }
                 if let Some(answer) = self.calls.borrow_mut().remove(&frame.session) {
                     let _ = answer.send(frame);
                 }
             }
-            Kind::Append | Kind::Close | Kind::Vote | Kind::PreVote | Kind::Transfer => return false,
+            Kind::Append
+            | Kind::Close
+            | Kind::Vote
+            | Kind::PreVote
+            | Kind::Transfer
+            | Kind::Snapshot
+            | Kind::SnapshotFrame
+            | Kind::SnapshotEnd => return false,
         }
         true
     }
@@ -189,6 +219,7 @@ impl Link {
             outbox: Rc::default(),
             sessions: self.sessions.clone(),
             appends: RefCell::default(),
+            snapshots: RefCell::default(),
             calls: RefCell::default(),
         });
         {

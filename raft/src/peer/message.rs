@@ -35,17 +35,17 @@ fn get_log_id(from: &mut Bytes) -> Option<Option<LogId>> {
     }
 }
 
-fn get_position(from: &mut Bytes) -> Option<Position> {
+pub(super) fn get_position(from: &mut Bytes) -> Option<Position> {
     Some(Position { term: from.try_get_u64_le().ok()?, index: from.try_get_u64_le().ok()? })
 }
 
-fn put_vote(out: &mut BytesMut, vote: &Vote) {
+pub(super) fn put_vote(out: &mut BytesMut, vote: &Vote) {
     out.put_u64_le(vote.leader_id.term);
     out.put_u64_le(vote.leader_id.voted_for);
     out.put_u8(u8::from(vote.committed));
 }
 
-fn get_vote(from: &mut Bytes) -> Option<Vote> {
+pub(super) fn get_vote(from: &mut Bytes) -> Option<Vote> {
     let leader_id = LeaderId { term: from.try_get_u64_le().ok()?, voted_for: from.try_get_u64_le().ok()? };
     let committed = match from.try_get_u8().ok()? {
         0 => false,

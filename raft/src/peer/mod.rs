@@ -1,7 +1,8 @@
 //! Connections to other processes: one per direction and pair, shared by all groups.
 //!
 //! Whoever leads calls: it sends appends on its own connection and gets their answers there; votes and transfers go
-//! the same way. So a pair of processes that lead something each has two connections.
+//! the same way. So a pair of processes that lead something each has two connections. Raft snapshots have one more
+//! (`snapshot`).
 //!
 //! ```text
 //!  openraft ──stream_append──▶ network.rs ──frames──▶ Outbox ──one write──▶ … ──▶ serve.rs ──▶ openraft
@@ -26,6 +27,7 @@ mod link;
 mod message;
 mod network;
 mod serve;
+mod snapshot;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -42,6 +44,8 @@ use crate::group::Group;
 use crate::{GroupId, ProcessId};
 
 pub(crate) use self::network::Network;
+pub(crate) use self::snapshot::Rate;
+pub(crate) use self::snapshot::receive::Receiving;
 
 /// What [`Dial::dial`] returns.
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<TcpStream>>>>;
@@ -62,6 +66,8 @@ struct Inner {
     dial: Rc<dyn Dial>,
     groups: RefCell<HashMap<GroupId, Group>>,
     links: RefCell<HashMap<ProcessId, Rc<Link>>>,
+    /// The connections that raft snapshots are sent on.
+    bulk: RefCell<HashMap<ProcessId, Rc<Link>>>,
     accepted: RefCell<Vec<std::rc::Weak<Outbox>>>,
     sessions: Rc<Cell<u64>>,
 }
@@ -73,6 +79,7 @@ impl Peers {
             dial,
             groups: RefCell::default(),
             links: RefCell::default(),
+            bulk: RefCell::default(),
             accepted: RefCell::default(),
             sessions: Rc::default(),
         }))
@@ -104,7 +111,9 @@ impl Peers {
 
     /// Ends every connection, in both directions.
     pub(crate) fn close(&self) {
-        self.0.links.borrow_mut().drain().for_each(|(_, link)| link.close());
+        for links in [&self.0.links, &self.0.bulk] {
+            links.borrow_mut().drain().for_each(|(_, link)| link.close());
+        }
         self.0
             .accepted
             .borrow_mut()
@@ -118,7 +127,16 @@ impl Peers {
     }
 
     fn link(&self, to: ProcessId) -> Rc<Link> {
-        let mut links = self.0.links.borrow_mut();
+        self.link_of(&self.0.links, to)
+    }
+
+    /// For what must not stand in the way of anything.
+    fn bulk_link(&self, to: ProcessId) -> Rc<Link> {
+        self.link_of(&self.0.bulk, to)
+    }
+
+    fn link_of(&self, links: &RefCell<HashMap<ProcessId, Rc<Link>>>, to: ProcessId) -> Rc<Link> {
+        let mut links = links.borrow_mut();
         let link = links
             .entry(to)
             .or_insert_with(|| Rc::new(Link::new(to, self.0.dial.clone(), self.0.sessions.clone())));

@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use futures::{Stream, StreamExt};
 use openraft::base::{BoxFuture, BoxStream};
-use openraft::errors::{ReplicationClosed, StreamingError, Unreachable};
+use openraft::errors::{ReplicationClosed, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkV2};
-use openraft::raft::{AppendEntriesResponse, SnapshotResponse};
+use openraft::raft::AppendEntriesResponse;
 use openraft::{OptionalSend, RaftNetworkFactory};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -20,10 +20,12 @@ use super::Peers;
 use super::frame::{Frame, Kind};
 use super::link::{Connection, Link};
 use super::message::{get_vote_response, put_append, put_transfer, put_vote_request};
-use crate::group::State;
+use super::snapshot::{Rate, send};
+use crate::machine::SnapshotData;
+use crate::state::State;
 use crate::types::{
-    AppendRequest, AppendResult, Host, RpcError, Snapshot, TransferRequest, TransferResponse, Types, Vote,
-    VoteRequest, VoteResponse,
+    AppendRequest, AppendResult, Host, RpcError, Snapshot, SnapshotResponse, StreamingError, TransferRequest,
+    TransferResponse, Types, Vote, VoteRequest, VoteResponse,
 };
 use crate::{GroupId, ProcessId};
 
@@ -40,16 +42,19 @@ const UNANSWERED_MAX: u64 = 64;
 pub(crate) struct Network {
     peers: Peers,
     state: Rc<State>,
+    rate: Rc<Rate>,
 }
 
 impl Network {
-    pub fn new(state: Rc<State>, peers: Peers) -> Self {
-        Self { peers, state }
+    pub fn new(state: Rc<State>, peers: Peers, rate: Rc<Rate>) -> Self {
+        Self { peers, state, rate }
     }
 
     fn target(&self, to: u64, host: &Host, single: bool) -> Target {
-        let link = self.peers.link(ProcessId(host.0));
-        Target { to, group: self.state.id, link, state: self.state.clone(), single }
+        let process = ProcessId(host.0);
+        let (link, bulk) = (self.peers.link(process), self.peers.bulk_link(process));
+        let (state, rate) = (self.state.clone(), self.rate.clone());
+        Target { to, group: self.state.id, link, bulk, rate, state, single }
     }
 }
 
@@ -70,6 +75,9 @@ pub(crate) struct Target {
     to: u64,
     group: GroupId,
     link: Rc<Link>,
+    /// For raft snapshots.
+    bulk: Rc<Link>,
+    rate: Rc<Rate>,
     state: Rc<State>,
     /// Sends one append at a time: heartbeats.
     single: bool,
@@ -91,6 +99,8 @@ struct Session {
     sent: Cell<u64>,
     answered: Cell<u64>,
     input_ended: Cell<bool>,
+    /// What the other side lacks is to be purged.
+    given_up: Cell<bool>,
     /// An append was sent, an answer came, or the input ended.
     moved: Notify,
     pump: Cell<Option<JoinHandle<()>>>,
@@ -119,6 +129,11 @@ struct Pump {
 impl Pump {
     fn send(&mut self, request: &AppendRequest) -> bool {
         let Some(session) = self.session.upgrade() else { return false };
+        if self.state.is_given_up(request.prev_log_id.as_ref().map(|id| id.index())) {
+            session.given_up.set(true);
+            session.moved.notify_one();
+            return false;
+        }
         // Every time: "nobody may purge anything", because a new member has nothing yet, must not come late.
         let floor = self.state.lowest_matched();
         let body = |out: &mut bytes::BytesMut| put_append(out, self.to, request, floor);
@@ -188,6 +203,9 @@ async fn next_answer(
         if session.input_ended.get() && session.answered.get() >= session.sent.get() {
             return None;
         }
+        if session.given_up.get() {
+            return Some(Err(unreachable(&io::Error::other("what it lacks is to be purged"))));
+        }
         let waits = session.sent.get() > session.answered.get();
         let silence = if waits { SILENCE_MAX } else { Duration::from_secs(3600) };
         tokio::select! {
@@ -231,6 +249,7 @@ impl Target {
             sent: Cell::new(0),
             answered: Cell::new(0),
             input_ended: Cell::new(false),
+            given_up: Cell::new(false),
             moved: Notify::new(),
             pump: Cell::new(None),
         });
@@ -281,7 +300,7 @@ fn senseless() -> RpcError {
 }
 
 impl RaftNetworkV2<Types> for Target {
-    type SnapshotData = ();
+    type SnapshotData = SnapshotData;
 
     async fn append_entries(
         &mut self,
@@ -323,15 +342,18 @@ impl RaftNetworkV2<Types> for Target {
 
     async fn full_snapshot(
         &mut self,
-        _vote: Vote,
-        _snapshot: Snapshot,
-        _cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
+        vote: Vote,
+        snapshot: Snapshot,
+        cancel: impl Future<Output = ReplicationClosed> + OptionalSend + 'static,
         _option: RPCOption,
-    ) -> Result<SnapshotResponse<Types>, StreamingError<Types>> {
-        // The retain floor keeps the log a member needs, so no member ever needs this.
-        tracing::error!(group = %self.group, to = self.to, "a replica needs a raft snapshot, which does not exist yet");
-        let error = io::Error::new(io::ErrorKind::Unsupported, "raft snapshots are not sent yet");
-        Err(Unreachable::new(&error).into())
+    ) -> Result<SnapshotResponse, StreamingError> {
+        let SnapshotData::Source(source) = snapshot.snapshot else {
+            // openraft waits out its back-off and asks again.
+            tracing::warn!(group = %self.group, to = self.to, "a replica needs a raft snapshot, and there is none");
+            return Err(send::unreachable("there is no raft snapshot here"));
+        };
+        let (link, rate, state) = (self.bulk.clone(), self.rate.clone(), self.state.clone());
+        send::send(link, rate, state, self.to, vote, source, cancel).await
     }
 
     async fn transfer_leader(

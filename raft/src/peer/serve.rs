@@ -12,6 +12,7 @@ use super::Peers;
 use super::frame::{self, Frame, Kind, Outbox, Reader};
 use super::link::set_options;
 use super::message::{get_append, get_transfer, get_vote_request, put_append_result, put_vote_response};
+use super::snapshot::receive;
 use crate::group::Group;
 use crate::types::AppendRequest;
 
@@ -56,12 +57,16 @@ impl Serving {
             let frame = reader.next().await?;
             match frame.kind {
                 Kind::Append => self.append(frame).await?,
-                Kind::Close => {
-                    self.sessions.remove(&frame.session);
+                Kind::Close => self.close(&frame),
+                Kind::Snapshot => self.snapshot(&frame)?,
+                Kind::SnapshotFrame | Kind::SnapshotEnd => {
+                    receive::piece(self.peers.group(frame.group).as_ref(), &self.outbox, &frame)?;
                 }
                 Kind::Vote | Kind::PreVote => self.vote(frame)?,
                 Kind::Transfer => self.transfer(frame)?,
-                Kind::Appended | Kind::Voted | Kind::Transferred | Kind::NotHere => return Err(senseless()),
+                Kind::Appended | Kind::Voted | Kind::Transferred | Kind::NotHere | Kind::SnapshotAnswer => {
+                    return Err(senseless());
+                }
             }
         }
     }
@@ -75,6 +80,22 @@ impl Serving {
         group
     }
 
+    fn close(&mut self, frame: &Frame) {
+        if self.sessions.remove(&frame.session).is_none()
+            && let Some(group) = self.peers.group(frame.group)
+        {
+            receive::close(&group, frame.session);
+        }
+    }
+
+    fn snapshot(&self, frame: &Frame) -> io::Result<()> {
+        let (to, begin) = receive::addressee(frame)?;
+        if let Some(group) = self.replica(frame, to) {
+            receive::begin(&group, &self.outbox, frame.session, begin);
+        }
+        Ok(())
+    }
+
     async fn append(&mut self, frame: Frame) -> io::Result<()> {
         let (id, session) = (frame.group, frame.session);
         let append = get_append(frame.body.clone()).ok_or_else(senseless)?;
@@ -83,6 +104,7 @@ impl Serving {
             return Ok(());
         };
         group.0.floor_heard(append.request.vote.leader_id.term, append.floor);
+        group.0.commit_heard(&append.request.vote, append.request.leader_commit.as_ref());
         let requests = match self.sessions.get(&session) {
             Some(requests) => requests,
             None => {

@@ -14,10 +14,11 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{AsyncRuntime, OptionalSend, StorageError};
 
-use crate::group::{State, no_membership};
+use crate::group::no_membership;
 use crate::log::{GroupLog, Log, LogOptions, LogOwner};
-use crate::machine::{Applying, Machine, Restored, StateMachine};
+use crate::machine::{Applying, Machine, Restored, SnapshotData, StateMachine};
 use crate::runtime::LocalRt;
+use crate::state::{Bounds, State};
 use crate::types::{LogId, Snapshot, SnapshotMeta, StoredMembership, Types, position};
 use crate::{GroupId, Member, Position, ProcessId, ReplicaId};
 
@@ -38,15 +39,15 @@ struct Obliging(Machine, Rc<State>);
 struct Now(SnapshotMeta);
 
 impl RaftSnapshotBuilder<Types> for Now {
-    type SnapshotData = ();
+    type SnapshotData = SnapshotData;
 
     async fn build_snapshot(&mut self) -> Result<Snapshot, io::Error> {
-        Ok(Snapshot { meta: self.0.clone(), snapshot: () })
+        Ok(Snapshot { meta: self.0.clone(), snapshot: SnapshotData::Position })
     }
 }
 
 impl RaftStateMachine<Types> for Obliging {
-    type SnapshotData = ();
+    type SnapshotData = SnapshotData;
     type SnapshotBuilder = Now;
 
     async fn applied_state(&mut self) -> Result<(Option<LogId>, StoredMembership), io::Error> {
@@ -67,7 +68,11 @@ impl RaftStateMachine<Types> for Obliging {
         Now(meta)
     }
 
-    async fn install_snapshot(&mut self, meta: &SnapshotMeta, _snapshot: ()) -> Result<(), io::Error> {
+    async fn install_snapshot(
+        &mut self,
+        meta: &SnapshotMeta,
+        _snapshot: SnapshotData,
+    ) -> Result<(), io::Error> {
         *self.1.checkpointed.borrow_mut() = meta.clone();
         self.1.applied.set(meta.last_log_id.as_ref().map(position));
         self.0 = Machine::new(Box::new(Nothing), self.1.clone(), meta.last_membership.clone());
@@ -100,7 +105,9 @@ impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
         let group = GroupId(self.groups.fetch_add(1, Ordering::Relaxed));
         let log = log.group(group, me.replica).await.expect("a group");
         let meta = SnapshotMeta { last_log_id: None, last_membership: no_membership() };
-        let state = State::new(group, me, None, meta, 4096, Duration::from_secs(1));
+        let bounds =
+            Bounds { command_bytes_max: 4096, election_max: Duration::from_secs(1), retain_bytes: u64::MAX };
+        let state = State::new(group, me, None, meta, bounds);
         let machine = Machine::new(Box::new(Nothing), state.clone(), no_membership());
         Ok((dir, log, Obliging(machine, state)))
     }
