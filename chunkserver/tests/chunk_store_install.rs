@@ -422,7 +422,7 @@ fn the_trash_makes_room_when_room_is_needed() {
 #[test]
 fn what_a_volume_uses_is_counted() {
     let mut world = World::new(false);
-    let uses = |world: &World| world.store.as_ref().unwrap().volume_uses(COPYSET);
+    let uses = |world: &World| Vec::from_iter(world.store.as_ref().unwrap().volume_uses(COPYSET));
     let (first, second) = (chunk_key(0).volume, chunk_key(2).volume);
     write(&mut world, 0, 0, 9);
     write(&mut world, 1, 0, 1);

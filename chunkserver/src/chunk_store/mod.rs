@@ -40,6 +40,7 @@ mod table;
 mod trash;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -175,8 +176,13 @@ impl ChunkStore {
     }
 
     /// What each volume has in a replica here, in bytes, as of the last checkpoint. Counted, not scanned.
-    pub fn volume_uses(&self, copyset: CopysetId) -> Vec<(VolumeId, u64)> {
+    pub fn volume_uses(&self, copyset: CopysetId) -> BTreeMap<VolumeId, u64> {
         self.shard.borrow().read_table().uses(copyset).collect()
+    }
+
+    /// Bytes staged of a replica that is arriving.
+    pub fn arriving_bytes(&self, copyset: CopysetId) -> u64 {
+        self.shard.borrow().arriving_bytes(copyset)
     }
 
     /// `data` at `offset`, one checksum per piece. The range is checked: whole sectors inside the chunk.

@@ -1,8 +1,8 @@
 //! The store's state on the shard thread: what is in memory, what is in files, what is open.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
 
 use evolute_protocol::geometry::CHUNK_BYTES;
@@ -36,6 +36,8 @@ pub struct Shard {
     pub admissions: HashMap<CopysetId, u64>,
     /// What was applied of each replica that was installed here, then.
     pub installed: HashMap<CopysetId, u64>,
+    /// How much is staged of replicas that are arriving.
+    pub arriving: Vec<(CopysetId, Weak<AtomicU64>)>,
     /// The next generation that no file has or had.
     pub generations: Arc<AtomicU32>,
     pub thread: CheckpointThread,
@@ -82,6 +84,11 @@ impl Shard {
                 (record, admission)
             })
             .collect()
+    }
+
+    pub fn arriving_bytes(&self, copyset: CopysetId) -> u64 {
+        let ours = self.arriving.iter().filter(|(of, _)| *of == copyset);
+        ours.filter_map(|(_, bytes)| Some(bytes.upgrade()?.load(Ordering::Relaxed))).sum()
     }
 
     pub fn new_generation(&self) -> u32 {

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::path::Path;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
@@ -76,7 +77,10 @@ pub struct Staging {
 impl Staging {
     pub fn new(shard: Rc<RefCell<Shard>>, copyset: CopysetId) -> Self {
         let staged = {
-            let shard = shard.borrow();
+            let shard = &mut *shard.borrow_mut();
+            let bytes = Arc::new(AtomicU64::new(0));
+            shard.arriving.retain(|(_, bytes)| bytes.strong_count() > 0);
+            shard.arriving.push((copyset, Arc::downgrade(&bytes)));
             Staged {
                 disk: shard.disk.clone(),
                 catalog: shard.catalog.clone(),
@@ -88,7 +92,7 @@ impl Staging {
                 open: None,
                 chunks: Vec::new(),
                 files: Vec::new(),
-                bytes: 0,
+                bytes,
             }
         };
         Self { shard, copyset, staged: Arc::new(Mutex::new(staged)) }
@@ -143,7 +147,7 @@ pub struct Staged {
     chunks: Vec<(ChunkKey, [u8; CHECKSUM_SECTORS])>,
     /// Created and not installed.
     files: Vec<FileId>,
-    bytes: u64,
+    bytes: Arc<AtomicU64>,
 }
 
 struct OpenChunk {
@@ -189,7 +193,7 @@ impl Staged {
             if let Err(error) = open.put(extent)? {
                 return Err(self.failed(&format!("staging {key}"), error).into());
             }
-            self.bytes += (extent.count() * BLOCK) as u64;
+            self.bytes.fetch_add((extent.count() * BLOCK) as u64, Ordering::Relaxed);
         }
         Ok(())
     }
@@ -245,7 +249,8 @@ impl Staged {
     fn check_room(&self) -> Result<(), StoreError> {
         let space = self.disk.space().map_err(|e| StoreError::io("asking for free space", e))?;
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let allowed = self.capacity.saturating_sub(table.file_bytes() + table.trash_bytes() + self.bytes);
+        let staged = self.bytes.load(Ordering::Relaxed);
+        let allowed = self.capacity.saturating_sub(table.file_bytes() + table.trash_bytes() + staged);
         let available = space.available.min(allowed).saturating_sub(SLACK_BYTES.min(self.reserve));
         let needed = FILE_BYTES + self.reserve;
         if needed > available {

@@ -46,8 +46,11 @@ const CHUNK_FIELDS_BYTES: usize = 14;
 
 const _: () = {
     // Every block an extent of its own.
-    let most = PREAMBLE_BYTES + CHUNK_FIELDS_BYTES + EXPORT_BLOCKS_MAX * (EXTENT_BYTES + 4 + BLOCK_BYTES as usize);
-    assert!(most <= SNAPSHOT_FRAME_BYTES_MAX && PREAMBLE_BYTES + 8 + STATE_PART_BYTES <= SNAPSHOT_FRAME_BYTES_MAX);
+    let most =
+        PREAMBLE_BYTES + CHUNK_FIELDS_BYTES + EXPORT_BLOCKS_MAX * (EXTENT_BYTES + 4 + BLOCK_BYTES as usize);
+    assert!(
+        most <= SNAPSHOT_FRAME_BYTES_MAX && PREAMBLE_BYTES + 8 + STATE_PART_BYTES <= SNAPSHOT_FRAME_BYTES_MAX
+    );
 };
 
 /// Why a transfer ends. Whoever receives asks for it again.
@@ -103,7 +106,8 @@ impl Sending {
     }
 
     fn state_frame(&mut self) -> Bytes {
-        let part = self.state.slice(self.state_sent..self.state.len().min(self.state_sent + STATE_PART_BYTES));
+        let part =
+            self.state.slice(self.state_sent..self.state.len().min(self.state_sent + STATE_PART_BYTES));
         let mut frame = Frame::new(STATE, self.copyset);
         frame.0.put_u32_le(length(self.state.len()));
         frame.0.put_u32_le(length(self.state_sent));
@@ -298,7 +302,10 @@ impl Arriving {
             created: Bytes::new(),
         };
         let state = State::parse(&record)?;
-        if self.head != *head || state.applied() != Some(head.at) || state.membership() != Some(&head.membership) {
+        if self.head != *head
+            || state.applied() != Some(head.at)
+            || state.membership() != Some(&head.membership)
+        {
             return Err(TransferError::OtherHead);
         }
         Ok((state, self.staging))
@@ -318,7 +325,8 @@ fn get_extents(fields: &mut Bytes, mut data: Bytes) -> Option<(ChunkKey, Vec<Ext
                     return None;
                 }
                 let raw = fields.split_to(crcs);
-                let crcs = raw.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+                let crcs =
+                    raw.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
                 Extent::Data { first, data: data.split_to(bytes), crcs }
             }
             DAMAGED => Extent::Damaged { first, count },
