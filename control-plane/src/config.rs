@@ -15,6 +15,10 @@ const DEFAULT_REPORT_INTERVAL: Duration = Duration::from_secs(10);
 const REPORT_INTERVAL_MIN: Duration = Duration::from_millis(50);
 /// Above this, nobody would call a chunkserver that is gone for three intervals "recently seen".
 const REPORT_INTERVAL_MAX: Duration = Duration::from_secs(600);
+/// Tests lose chunkservers by the second.
+const REPAIR_AFTER_MIN: Duration = Duration::from_millis(100);
+/// Thirty days: for whoever wants to decide alone.
+const REPAIR_AFTER_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,6 +52,12 @@ pub struct Args {
     /// Copysets a pool never has more than; each costs every member about 150 KiB of memory [default: 1024]
     #[arg(long, value_name = "COPYSETS")]
     pub copysets_max: Option<usize>,
+    /// Seconds of silence after which a chunkserver's replicas are made anew elsewhere [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    pub repair_after_s: Option<f64>,
+    /// Replicas that are replaced at once in the whole cluster; 0: no repair, no moves [default: 16]
+    #[arg(long, value_name = "REPLICAS")]
+    pub repairs_max: Option<usize>,
     /// TOML file with the same keys; flags win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
@@ -65,6 +75,8 @@ pub struct FileConfig {
     report_interval_s: Option<f64>,
     volume_width: Option<usize>,
     copysets_max: Option<usize>,
+    repair_after_s: Option<f64>,
+    repairs_max: Option<usize>,
     ready_file: Option<PathBuf>,
 }
 
@@ -85,11 +97,19 @@ pub struct Limits {
     pub volume_width: usize,
     /// Copysets per pool, at most.
     pub copysets_max: usize,
+    /// Silence of a chunkserver after which its replicas are made anew elsewhere. Shorter: more data is copied for
+    /// machines that were only restarted. Longer: a second failure is more likely to come first. (Ceph waits for ten
+    /// minutes, Curve for thirty.)
+    pub repair_after: Duration,
+    /// Replicas that are replaced at once, in the whole cluster. More is sooner done and slower for guests meanwhile. 0
+    /// stops all repair.
+    pub repairs_max: usize,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { volume_width: 6, copysets_max: 1024 }
+        let repair_after = Duration::from_secs(600);
+        Self { volume_width: 6, copysets_max: 1024, repair_after, repairs_max: 16 }
     }
 }
 
@@ -119,12 +139,23 @@ impl Args {
         let limits = Limits {
             volume_width: self.volume_width.or(file.volume_width).unwrap_or(default.volume_width),
             copysets_max: self.copysets_max.or(file.copysets_max).unwrap_or(default.copysets_max),
+            repair_after: match self.repair_after_s.or(file.repair_after_s) {
+                None => default.repair_after,
+                Some(seconds) => match Duration::try_from_secs_f64(seconds) {
+                    Ok(after) if (REPAIR_AFTER_MIN..=REPAIR_AFTER_MAX).contains(&after) => after,
+                    _ => return wrong(format!("--repair-after-s {seconds} is not between 0.1 and 2592000")),
+                },
+            },
+            repairs_max: self.repairs_max.or(file.repairs_max).unwrap_or(default.repairs_max),
         };
         if !(1..=WIDTH_MAX as usize).contains(&limits.volume_width) {
             return wrong(format!("--volume-width {} is not between 1 and {WIDTH_MAX}", limits.volume_width));
         }
         if !(1..=100_000).contains(&limits.copysets_max) {
             return wrong(format!("--copysets-max {} is not between 1 and 100000", limits.copysets_max));
+        }
+        if limits.repairs_max > 10_000 {
+            return wrong(format!("--repairs-max {} is not between 0 and 10000", limits.repairs_max));
         }
         let ready_file = self.ready_file.or(file.ready_file);
         Ok(Config { data_dir, listen, report_interval, limits, ready_file })
@@ -154,11 +185,14 @@ mod tests {
         let c = config(&["--data-dir", "/d"], "").expect("valid");
         assert_eq!((c.listen.to_string().as_str(), c.report_interval.as_secs()), ("127.0.0.1:7700", 10));
         assert_eq!(c.limits, Limits::default());
-        let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_max = 9";
-        let c = config(&["--listen", "127.0.0.1:2", "--volume-width", "4"], file).expect("valid");
+        let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_max = 9\nrepair_after_s = 60\nrepairs_max = 3";
+        let c = config(&["--listen", "127.0.0.1:2", "--volume-width", "4", "--repairs-max", "0"], file)
+            .expect("valid");
         assert_eq!((c.data_dir.to_str(), c.listen.port()), (Some("/f"), 2));
         assert_eq!(c.report_interval, Duration::from_millis(500));
-        assert_eq!(c.limits, Limits { volume_width: 4, copysets_max: 9 });
+        let repair_after = Duration::from_secs(60);
+        let limits = Limits { volume_width: 4, copysets_max: 9, repair_after, repairs_max: 0 };
+        assert_eq!(c.limits, limits);
     }
 
     #[test]
@@ -172,6 +206,9 @@ mod tests {
             (vec!["--data-dir", "/d", "--volume-width", "0"], "--volume-width"),
             (vec!["--data-dir", "/d", "--volume-width", "65"], "--volume-width"),
             (vec!["--data-dir", "/d", "--copysets-max", "0"], "--copysets-max"),
+            (vec!["--data-dir", "/d", "--repair-after-s", "0"], "--repair-after-s"),
+            (vec!["--data-dir", "/d", "--repair-after-s", "1e9"], "--repair-after-s"),
+            (vec!["--data-dir", "/d", "--repairs-max", "10001"], "--repairs-max"),
             (vec!["--data-dir", "/d", "--colour", "blue"], "--colour"),
         ] {
             let error = config(&args, "").expect_err("wrong");

@@ -8,5 +8,6 @@
 //!
 //! The stream itself is in `api/chunkservers.rs`. Nothing here decides what should be; see `scheduler`.
 
+pub mod group;
 pub mod orders;
 pub mod reports;

@@ -7,10 +7,14 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
-use evolute_protocol::rpc::{CreateReplica, DropVolume, MemberReport, Order, TransferLeader, order};
+use evolute_protocol::rpc::{
+    ChangeMembers, CreateReplica, DropVolume, MemberReport, Order, RemoveReplica, ReplicaReport,
+    TransferLeader, order,
+};
 
+use super::group::Group;
 use super::reports::Reports;
-use crate::state::{Copyset, State};
+use crate::state::{Copyset, Replica, State};
 
 /// A transfer that has not happened by then (one to three elections) will not.
 pub const TRANSFER_PATIENCE: Duration = Duration::from_secs(5);
@@ -37,14 +41,22 @@ pub fn orders(
     let Some(report) = reports.last(id) else { return Vec::new() };
     let mut orders = Vec::new();
     for (&copyset, record) in state.copysets() {
-        let Some(replica) = record.replica_on(id) else { continue };
-        // A replica that was there once must not be made anew under its old id: see state/copyset.rs.
-        if !replica.created && !report.replicas.contains_key(&copyset) {
-            orders.push(order::What::CreateReplica(create_replica(copyset, record, replica.id)));
+        let here = report.replicas.get(&copyset);
+        let concerned = record.everyone().any(|replica| replica.chunkserver == id);
+        if here.is_none() && !concerned {
+            continue;
+        }
+        let group = Group::of(copyset, record, reports, now);
+        orders.extend(match here {
+            None => host(id, copyset, record),
+            Some(here) => remove(id, state, copyset, record, here, group.as_ref()),
+        });
+        if let Some(group) = group.filter(|group| group.leader == id) {
+            orders.extend(change(copyset, record, &group, reports, now));
         }
     }
     let leads = |copyset: CopysetId| {
-        let members = state.copysets().get(&copyset).into_iter().flat_map(|record| &record.replicas);
+        let members = state.copysets().get(&copyset).into_iter().flat_map(|record| record.everyone());
         let leader = reports.leader(copyset, members.map(|replica| replica.chunkserver), now);
         leader.is_some_and(|leader| leader.chunkserver == id)
     };
@@ -62,20 +74,80 @@ pub fn orders(
     orders.into_iter().map(|what| Order { what: Some(what) }).collect()
 }
 
-fn create_replica(id: CopysetId, copyset: &Copyset, replica: ReplicaId) -> CreateReplica {
-    let member = |replica: &crate::state::Replica| MemberReport {
-        replica: replica.id.0,
-        chunkserver: replica.chunkserver.0,
-        matched_index: 0,
-        voter: true,
+/// What a chunkserver without a replica of the copyset should have. A replica that was there once must not be made anew
+/// under its old id: see state/copyset.rs.
+fn host(id: ChunkserverId, copyset: CopysetId, record: &Copyset) -> Option<order::What> {
+    let joining =
+        record.pending.filter(|pending| pending.new.chunkserver == id && !pending.over).map(|p| p.new);
+    let replica = joining.or_else(|| record.replica_on(id).copied())?;
+    (!replica.created).then(|| {
+        order::What::CreateReplica(CreateReplica {
+            copyset: copyset.0,
+            replica: replica.id.0,
+            members: record.replicas.iter().map(member).collect(),
+            first_leader: record.first_leader.0,
+            joining: joining.is_some(),
+        })
+    })
+}
+
+/// A replica that is to go. Never one that this state gave no number to, nor one that a group may still count on.
+fn remove(
+    id: ChunkserverId,
+    state: &State,
+    copyset: CopysetId,
+    record: &Copyset,
+    here: &ReplicaReport,
+    group: Option<&Group>,
+) -> Option<order::What> {
+    let replica = ReplicaId(here.replica);
+    let is_member = |group: &Group| group.member(replica).is_some() || group.says.term < here.term;
+    let left = group.is_some_and(|group| !is_member(group));
+    let goes = if record.everyone().any(|known| known.id == replica) {
+        // It makes room for the one that replaces it in its own place.
+        let in_place = record
+            .pending
+            .is_some_and(|pending| pending.old == replica && pending.new.chunkserver == id && !pending.over);
+        in_place && (left || !here.failed.is_empty())
+    } else {
+        left && (1..=state.replicas_given()).contains(&replica.0)
     };
-    CreateReplica {
-        copyset: id.0,
-        replica: replica.0,
-        members: copyset.replicas.iter().map(member).collect(),
-        first_leader: copyset.first_leader.0,
-        joining: false,
+    goes.then_some(order::What::RemoveReplica(RemoveReplica { copyset: copyset.0, replica: replica.0 }))
+}
+
+/// What the leader is to do about its group's members. One thing at a time: a newer order takes the place of an older.
+fn change(
+    copyset: CopysetId,
+    record: &Copyset,
+    group: &Group,
+    reports: &Reports,
+    now: Instant,
+) -> Option<order::What> {
+    let order = |add: Option<MemberReport>, remove: ReplicaId| {
+        let change = ChangeMembers { copyset: copyset.0, add, remove_replica: remove.0 };
+        Some(order::What::ChangeMembers(change))
+    };
+    // A change that was cancelled, and began all the same.
+    let known = |id: u64| record.everyone().any(|replica| replica.id.0 == id);
+    if let Some(stray) = group.says.members.iter().find(|member| !member.voter && !known(member.replica)) {
+        return order(None, ReplicaId(stray.replica));
     }
+    let pending = record.pending?;
+    let new = pending.new;
+    if group.is_voter(new.id) {
+        // Half way there is no way back: it is finished by whoever leads.
+        return group.member(pending.old).and_then(|_| order(Some(member(&new)), pending.old));
+    }
+    if pending.over {
+        return group.member(new.id).and_then(|_| order(None, new.id));
+    }
+    let there = reports.online(new.chunkserver, now).and_then(|report| report.replicas.get(&copyset));
+    let hosted = there.is_some_and(|there| there.replica == new.id.0);
+    if hosted { order(Some(member(&new)), pending.old) } else { None }
+}
+
+fn member(replica: &Replica) -> MemberReport {
+    MemberReport { replica: replica.id.0, chunkserver: replica.chunkserver.0, matched_index: 0, voter: true }
 }
 
 impl Transfer {

@@ -1,16 +1,22 @@
-//! What the reports show to be done, put into the state: replicas that exist, deleted volumes that are gone.
+//! What the reports show to be done, put into the state: replicas that exist, replicas that took another one's place,
+//! deleted volumes that are gone.
 
+use std::collections::BTreeSet;
 use std::time::Instant;
 
+use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
+
+use crate::heartbeat::group::{Group, voters};
 use crate::heartbeat::reports::Reports;
-use crate::state::command::{CreatedReplica, ReplicasCreated, VolumeDropped};
-use crate::state::{Command, State};
+use crate::state::command::{CreatedReplica, ReplaceDone, ReplaceUndone, ReplicasCreated, VolumeDropped};
+use crate::state::copyset::REPLICAS;
+use crate::state::{Command, Copyset, State};
 
 pub fn plan(state: &State, reports: &Reports, now: Instant) -> Vec<Command> {
     let mut commands = Vec::new();
     let mut replicas = Vec::new();
     for (&id, copyset) in state.copysets() {
-        for replica in copyset.replicas.iter().filter(|replica| !replica.created) {
+        for replica in copyset.everyone().filter(|replica| !replica.created) {
             let reported =
                 reports.online(replica.chunkserver, now).and_then(|report| report.replicas.get(&id));
             if reported.is_some_and(|reported| reported.replica == replica.id.0) {
@@ -21,9 +27,11 @@ pub fn plan(state: &State, reports: &Reports, now: Instant) -> Vec<Command> {
     if !replicas.is_empty() {
         commands.push(Command::ReplicasCreated(ReplicasCreated { replicas }));
     }
+    commands
+        .extend(state.copysets().iter().filter_map(|(&id, copyset)| membership(id, copyset, reports, now)));
     for (&volume, copysets) in state.dropping() {
         for &copyset in copysets {
-            let members = state.copysets().get(&copyset).into_iter().flat_map(|record| &record.replicas);
+            let members = state.copysets().get(&copyset).into_iter().flat_map(|record| record.everyone());
             // A leader says so after the drop was committed; it stays true whoever leads by now.
             let dropped = members.into_iter().any(|replica| {
                 let report = reports.online(replica.chunkserver, now);
@@ -37,6 +45,42 @@ pub fn plan(state: &State, reports: &Reports, now: Instant) -> Vec<Command> {
         }
     }
     commands
+}
+
+/// The state follows the group. A membership counts when two of its three members have it in their logs, one of them
+/// the leader: then it is committed, and no other leader can come without it.
+fn membership(id: CopysetId, copyset: &Copyset, reports: &Reports, now: Instant) -> Option<Command> {
+    let group = Group::of(id, copyset, reports, now)?;
+    let there = group.voters();
+    let known: BTreeSet<ReplicaId> = copyset.replicas.iter().map(|replica| replica.id).collect();
+    if there == known {
+        let over =
+            copyset.pending.filter(|pending| pending.over && group.member(pending.new.id).is_none())?;
+        let undone = ReplaceUndone { copyset: id.0, new_replica: over.new.id.0 };
+        return Some(Command::ReplaceUndone(undone));
+    }
+    let (mut gone, mut come) = (known.difference(&there), there.difference(&known));
+    let (Some(&old), None, Some(&new), None) = (gone.next(), gone.next(), come.next(), come.next()) else {
+        return None;
+    };
+    let agrees = |id_and_report: &(ChunkserverId, ReplicaId)| {
+        let (chunkserver, replica) = *id_and_report;
+        let report = reports.online(chunkserver, now).and_then(|report| report.replicas.get(&id));
+        report.is_some_and(|report| report.replica == replica.0 && voters(report) == there)
+    };
+    let members = group.says.members.iter().filter(|member| member.voter);
+    let agreed =
+        members.map(|m| (ChunkserverId(m.chunkserver), ReplicaId(m.replica))).filter(|m| agrees(m)).count();
+    if agreed <= REPLICAS / 2 {
+        return None;
+    }
+    let chunkserver = group.member(new)?.chunkserver;
+    Some(Command::ReplaceDone(ReplaceDone {
+        copyset: id.0,
+        old_replica: old.0,
+        new_replica: new.0,
+        chunkserver,
+    }))
 }
 
 #[cfg(test)]

@@ -18,7 +18,9 @@ pub fn plan(state: &State, reports: &Reports, limits: &Limits, now: Instant) -> 
     let hosts: Vec<Host> = state
         .chunkservers()
         .iter()
-        .filter(|(id, chunkserver)| chunkserver.pool == pool && reports.is_online(**id, now))
+        .filter(|(id, chunkserver)| {
+            chunkserver.pool == pool && !chunkserver.retiring && reports.is_online(**id, now)
+        })
         .map(|(&id, chunkserver)| Host {
             id,
             zone: chunkserver.zone.clone(),

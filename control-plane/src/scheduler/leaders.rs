@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
 
+use crate::heartbeat::group::CAUGHT_UP_WITHIN;
 use crate::heartbeat::orders::Transfers;
 use crate::heartbeat::reports::Reports;
 use crate::state::State;
@@ -21,9 +22,6 @@ const SETTLED_INTERVALS: u32 = 2;
 pub const LEFT_ALONE_INTERVALS: u32 = 3;
 /// A difference of one is as even as it gets.
 const WORTH_IT: usize = 2;
-/// Entries a replica may lag behind its leader, by the leader's own count: what is in flight in a busy copyset, and
-/// milliseconds to catch up with.
-const BEHIND_MAX: u64 = 256;
 
 /// A leadership to hand on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +36,10 @@ pub fn plan(state: &State, reports: &Reports, transfers: &Transfers, now: Instan
     let settled = reports.interval() * SETTLED_INTERVALS;
     let able: Vec<ChunkserverId> = state
         .chunkservers()
-        .keys()
-        .copied()
+        .iter()
+        // A retiring one would only have to hand them on again.
+        .filter(|(_, chunkserver)| !chunkserver.retiring)
+        .map(|(&id, _)| id)
         .filter(|&id| {
             reports.online(id, now).is_some_and(|report| report.trouble.is_empty())
                 && reports.connected_for(id, now).is_some_and(|connected| connected >= settled)
@@ -48,7 +48,7 @@ pub fn plan(state: &State, reports: &Reports, transfers: &Transfers, now: Instan
     let mut leads: BTreeMap<ChunkserverId, usize> = BTreeMap::new();
     let mut led: Vec<(CopysetId, ChunkserverId)> = Vec::new();
     for (&id, copyset) in state.copysets() {
-        let members = copyset.replicas.iter().map(|replica| replica.chunkserver);
+        let members = copyset.everyone().map(|replica| replica.chunkserver);
         // Only what a leader says of itself counts here.
         if let Some(leader) = reports.leader(id, members, now).filter(|leader| leader.itself) {
             *leads.entry(leader.chunkserver).or_default() += 1;
@@ -65,7 +65,8 @@ pub fn plan(state: &State, reports: &Reports, transfers: &Transfers, now: Instan
         }
     }
     let mut handovers = Vec::new();
-    led.retain(|(id, _)| !transfers.contains_key(id));
+    // Nor is a copyset disturbed whose members are changing.
+    led.retain(|(id, _)| !transfers.contains_key(id) && state.copysets()[id].pending.is_none());
     while under_way + handovers.len() < HANDOVERS_MAX {
         let count = |id: ChunkserverId| leads.get(&id).copied().unwrap_or(0);
         let possible = led.iter().flat_map(|&(id, from)| {
@@ -95,13 +96,15 @@ fn caught_up(reports: &Reports, handover: &Handover) -> bool {
     let leader = reports.last(handover.from).and_then(|report| report.replicas.get(&handover.copyset));
     leader.is_some_and(|leader| {
         let member = leader.members.iter().find(|member| member.replica == handover.to.0);
-        member.is_some_and(|member| leader.last_index.saturating_sub(member.matched_index) <= BEHIND_MAX)
+        member
+            .is_some_and(|member| leader.last_index.saturating_sub(member.matched_index) <= CAUGHT_UP_WITHIN)
     })
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{BEHIND_MAX, HANDOVERS_MAX, Handover, plan};
+    use super::{HANDOVERS_MAX, Handover, plan};
+    use crate::heartbeat::group::CAUGHT_UP_WITHIN;
     use crate::heartbeat::orders::{Transfer, Transfers};
     use crate::scheduler::world::World;
     use evolute_protocol::id::ChunkserverId;
@@ -173,10 +176,10 @@ mod tests {
     #[test]
     fn who_lags_or_is_in_trouble_gets_nothing() {
         let mut world = led_by([1, 1, 1, 2, 2, 2]);
-        world.behind.insert(ChunkserverId(3), BEHIND_MAX + 1);
+        world.behind.insert(ChunkserverId(3), CAUGHT_UP_WITHIN + 1);
         world.lead(&[1, 1, 1, 2, 2, 2]);
         assert_eq!(plan(&world.state, &world.reports, &Transfers::new(), world.now), []);
-        world.behind.insert(ChunkserverId(3), BEHIND_MAX);
+        world.behind.insert(ChunkserverId(3), CAUGHT_UP_WITHIN);
         world.trouble.insert(ChunkserverId(3), "its disk answers slowly".to_owned());
         world.lead(&[1, 1, 1, 2, 2, 2]);
         assert_eq!(plan(&world.state, &world.reports, &Transfers::new(), world.now), []);

@@ -2,6 +2,7 @@
 //!
 //! - [`create`]: more copysets, when there are chunkservers for them.
 //! - [`confirm`]: what the reports show done, put into the state.
+//! - [`repair`]: replicas that are missing, or should be elsewhere, replaced.
 //! - [`leaders`]: leaders spread evenly again.
 //!
 //! A decision only: the caller proposes it, so a leader that was deposed decides nothing. Run by `steward`.
@@ -9,6 +10,7 @@
 pub mod confirm;
 pub mod create;
 pub mod leaders;
+pub mod repair;
 
 use std::time::Instant;
 
@@ -36,10 +38,13 @@ pub fn plan(
 ) -> Vec<Decision> {
     let mut decisions: Vec<Decision> =
         confirm::plan(state, reports, now).into_iter().map(Decision::Propose).collect();
+    decisions.extend(repair::plan(state, reports, limits, now).into_iter().map(Decision::Propose));
     decisions.extend(create::plan(state, reports, limits, now).map(Decision::Propose));
     decisions.extend(leaders::plan(state, reports, transfers, now).into_iter().map(Decision::Transfer));
     decisions
 }
 
+#[cfg(test)]
+mod groups;
 #[cfg(test)]
 pub(crate) mod world;

@@ -21,7 +21,7 @@ pub struct World {
     pub now: Instant,
     pub behind: BTreeMap<ChunkserverId, u64>,
     pub trouble: BTreeMap<ChunkserverId, String>,
-    free_bytes: u64,
+    pub free_bytes: u64,
     streams: BTreeMap<ChunkserverId, StreamNumber>,
 }
 
@@ -179,7 +179,8 @@ impl World {
         self.take(id, vec![replica]);
     }
 
-    fn take(&mut self, id: ChunkserverId, replicas: Vec<ReplicaReport>) {
+    /// A report of these replicas.
+    pub fn take(&mut self, id: ChunkserverId, replicas: Vec<ReplicaReport>) {
         let now = self.now;
         let reports = &mut self.reports;
         let stream = *self.streams.entry(id).or_insert_with(|| reports.open_stream(id, instance(id), now));

@@ -105,6 +105,11 @@ impl State {
         self.given.copyset
     }
 
+    /// The last replica number given.
+    pub fn replicas_given(&self) -> u64 {
+        self.given.replica
+    }
+
     /// The last volume number given.
     pub fn volumes_given(&self) -> u64 {
         self.given.volume
