@@ -7,13 +7,13 @@ use std::time::Duration;
 use evolute_raft::Log;
 
 use crate::chunk_store::{ChunkStore, StoreError};
-use crate::copyset::registry::Registry;
+use crate::copyset::registry::{Registry, unix_ms};
 use crate::shard::ShardError;
 
 /// How often it is asked whether a checkpoint is due. At 1 GiB/s, which no disk here reaches, 100 ms are 100 MiB:
 /// less than the half of the overlay that is left when a checkpoint becomes due.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
-/// A member that caught up frees log, without hurry: about once a second.
+/// A member that caught up frees log, and time empties the trash, without hurry: about once a second.
 const LOOKS_PER_PURGE: u32 = 10;
 /// Log bytes that make a checkpoint due by themselves: what a restart reads, and what the disk must hold beside
 /// the chunks.
@@ -22,7 +22,12 @@ const LOG_BYTES_DUE: u64 = 512 << 20;
 const NO_SPACE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Checkpoints until the log or the store fails; that failure is the result.
-pub async fn run(registry: Rc<Registry>, store: Rc<RefCell<ChunkStore>>, log: Log) -> ShardError {
+pub async fn run(
+    registry: Rc<Registry>,
+    store: Rc<RefCell<ChunkStore>>,
+    log: Log,
+    trash_delay_ms: u64,
+) -> ShardError {
     let mut looks: u32 = 0;
     let mut log_at_last = log.usage().appended_bytes;
     loop {
@@ -36,6 +41,7 @@ pub async fn run(registry: Rc<Registry>, store: Rc<RefCell<ChunkStore>>, log: Lo
         looks += 1;
         if looks.is_multiple_of(LOOKS_PER_PURGE) {
             registry.purge().await;
+            store.borrow_mut().empty_trash(unix_ms(), trash_delay_ms);
         }
         let grown = log.usage().appended_bytes.saturating_sub(log_at_last) >= LOG_BYTES_DUE;
         if !(grown || store.borrow().checkpoint_due()) {

@@ -55,6 +55,13 @@ pub struct Args {
     /// Bytes of one log file, in MiB [default: 64]
     #[arg(long, value_name = "MIB")]
     pub log_file_mib: Option<u64>,
+    /// Log kept for replicas that lag, in MiB, at most; one that lacks more is filled from the leader's chunks
+    /// [default: 4096]
+    #[arg(long, value_name = "MIB")]
+    pub log_retain_mib: Option<u64>,
+    /// Seconds for which the data of a replica that was moved away are kept, unless space is short [default: 600]
+    #[arg(long, value_name = "SECONDS")]
+    pub trash_delay_s: Option<u64>,
     /// Written (by rename) once requests are served: {"pid":…,"address":"…","chunkserver":…}
     #[arg(long, value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
@@ -73,6 +80,8 @@ pub struct Config {
     pub heartbeat_interval_s: Option<u64>,
     pub overlay_mib: u64,
     pub log_file_mib: u64,
+    pub log_retain_mib: u64,
+    pub trash_delay_s: u64,
     pub ready_file: Option<PathBuf>,
 }
 
@@ -102,6 +111,8 @@ impl Args {
             heartbeat_interval_s: self.heartbeat_interval_s.or(file.heartbeat_interval_s),
             overlay_mib: self.overlay_mib.or(file.overlay_mib),
             log_file_mib: self.log_file_mib.or(file.log_file_mib),
+            log_retain_mib: self.log_retain_mib.or(file.log_retain_mib),
+            trash_delay_s: self.trash_delay_s.or(file.trash_delay_s),
             ready_file: self.ready_file.or(file.ready_file),
         }
     }
@@ -130,6 +141,20 @@ impl Args {
             },
             overlay_mib: in_range("overlay-mib", "16 to 65536", self.overlay_mib.unwrap_or(256), 16, 65536)?,
             log_file_mib: in_range("log-file-mib", "8 to 1024", self.log_file_mib.unwrap_or(64), 8, 1024)?,
+            log_retain_mib: in_range(
+                "log-retain-mib",
+                "8 to 1048576",
+                self.log_retain_mib.unwrap_or(4096),
+                8,
+                1 << 20,
+            )?,
+            trash_delay_s: in_range(
+                "trash-delay-s",
+                "0 to 2592000",
+                self.trash_delay_s.unwrap_or(600),
+                0,
+                30 * 24 * 3600,
+            )?,
             ready_file: self.ready_file,
         })
     }

@@ -20,6 +20,7 @@ use tonic::{Code, Status};
 use crate::addresses::Addresses;
 use crate::chunk_store::Identity;
 use crate::copyset::chunkserver_of;
+use crate::copyset::members::MemberChange;
 use crate::copyset::state::Created;
 use crate::shard::{ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
@@ -197,6 +198,7 @@ fn obey(shard: &ShardHandle, order: Order) {
                     .iter()
                     .map(|m| (ReplicaId(m.replica), ChunkserverId(m.chunkserver)))
                     .collect(),
+                joining: create.joining,
             },
         },
         Some(order::What::DropVolume(drop)) => {
@@ -206,7 +208,18 @@ fn obey(shard: &ShardHandle, order: Order) {
             copyset: CopysetId(transfer.copyset),
             to: ReplicaId(transfer.to_replica),
         },
-        Some(order::What::ChangeMembers(_) | order::What::RemoveReplica(_)) | None => {
+        Some(order::What::ChangeMembers(change)) => ToShard::ChangeMembers {
+            copyset: CopysetId(change.copyset),
+            change: MemberChange {
+                add: change.add.map(|m| (ReplicaId(m.replica), ChunkserverId(m.chunkserver))),
+                // No replica has the number 0.
+                remove: Some(ReplicaId(change.remove_replica)).filter(|replica| replica.0 > 0),
+            },
+        },
+        Some(order::What::RemoveReplica(remove)) => {
+            ToShard::Remove { copyset: CopysetId(remove.copyset), replica: ReplicaId(remove.replica) }
+        }
+        None => {
             tracing::warn!("an order this version does not know; upgrade this chunkserver");
             return;
         }
@@ -222,7 +235,17 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         capacity_bytes: report.usage.capacity,
         used_bytes: report.usage.used,
         free_bytes: report.usage.free,
-        replicas: report.replicas.iter().map(encode_replica).collect(),
+        replicas: report
+            .replicas
+            .iter()
+            .map(encode_replica)
+            .chain(report.failed.iter().map(|(copyset, replica, why)| ReplicaReport {
+                copyset: copyset.0,
+                replica: replica.0,
+                failed: why.clone(),
+                ..ReplicaReport::default()
+            }))
+            .collect(),
         volumes: report.volumes,
         trouble: report.trouble,
         write_latency_us_p50: micros(report.latency.p50),
@@ -257,7 +280,11 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
             })
             .collect(),
         dropped_volumes: replica.dropped.iter().map(|volume| volume.0).collect(),
-        ..ReplicaReport::default()
+        data_bytes: replica.data_bytes,
+        failed: match status.role {
+            evolute_raft::Role::Stopped => "its Raft group has stopped".to_owned(),
+            _ => String::new(),
+        },
     }
 }
 

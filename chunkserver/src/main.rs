@@ -69,6 +69,8 @@ async fn serve(config: Config) -> Result<()> {
         identity: identity.clone(),
         store,
         log_file_mib: config.log_file_mib,
+        log_retain_mib: config.log_retain_mib,
+        trash_delay_ms: config.trash_delay_s * 1000,
         listener,
         addresses: addresses.clone(),
     })

@@ -4,6 +4,7 @@
 //! by [`ShardHandle`]: orders in, reports out.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -11,21 +12,23 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use evolute_daemon::in_one_line;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::VolumeUse;
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Version};
 use evolute_raft::{
-    Dial, DialFuture, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
+    Dial, DialFuture, Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::spawn_local;
+use tokio::task::{JoinHandle as Task, spawn_local};
 
 use crate::addresses::Addresses;
 use crate::checkpoint;
 use crate::chunk_store::{ChunkStore, Identity, StoreError, StoreOptions, StoreUsage};
+use crate::copyset::members::{self, MemberChange};
 use crate::copyset::registry::{Registry, ReplicaError};
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
@@ -41,6 +44,10 @@ pub struct ShardOptions {
     pub identity: Identity,
     pub store: StoreOptions,
     pub log_file_mib: u64,
+    /// Log kept for members that lag, in MiB; those that lack more get a raft snapshot.
+    pub log_retain_mib: u64,
+    /// How long a removed replica's data are kept, in milliseconds.
+    pub trash_delay_ms: u64,
     pub listener: std::net::TcpListener,
     pub addresses: Addresses,
 }
@@ -76,6 +83,14 @@ pub enum ToShard {
         copyset: CopysetId,
         to: ReplicaId,
     },
+    ChangeMembers {
+        copyset: CopysetId,
+        change: MemberChange,
+    },
+    Remove {
+        copyset: CopysetId,
+        replica: ReplicaId,
+    },
     Report(oneshot::Sender<ShardReport>),
     /// Close everything; the thread ends.
     Stop,
@@ -85,6 +100,8 @@ pub enum ToShard {
 pub struct ShardReport {
     pub usage: StoreUsage,
     pub replicas: Vec<ReplicaOfReport>,
+    /// Replicas that are here and cannot run, and why not.
+    pub failed: Vec<(CopysetId, ReplicaId, String)>,
     /// What each volume uses in copysets led here.
     pub volumes: Vec<VolumeUse>,
     /// How long the log's writes took, over the last second in which there were any.
@@ -97,6 +114,8 @@ pub struct ReplicaOfReport {
     pub status: evolute_raft::GroupStatus,
     pub copyset: CopysetId,
     pub dropped: Vec<VolumeId>,
+    /// Bytes of its chunks, with those of one that is arriving to take its place.
+    pub data_bytes: u64,
 }
 
 /// How other threads reach the shard.
@@ -151,16 +170,26 @@ async fn run(
     changed: Arc<Notify>,
     ready: oneshot::Sender<()>,
 ) -> Result<(), ShardError> {
-    let ShardOptions { data_dir, identity, store, log_file_mib, listener, addresses } = options;
+    let ShardOptions {
+        data_dir,
+        identity,
+        store,
+        log_file_mib,
+        log_retain_mib,
+        trash_delay_ms,
+        listener,
+        addresses,
+    } = options;
     let me = ProcessId(u64::from(identity.chunkserver.0));
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
     let log_options = LogOptions { file_bytes: log_file_mib * MIB, ..LogOptions::new(owner) };
     let log = Log::open(&data_dir.join("log"), log_options).await.map_err(ShardError::OpenLog)?;
-    let (store, records) =
+    let (store, opened) =
         ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
     let store = Rc::new(RefCell::new(store));
     let peers = Peers::new(me, Rc::new(Dialer { identity: identity.clone(), addresses }));
-    let node = Node::new(log.clone(), peers.clone(), Timing::default());
+    let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
+    let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
     let registry = Rc::new(Registry::new(node, Rc::clone(&store)));
     let shard = Rc::new(Shard {
         registry: Rc::clone(&registry),
@@ -169,10 +198,16 @@ async fn run(
         trouble: RefCell::default(),
         latency: Cell::default(),
         slow: Cell::new(None),
+        changing: RefCell::default(),
     });
-    for record in &records {
+    for removed in opened.removed {
+        if let Err(error) = registry.forget(removed).await {
+            shard.failed_to_start(removed, &error);
+        }
+    }
+    for record in &opened.copysets {
         let started = registry.resume(record).await;
-        shard.started(started);
+        shard.started(record.copyset, started);
     }
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ShardError::Listen)?;
     let server = Server {
@@ -187,7 +222,7 @@ async fn run(
     spawn_local(slow_disk::watch(Rc::clone(&shard.registry), log.clone(), move |took, slow| {
         watched.disk_took(took, slow)
     }));
-    let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log);
+    let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
     // The starter may have gone; then the thread ends with the first order, `Stop`.
     let _ = ready.send(());
     let ended = tokio::select! {
@@ -202,7 +237,9 @@ struct Shard {
     registry: Rc<Registry>,
     store: Rc<RefCell<ChunkStore>>,
     changed: Arc<Notify>,
-    trouble: RefCell<Vec<String>>,
+    trouble: RefCell<BTreeMap<CopysetId, String>>,
+    /// Changes of members that are being carried out.
+    changing: RefCell<BTreeMap<CopysetId, (MemberChange, Task<()>)>>,
     /// How long the log's writes took lately.
     latency: Cell<WriteLatency>,
     /// How long one takes, when that is slow.
@@ -218,7 +255,7 @@ impl Shard {
                 if shard.registry.get(copyset).is_none() {
                     spawn_local(async move {
                         let started = shard.registry.create(copyset, created).await;
-                        shard.started(started);
+                        shard.started(copyset, started);
                     });
                 }
             }
@@ -238,6 +275,11 @@ impl Shard {
                     });
                 }
             }
+            ToShard::ChangeMembers { copyset, change } => self.change_members(copyset, change),
+            ToShard::Remove { copyset, replica } => {
+                let shard = Rc::clone(self);
+                spawn_local(async move { shard.remove(copyset, replica).await });
+            }
             ToShard::Report(answer) => {
                 // Whoever asked may have given up.
                 let _ = answer.send(self.report());
@@ -247,7 +289,7 @@ impl Shard {
         false
     }
 
-    fn started(self: &Rc<Self>, started: Result<Rc<Copyset>, ReplicaError>) {
+    fn started(self: &Rc<Self>, id: CopysetId, started: Result<Rc<Copyset>, ReplicaError>) {
         match started {
             Ok(copyset) => {
                 let changed = Arc::clone(&self.changed);
@@ -259,13 +301,55 @@ impl Shard {
                     }
                     changed.notify_one();
                 });
-                spawn_local(initialize(copyset));
+                if !copyset.created().joining {
+                    spawn_local(initialize(copyset));
+                }
             }
-            // That copyset has one replica less until it is repaired; the others are served.
+            Err(error) => self.failed_to_start(id, &error),
+        }
+        self.changed.notify_one();
+    }
+
+    /// That copyset has one replica less until it is repaired; the others are served.
+    fn failed_to_start(&self, copyset: CopysetId, error: &ReplicaError) {
+        if !matches!(error, ReplicaError::Busy(_)) {
+            let reason = in_one_line(error);
+            tracing::error!(reason, "a replica did not start");
+            self.trouble.borrow_mut().insert(copyset, reason);
+        }
+    }
+
+    /// An order that is being carried out already goes on; a different one takes its place.
+    fn change_members(self: &Rc<Self>, id: CopysetId, change: MemberChange) {
+        let Some(copyset) = self.registry.get(id) else { return };
+        let mut changing = self.changing.borrow_mut();
+        if let Some((current, task)) = changing.get(&id) {
+            if *current == change && !task.is_finished() {
+                return;
+            }
+            task.abort();
+        }
+        let changed = Arc::clone(&self.changed);
+        let task = spawn_local(async move {
+            members::carry_out(copyset, change).await;
+            changed.notify_one();
+        });
+        changing.insert(id, (change, task));
+    }
+
+    async fn remove(&self, copyset: CopysetId, replica: ReplicaId) {
+        match self.registry.remove(copyset, replica).await {
+            Ok(()) => {
+                if let Some((_, task)) = self.changing.borrow_mut().remove(&copyset) {
+                    task.abort();
+                }
+                self.trouble.borrow_mut().remove(&copyset);
+            }
+            Err(ReplicaError::Busy(_)) => {}
             Err(error) => {
-                let reason = evolute_daemon::in_one_line(&error);
-                tracing::error!(reason, "a replica did not start");
-                self.trouble.borrow_mut().push(reason);
+                let reason = in_one_line(&error);
+                tracing::error!(reason, "a replica was not removed");
+                self.trouble.borrow_mut().insert(copyset, reason);
             }
         }
         self.changed.notify_one();
@@ -281,18 +365,32 @@ impl Shard {
     }
 
     fn report(&self) -> ShardReport {
-        let replicas = self
-            .registry
-            .all()
-            .into_iter()
-            .map(|copyset| ReplicaOfReport {
-                copyset: copyset.id(),
+        let (mut replicas, mut volumes) = (Vec::new(), Vec::new());
+        for copyset in self.registry.all() {
+            let id = copyset.id();
+            let uses = self.store.borrow().volume_uses(id);
+            let data_bytes = uses.values().sum::<u64>() + self.store.borrow().arriving_bytes(id);
+            let state = copyset.state().borrow();
+            if copyset.group().leadership().is_some() {
+                // Also those that use nothing: the control plane may remember more.
+                volumes.extend(state.writers().keys().map(|volume| VolumeUse {
+                    volume: volume.0,
+                    copyset: id.0,
+                    used_bytes: uses.get(volume).copied().unwrap_or(0),
+                }));
+            }
+            let dropped = apply::dropped(&state).collect();
+            replicas.push(ReplicaOfReport {
+                copyset: id,
                 status: copyset.group().status(),
-                dropped: apply::dropped(&copyset.state().borrow()).collect(),
-            })
-            .collect();
+                dropped,
+                data_bytes,
+            });
+        }
+        let failed = self.registry.failed().into_iter();
+        let failed = failed.map(|(copyset, (replica, why))| (copyset, replica, why)).collect();
         let usage = self.store.borrow().usage();
-        let mut trouble = self.trouble.borrow().clone();
+        let mut trouble: Vec<_> = self.trouble.borrow().values().cloned().collect();
         if let Some(took) = self.slow.get() {
             trouble.push(format!("the disk is slow: a write of the log takes {} ms", took.as_millis()));
         }
@@ -304,13 +402,8 @@ impl Shard {
         } else if usage.near_full {
             trouble.push("the disk is nearly full".into());
         }
-        ShardReport {
-            usage,
-            replicas,
-            volumes: Vec::new(),
-            latency: self.latency.get(),
-            trouble: trouble.join("; "),
-        }
+        let latency = self.latency.get();
+        ShardReport { usage, replicas, failed, volumes, latency, trouble: trouble.join("; ") }
     }
 }
 

@@ -45,10 +45,10 @@ impl Store {
 
     fn reopen(&mut self) -> Vec<CopysetRecord> {
         self.store = None;
-        let (store, records) =
+        let (store, opened) =
             ChunkStore::open(&self.dir.path().join("store"), self.options.clone(), &identity()).unwrap();
         self.store = Some(store);
-        records
+        opened.copysets
     }
 
     fn write(&mut self, chunk: ChunkKey, offset: u32, data: &[u8]) {

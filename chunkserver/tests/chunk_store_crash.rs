@@ -17,6 +17,12 @@ enum Step {
     /// Goes on by itself while what follows happens.
     BeginCheckpoint,
     Kill,
+    Other,
+    Install {
+        ranges: Vec<(usize, usize, usize)>,
+        /// The power goes this many operations in.
+        cut: Option<(u64, Survives)>,
+    },
     PowerCut {
         /// During a checkpoint, this many operations in; else between two steps.
         operations_in: Option<u64>,
@@ -49,7 +55,15 @@ fn run(world: &mut World, steps: &[Step]) -> bool {
             }
             Step::BeginCheckpoint => world.begin_checkpoint(),
             Step::Check => world.check(),
-            Step::Kill | Step::PowerCut { .. } => unreachable!("not in the workloads given here"),
+            Step::Other => world.write_other(),
+            Step::Install { ranges, cut: None } => {
+                if world.install(ranges.clone()).is_err() {
+                    return false;
+                }
+            }
+            Step::Install { .. } | Step::Kill | Step::PowerCut { .. } => {
+                unreachable!("not in the workloads given here")
+            }
         }
     }
     true
@@ -218,9 +232,13 @@ fn power_may_be_cut_while_a_crash_is_being_repaired() {
     assert!(repaired > 100, "opening was cut only {repaired} times");
 }
 
+fn range_of_sectors() -> impl Strategy<Value = (usize, usize, usize)> + Clone {
+    (0..CHUNKS, 0..SECTORS, 1..28_usize)
+        .prop_map(|(chunk, sector, count)| (chunk, sector, count.min(SECTORS - sector)))
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
-    let range = (0..CHUNKS, 0..SECTORS, 1..28_usize)
-        .prop_map(|(chunk, sector, count)| (chunk, sector, count.min(SECTORS - sector)));
+    let range = range_of_sectors();
     let sub_block = (0..CHUNKS, 0..SECTORS / 8, 0..8_usize, 1..8_usize)
         .prop_map(|(chunk, block, sector, count)| (chunk, block * 8 + sector, count.min(8 - sector)));
     let blocks = (0..CHUNKS, 0..SECTORS / 8, 1..4_usize)
@@ -232,7 +250,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
     ];
     let cut = (
         proptest::option::of(0..30_u64),
-        survives,
+        survives.clone(),
         proptest::option::of(0..12_u64),
         proptest::option::of(0..6_usize),
     )
@@ -251,6 +269,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => blocks.prop_map(|(chunk, sector, count)| zero(chunk, sector, count)),
         1 => (0..CHUNKS).prop_map(|chunk| Step::Change(Change::DropChunk { chunk })),
         1 => (0..CHUNKS).prop_map(|chunk| Step::Change(Change::DropVolume { chunk })),
+        1 => Just(Step::Other),
+        2 => (proptest::collection::vec(range_of_sectors(), 0..4), proptest::option::of((0..16_u64, survives.clone())))
+            .prop_map(|(ranges, cut)| Step::Install { ranges, cut }),
         3 => Just(Step::Checkpoint),
         2 => Just(Step::BeginCheckpoint),
         1 => Just(Step::Kill),
@@ -274,6 +295,15 @@ fn the_store_is_its_model_through_any_crashes() {
                     let applied = world.open().expect("opens");
                     world.check_before_replay(applied);
                     world.replay(applied..world.log.len());
+                }
+                Step::Install { ranges, cut: Some((operations_in, survives)) } => {
+                    world.disk.cut_power_at(world.disk.operations() + operations_in);
+                    let _ = world.install(ranges);
+                    world = world.after_crash(survives);
+                    let applied = world.open().expect("a crash never costs us the store");
+                    world.check_before_replay(applied);
+                    world.replay(applied..world.log.len());
+                    world.check();
                 }
                 Step::PowerCut { operations_in, survives, again_in, checkpoint_after } => {
                     if let Some(operations) = operations_in {

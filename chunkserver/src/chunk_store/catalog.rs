@@ -1,10 +1,11 @@
 //! What is small and must be atomic: whose store this is, its copysets, its chunks. One key-value batch per
 //! checkpoint and at rare events, never one put per write (a put costs more than a whole log append).
 //!
-//! Keys: `i` identity, `n` numbers, `c` + copyset, `k` + volume + chunk; numbers in keys are big-endian, in values
-//! little-endian. Values begin with their version. Drawn in `docs/chunk-format.md`.
+//! Keys: `i` identity, `n` numbers, `c` + copyset, `k` + volume + chunk, `r` + copyset being removed, `x` + admission
+//! in the trash, `t` + admission + volume + chunk there; numbers in keys are big-endian, in values little-endian.
+//! Values begin with their version. Drawn in `docs/chunk-format.md`.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -17,6 +18,7 @@ use super::format::{self, CHECKSUM_SECTORS};
 use super::options::{CopysetRecord, Identity};
 use super::overlay::Owner;
 use super::table::{ChunkRecord, Table};
+use super::trash::Trash;
 
 /// An ordered key-value store with atomic, synced batches. RocksDB; in crash tests one whose commit can be cut off.
 pub trait KeyValue: Send + Sync {
@@ -99,6 +101,15 @@ impl Catalog {
             }
             None => trouble = Some("a chunk's record is unreadable"),
         })?;
+        let mut removed = Vec::new();
+        kv.scan(REMOVED, &mut |key, _| match decode_removed(key) {
+            Some(copyset) => removed.push(copyset),
+            None => trouble = Some("the note of a removed copyset is unreadable"),
+        })?;
+        match load_trash(&*kv)? {
+            Some(trash) => trash.into_iter().for_each(|(admission, trash)| table.put_trash(admission, trash)),
+            None => trouble = Some("a record of the trash is unreadable"),
+        }
         if let Some(what) = trouble {
             return Err(damaged(path, what));
         }
@@ -106,7 +117,7 @@ impl Catalog {
         let inner = Inner { admissions, next_admission, checkpoint };
         let catalog = Self { kv, inner: Mutex::new(inner), failed: OnceLock::new() };
         catalog.commit(orphans.into_iter().map(|chunk| (chunk_key(chunk), None)).collect())?;
-        Ok((catalog, Loaded { copysets, admissions: owners, table }))
+        Ok((catalog, Loaded { copysets, removed, admissions: owners, table }))
     }
 
     pub fn checkpoint(&self) -> u64 {
@@ -147,6 +158,78 @@ impl Catalog {
         Ok(())
     }
 
+    /// In one step all that is known of a replica is replaced: `gone` are its chunks until now, `chunks` those it has
+    /// from now on, in files of one generation. It gets a new admission, so that nothing of its former self counts.
+    pub fn install(
+        &self,
+        record: &CopysetRecord,
+        gone: &[ChunkKey],
+        chunks: &[(ChunkKey, [u8; CHECKSUM_SECTORS])],
+        generation: u32,
+    ) -> Result<(Owner, Vec<(ChunkKey, ChunkRecord)>), StoreError> {
+        let mut inner = self.lock();
+        let owner = Owner { copyset: record.copyset, admission: inner.next_admission };
+        let chunks: Vec<_> = chunks
+            .iter()
+            .map(|(key, written)| (*key, ChunkRecord { owner, generation, written: *written, lost: false }))
+            .collect();
+        let next = inner.next_admission + 1;
+        let mut changes = vec![
+            (copyset_key(record.copyset), Some(encode_copyset(record, owner.admission))),
+            (vec![NUMBERS], Some(encode_numbers(inner.checkpoint, next))),
+        ];
+        changes.extend(gone.iter().map(|key| (chunk_key(*key), None)));
+        changes.extend(chunks.iter().map(|(key, record)| (chunk_key(*key), Some(encode_chunk(record)))));
+        self.commit(changes)?;
+        inner.admissions.insert(owner.copyset, owner.admission);
+        inner.next_admission = next;
+        Ok((owner, chunks))
+    }
+
+    /// In one step a replica ends here and its chunks are in the trash, under the admission it had. A note says that
+    /// it is being removed, until [`Self::forget_removed`]. `None`: there is no such replica.
+    pub fn trash(&self, trash: &Trash) -> Result<Option<u64>, StoreError> {
+        let mut inner = self.lock();
+        let Some(admission) = inner.admissions.get(&trash.copyset).copied() else { return Ok(None) };
+        let mut changes = vec![
+            (copyset_key(trash.copyset), None),
+            (removed_key(trash.copyset), Some(vec![VALUE_VERSION])),
+            (trash_key(admission), Some(encode_trash(trash))),
+        ];
+        for (key, record) in &trash.chunks {
+            changes.push((chunk_key(*key), None));
+            changes.push((trashed_key(admission, *key), Some(encode_chunk(record))));
+        }
+        self.commit(changes)?;
+        inner.admissions.remove(&trash.copyset);
+        Ok(Some(admission))
+    }
+
+    /// These files of the trash are gone; `last`: and so is all of that replica.
+    pub fn forget_trash(
+        &self,
+        admission: u64,
+        chunks: impl Iterator<Item = ChunkKey>,
+        last: bool,
+    ) -> Result<(), StoreError> {
+        let mut changes: Vec<_> = chunks.map(|key| (trashed_key(admission, key), None)).collect();
+        if last {
+            changes.push((trash_key(admission), None));
+        }
+        self.commit(changes)
+    }
+
+    pub fn forget_removed(&self, copyset: CopysetId) -> Result<(), StoreError> {
+        self.commit(vec![(removed_key(copyset), None)])
+    }
+
+    /// What is durable of a replica.
+    pub fn copyset(&self, copyset: CopysetId) -> Result<Option<CopysetRecord>, StoreError> {
+        let key = copyset_key(copyset);
+        let value = self.kv.get(&key)?;
+        Ok(value.and_then(|value| decode_copyset(&key, &value)).map(|(record, _)| record))
+    }
+
     pub fn commit_checkpoint(&self, batch: CheckpointBatch<'_>) -> Result<(), StoreError> {
         let mut inner = self.lock();
         let lives = |owner: Owner| inner.admissions.get(&owner.copyset) == Some(&owner.admission);
@@ -182,6 +265,8 @@ impl Catalog {
 
 pub struct Loaded {
     pub copysets: Vec<CopysetRecord>,
+    /// Copysets whose removal was begun; see [`Catalog::trash`].
+    pub removed: Vec<CopysetId>,
     pub admissions: HashMap<CopysetId, u64>,
     pub table: Table,
 }
@@ -194,6 +279,9 @@ const IDENTITY: u8 = b'i';
 const NUMBERS: u8 = b'n';
 const COPYSET: u8 = b'c';
 const CHUNK: u8 = b'k';
+const REMOVED: u8 = b'r';
+const TRASH: u8 = b'x';
+const TRASHED: u8 = b't';
 
 /// Of the values below; the store's own version is in the identity.
 const VALUE_VERSION: u8 = 1;
@@ -304,12 +392,19 @@ fn encode_chunk(record: &ChunkRecord) -> Vec<u8> {
     raw
 }
 
-fn decode_chunk(key: &[u8], mut raw: &[u8]) -> Option<(ChunkKey, ChunkRecord)> {
-    let (volume, index) = key.get(1..)?.split_first_chunk()?;
-    let key = ChunkKey {
+fn decode_chunk(key: &[u8], raw: &[u8]) -> Option<(ChunkKey, ChunkRecord)> {
+    Some((decode_chunk_key(key.get(1..)?)?, decode_chunk_value(raw)?))
+}
+
+fn decode_chunk_key(key: &[u8]) -> Option<ChunkKey> {
+    let (volume, index) = key.split_first_chunk()?;
+    Some(ChunkKey {
         volume: VolumeId(u64::from_be_bytes(*volume)),
         index: ChunkIndex(u32::from_be_bytes(index.try_into().ok()?)),
-    };
+    })
+}
+
+fn decode_chunk_value(mut raw: &[u8]) -> Option<ChunkRecord> {
     let known = raw.try_get_u8().ok()? == VALUE_VERSION;
     let owner =
         Owner { copyset: CopysetId(raw.try_get_u32_le().ok()?), admission: raw.try_get_u64_le().ok()? };
@@ -323,7 +418,69 @@ fn decode_chunk(key: &[u8], mut raw: &[u8]) -> Option<(ChunkKey, ChunkRecord)> {
         }
     }
     let record = ChunkRecord { owner, generation, written, lost: false };
-    (known && generations == 1 && raw.is_empty()).then_some((key, record))
+    (known && generations == 1 && raw.is_empty()).then_some(record)
+}
+
+fn removed_key(copyset: CopysetId) -> Vec<u8> {
+    let mut key = vec![REMOVED];
+    key.put_u32(copyset.0);
+    key
+}
+
+fn decode_removed(key: &[u8]) -> Option<CopysetId> {
+    Some(CopysetId(u32::from_be_bytes(key.get(1..)?.try_into().ok()?)))
+}
+
+fn trash_key(admission: u64) -> Vec<u8> {
+    let mut key = vec![TRASH];
+    key.put_u64(admission);
+    key
+}
+
+fn encode_trash(trash: &Trash) -> Vec<u8> {
+    let mut raw = vec![VALUE_VERSION];
+    raw.put_u32_le(trash.copyset.0);
+    raw.put_u64_le(trash.since_unix_ms);
+    raw
+}
+
+fn decode_trash(key: &[u8], mut raw: &[u8]) -> Option<(u64, Trash)> {
+    let admission = u64::from_be_bytes(key.get(1..)?.try_into().ok()?);
+    let known = raw.try_get_u8().ok()? == VALUE_VERSION;
+    let copyset = CopysetId(raw.try_get_u32_le().ok()?);
+    let since_unix_ms = raw.try_get_u64_le().ok()?;
+    let trash = Trash { copyset, since_unix_ms, chunks: Vec::new() };
+    (known && raw.is_empty()).then_some((admission, trash))
+}
+
+fn trashed_key(admission: u64, chunk: ChunkKey) -> Vec<u8> {
+    let mut key = vec![TRASHED];
+    key.put_u64(admission);
+    key.extend_from_slice(&chunk_key(chunk)[1..]);
+    key
+}
+
+fn decode_trashed(key: &[u8], raw: &[u8]) -> Option<(u64, (ChunkKey, ChunkRecord))> {
+    let (admission, chunk) = key.get(1..)?.split_first_chunk()?;
+    Some((u64::from_be_bytes(*admission), (decode_chunk_key(chunk)?, decode_chunk_value(raw)?)))
+}
+
+/// `None`: unreadable.
+fn load_trash(kv: &dyn KeyValue) -> Result<Option<BTreeMap<u64, Trash>>, StoreError> {
+    let mut trash = BTreeMap::new();
+    let mut readable = true;
+    kv.scan(TRASH, &mut |key, value| match decode_trash(key, value) {
+        Some((admission, found)) => drop(trash.insert(admission, found)),
+        None => readable = false,
+    })?;
+    kv.scan(TRASHED, &mut |key, value| {
+        let found = decode_trashed(key, value);
+        match found.and_then(|(admission, chunk)| Some((trash.get_mut(&admission)?, chunk))) {
+            Some((trash, chunk)) => trash.chunks.push(chunk),
+            None => readable = false,
+        }
+    })?;
+    Ok(readable.then_some(trash))
 }
 
 #[cfg(test)]

@@ -5,11 +5,14 @@
 //!                      │ first poll                              ▲               │
 //!  checkpoint thread   └─▶ drain: files, sync, commit ───────────┘               └─▶ clean up: remove files
 //! ```
+//!
+//! The same thread does everything else that changes files or records behind the shard's back (`swap.rs`, `trash.rs`),
+//! one job after the other.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -21,12 +24,15 @@ use super::format::FileId;
 use super::options::{CheckpointDone, CopysetRecord};
 use super::overlay::Layer;
 use super::shard::Shard;
+use super::stage::Staged;
+use super::swap::{Swap, Swapped};
 
 /// A frozen layer and how far its drain has come. While it is here, reads look into it.
 pub struct Draining {
     pub frozen: Arc<Frozen>,
-    /// `None`: not begun, or failed for lack of space and to be begun again.
-    outcome: Option<watch::Receiver<Option<Outcome>>>,
+    pub outcome: watch::Receiver<Option<Outcome<Drained>>>,
+    /// `Some`: not begun, or failed for lack of space and to be begun again.
+    begin: Option<watch::Sender<Option<Outcome<Drained>>>>,
     tried: Instant,
 }
 
@@ -34,13 +40,19 @@ pub struct Draining {
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 impl Draining {
+    fn new(frozen: Arc<Frozen>) -> Self {
+        let (begin, outcome) = watch::channel(None);
+        Self { frozen, outcome, begin: Some(begin), tried: Instant::now() }
+    }
+
     /// Nobody drains it, and it is time that somebody did.
     pub fn is_due(&self) -> bool {
-        self.outcome.is_none() && self.tried.elapsed() >= RETRY_AFTER
+        self.begin.is_some() && self.tried.elapsed() >= RETRY_AFTER
     }
 }
 
-type Outcome = Result<Arc<Drained>, StoreError>;
+/// What became of a job that somebody waits for.
+pub type Outcome<T> = Result<Arc<T>, StoreError>;
 
 /// The checkpoint thread. Ends, after what it is doing, when this is dropped.
 pub struct CheckpointThread {
@@ -48,15 +60,31 @@ pub struct CheckpointThread {
     thread: Option<JoinHandle<()>>,
 }
 
-enum Job {
+pub enum Job {
     Drain {
         frozen: Arc<Frozen>,
-        outcome: watch::Sender<Option<Outcome>>,
+        outcome: watch::Sender<Option<Outcome<Drained>>>,
+    },
+    Swap {
+        swap: Swap,
+        outcome: watch::Sender<Option<Outcome<Swapped>>>,
     },
     /// The layer comes along to be dropped here: freeing tens of thousands of blocks takes milliseconds.
     CleanUp {
         frozen: Arc<Frozen>,
         removed: Vec<FileId>,
+    },
+    /// Files whose records are gone.
+    Remove {
+        files: Vec<FileId>,
+    },
+    /// Whatever of it was not installed.
+    GiveUp(Arc<Mutex<Staged>>),
+    /// Files of one replica in the trash; `last`: it has no others.
+    EmptyTrash {
+        admission: u64,
+        files: Vec<FileId>,
+        last: bool,
     },
 }
 
@@ -71,9 +99,25 @@ impl CheckpointThread {
                         drop(frozen);
                         outcome.send_replace(Some(drained));
                     }
+                    Job::Swap { swap, outcome } => {
+                        let swapped = drainer.swap(swap).map(Arc::new);
+                        outcome.send_replace(Some(swapped));
+                    }
                     Job::CleanUp { frozen, removed } => {
                         drop(frozen);
                         drainer.clean_up(&removed);
+                    }
+                    Job::Remove { files } => drainer.remove(&files),
+                    Job::GiveUp(staged) => {
+                        let files = staged.lock().unwrap_or_else(PoisonError::into_inner).give_up();
+                        drainer.remove(&files);
+                    }
+                    Job::EmptyTrash { admission, files, last } => {
+                        drainer.remove(&files);
+                        let keys = files.iter().map(|id| id.key);
+                        if let Err(error) = drainer.catalog.forget_trash(admission, keys, last) {
+                            tracing::error!(%error, "the trash was emptied and is still on record");
+                        }
                     }
                 }
             }
@@ -85,7 +129,7 @@ impl CheckpointThread {
         Ok(Self { jobs: Some(jobs), thread: Some(thread) })
     }
 
-    fn send(&self, job: Job) -> Result<(), StoreError> {
+    pub fn send(&self, job: Job) -> Result<(), StoreError> {
         let jobs = self.jobs.as_ref().ok_or(StoreError::Closed)?;
         jobs.send(job).map_err(|_| StoreError::Closed)
     }
@@ -101,16 +145,16 @@ impl Drop for CheckpointThread {
     }
 }
 
-/// Freezes what was applied until now, unless an older layer is still to be drained.
+/// Freezes what was applied until now, unless an older layer is still to be drained or a replica is being swapped.
 pub fn freeze(shard: &mut Shard, states: Vec<CopysetRecord>) {
     shard.settle();
-    if shard.draining.is_some() {
+    if shard.draining.is_some() || shard.swapping.is_some() {
         return;
     }
     let layer = Arc::new(std::mem::take(&mut shard.active));
     let states = shard.with_admission(states);
     let frozen = Arc::new(Frozen { layer, states, rescued: AtomicBool::new(false) });
-    shard.draining = Some(Draining { frozen, outcome: None, tried: Instant::now() });
+    shard.draining = Some(Draining::new(frozen));
     shard.version += 1;
     shard.last_checkpoint = Instant::now();
 }
@@ -123,19 +167,14 @@ pub async fn run(shard: Rc<RefCell<Shard>>) -> Result<CheckpointDone, StoreError
             return Err(failed.clone());
         }
         let Some(draining) = &mut shard.draining else {
-            // Another future of the same checkpoint has finished it.
+            // Another future of the same checkpoint has finished it, or it was not the time for one.
             return Ok(CheckpointDone::default());
         };
         let frozen = draining.frozen.clone();
-        let outcome = match &draining.outcome {
-            Some(outcome) => outcome.clone(),
-            None => {
-                let (sender, outcome) = watch::channel(None);
-                draining.outcome = Some(outcome.clone());
-                shard.thread.send(Job::Drain { frozen: frozen.clone(), outcome: sender })?;
-                outcome
-            }
-        };
+        let outcome = draining.outcome.clone();
+        if let Some(begin) = draining.begin.take() {
+            shard.thread.send(Job::Drain { frozen: frozen.clone(), outcome: begin })?;
+        }
         (outcome, frozen)
     };
     let drained = match outcome.wait_for(Option::is_some).await {
@@ -153,19 +192,26 @@ pub async fn run(shard: Rc<RefCell<Shard>>) -> Result<CheckpointDone, StoreError
 }
 
 impl Shard {
-    /// If the drain is done, what it made durable takes the place of the frozen layer.
+    /// What the checkpoint thread has done since takes effect.
     pub fn settle(&mut self) {
-        let done = self.draining.as_ref().and_then(|draining| draining.outcome.as_ref()?.borrow().clone());
+        let done = self.draining.as_ref().and_then(|draining| draining.outcome.borrow().clone());
         match done {
             None => {}
             // To be begun again by the next checkpoint; after a failed sync that one only says so.
             Some(Err(_)) => {
                 if let Some(draining) = &mut self.draining {
-                    draining.outcome = None;
-                    draining.tried = Instant::now();
+                    *draining = Draining::new(draining.frozen.clone());
                 }
             }
             Some(Ok(drained)) => self.finish(&drained),
+        }
+        let done = self.swapping.as_ref().and_then(|swapping| swapping.borrow().clone());
+        if let Some(done) = done {
+            self.swapping = None;
+            // After an error nothing has changed.
+            if let Ok(swapped) = done {
+                self.swapped(&swapped);
+            }
         }
     }
 

@@ -13,7 +13,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::io::{self, IoSlice};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use evolute_protocol::geometry::{BLOCK_BYTES, MIB};
@@ -79,6 +79,8 @@ pub struct Drainer {
     pub volumes: HashSet<VolumeId>,
     /// What chunk files may take together.
     pub capacity: u64,
+    /// The next generation that no file has or had.
+    pub generations: Arc<AtomicU32>,
 }
 
 /// Chunk files written and not yet synced.
@@ -117,12 +119,18 @@ impl Drainer {
     /// Frees the space of what is no longer needed. Whatever fails here is found again at the next open.
     pub fn clean_up(&mut self, removed: &[FileId]) {
         let _ = self.rescue.punch(0, rescue::file_bytes(1).max(64 * MIB));
+        self.remove(removed);
+    }
+
+    /// Removes files that no record names any more, and directories with nothing left.
+    pub fn remove(&mut self, files: &[FileId]) {
         let mut dirs = BTreeSet::new();
-        for id in removed {
+        for id in files {
             if self.is_unused(id)
                 && let Err(error) = self.disk.remove(&id.path())
+                && error.kind() != io::ErrorKind::NotFound
             {
-                tracing::warn!(chunk = %id.key, %error, "an empty chunk file stays until the next start");
+                tracing::warn!(chunk = %id.key, %error, "an unused chunk file stays until the next start");
             }
             dirs.insert(id.key.volume);
         }
@@ -157,7 +165,7 @@ impl Drainer {
             needed += if record.is_none() && chunk.block_count() > 0 { 2 * BLOCK_BYTES } else { 0 };
         }
         let space = self.disk.space().map_err(|e| StoreError::io("asking for free space", e))?;
-        let allowed = self.capacity.saturating_sub(table.file_bytes());
+        let allowed = self.capacity.saturating_sub(table.file_bytes() + table.trash_bytes());
         let available = space.available.saturating_sub(SLACK_BYTES).min(allowed);
         if needed > available {
             return Err(StoreError::NoSpace { needed, available });
@@ -243,7 +251,7 @@ impl Drainer {
         unsynced: &mut Unsynced,
     ) -> io::Result<()> {
         let before = self.read_table().get(key).cloned();
-        let generation = before.as_ref().map_or(FIRST_GENERATION, |record| record.generation);
+        let generation = self.generation_of(key, before.as_ref());
         let id = FileId::new(self.cluster, key, generation);
         let gone = DrainedChunk {
             key,
@@ -299,6 +307,15 @@ impl Drainer {
             created,
         });
         Ok(())
+    }
+
+    /// The one of the chunk's file. A new file does not take the name of one in the trash.
+    fn generation_of(&self, key: ChunkKey, record: Option<&ChunkRecord>) -> u32 {
+        match record {
+            Some(record) => record.generation,
+            None if self.read_table().is_trashed(key) => self.generations.fetch_add(1, Ordering::Relaxed),
+            None => FIRST_GENERATION,
+        }
     }
 
     fn create(&mut self, id: &FileId, unsynced: &mut Unsynced) -> io::Result<Arc<dyn File>> {
@@ -491,7 +508,7 @@ fn gather<'a>(blocks: impl Iterator<Item = &'a BlockData>) -> Vec<IoSlice<'a>> {
     parts.into_iter().map(|(first, count)| IoSlice::new(first.run_bytes(count))).collect()
 }
 
-fn write_sectors(
+pub fn write_sectors(
     file: &dyn File,
     id: &FileId,
     number: u64,

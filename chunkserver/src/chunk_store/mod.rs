@@ -25,6 +25,7 @@ mod checkpoint;
 mod chunk_file;
 mod drain;
 mod error;
+mod export;
 mod format;
 mod options;
 mod overlay;
@@ -33,9 +34,13 @@ mod recover;
 mod rescue;
 mod rocks;
 mod shard;
+mod stage;
+mod swap;
 mod table;
+mod trash;
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -52,9 +57,12 @@ use self::recover::Parts;
 use self::shard::Shard;
 
 pub use error::{ReadError, StoreError};
+pub use export::{EXPORT_BLOCKS_MAX, Export};
 pub use options::{
     CheckpointDone, ChunkInfo, CopysetRecord, Identity, Pressure, ReadData, StoreOptions, StoreUsage,
 };
+pub use recover::Opened;
+pub use stage::{Extent, StageError, Staging};
 
 /// What crash tests need to build a store on other disks than the real one.
 pub mod seams {
@@ -79,12 +87,12 @@ impl ChunkStore {
     }
 
     /// Opens the store in `dir`, or creates it there if `dir` is empty or missing. `dir` is the store's alone: the
-    /// log lives beside it. Gives what the log must be replayed from.
+    /// log lives beside it.
     pub fn open(
         dir: &Path,
         options: StoreOptions,
         identity: &Identity,
-    ) -> Result<(Self, Vec<CopysetRecord>), StoreError> {
+    ) -> Result<(Self, Opened), StoreError> {
         let disk = Arc::new(Direct::new(dir));
         let catalog = Box::new(recover::open_catalog(dir, &*disk, identity)?);
         Self::open_parts(Parts { path: dir.to_path_buf(), disk, catalog }, options, identity)
@@ -95,9 +103,9 @@ impl ChunkStore {
         parts: Parts,
         options: StoreOptions,
         identity: &Identity,
-    ) -> Result<(Self, Vec<CopysetRecord>), StoreError> {
-        let (shard, copysets) = parts.open(options, identity)?;
-        Ok((Self { shard: Rc::new(RefCell::new(shard)) }, copysets))
+    ) -> Result<(Self, Opened), StoreError> {
+        let (shard, opened) = parts.open(options, identity)?;
+        Ok((Self { shard: Rc::new(RefCell::new(shard)) }, opened))
     }
 
     /// A replica begins here: durable when this returns. Call it before the replica's first vote.
@@ -112,6 +120,69 @@ impl ChunkStore {
     /// with the next checkpoint (or the next open).
     pub fn delete_copyset(&self, copyset: CopysetId) -> Result<(), StoreError> {
         self.shard.borrow_mut().delete_copyset(copyset)
+    }
+
+    /// What the last checkpoint kept of a replica. A read of the key-value store: for rare events.
+    pub fn copyset(&self, copyset: CopysetId) -> Result<Option<CopysetRecord>, StoreError> {
+        self.shard.borrow().catalog.copyset(copyset)
+    }
+
+    /// All chunks of a replica, to be given to another one while this one goes on.
+    pub fn export(&self, copyset: CopysetId) -> Export {
+        let chunks = self.shard.borrow().chunks_of(|_, of| of.copyset == copyset);
+        Export::new(Self { shard: self.shard.clone() }, chunks)
+    }
+
+    /// Begins to write a replica that comes from elsewhere beside the one that is here.
+    pub fn stage(&self, copyset: CopysetId) -> Staging {
+        Staging::new(self.shard.clone(), copyset)
+    }
+
+    /// What was staged (and finished) takes the place of the copyset's replica here, with `record` as its record:
+    /// durably when this returns, and all of it or nothing whatever happens. Until the owner knows, it must not
+    /// change chunks of that copyset. Cancel-safe: once begun it goes on by itself.
+    pub fn install(
+        &self,
+        staging: Staging,
+        record: CopysetRecord,
+    ) -> impl Future<Output = Result<(), StoreError>> + use<> + 'static {
+        assert_eq!(staging.copyset(), record.copyset, "staged for another copyset");
+        let shard = self.shard.clone();
+        async move {
+            let staged = staging.staged();
+            swap::run(shard, |shard| shard.install(record, staged)).await
+        }
+    }
+
+    /// A replica ends here: its record is gone and its chunks are in the trash when this returns, durably, and read
+    /// as zeroes. A note stays until [`Self::removed`]. Nothing may be written for that copyset any more.
+    pub fn trash_copyset(
+        &self,
+        copyset: CopysetId,
+        now_unix_ms: u64,
+    ) -> impl Future<Output = Result<(), StoreError>> + use<> + 'static {
+        swap::run(self.shard.clone(), move |shard| shard.trash(copyset, now_unix_ms))
+    }
+
+    /// Everything else of a removed replica is gone, too: the note of it may go.
+    pub fn removed(&self, copyset: CopysetId) -> Result<(), StoreError> {
+        self.shard.borrow().catalog.forget_removed(copyset)
+    }
+
+    /// Frees some of what has been in the trash for `delay_ms`, or of all of it when space is short. Call it every
+    /// second or so.
+    pub fn empty_trash(&mut self, now_unix_ms: u64, delay_ms: u64) {
+        self.shard.borrow_mut().empty_trash(now_unix_ms, delay_ms);
+    }
+
+    /// What each volume has in a replica here, in bytes, as of the last checkpoint. Counted, not scanned.
+    pub fn volume_uses(&self, copyset: CopysetId) -> BTreeMap<VolumeId, u64> {
+        self.shard.borrow().read_table().uses(copyset).collect()
+    }
+
+    /// Bytes staged of a replica that is arriving.
+    pub fn arriving_bytes(&self, copyset: CopysetId) -> u64 {
+        self.shard.borrow().arriving_bytes(copyset)
     }
 
     /// `data` at `offset`, one checksum per piece. The range is checked: whole sectors inside the chunk.
@@ -170,14 +241,9 @@ impl ChunkStore {
                     (plan, file, shard.disk.clone(), shard.version)
                 };
                 let run = move || plan.run(&*disk, file.as_deref(), Wait::Device);
-                let fault = match tokio::task::spawn_blocking(run).await {
-                    Ok(Ok(read)) => return Ok(read.expect("it may wait")),
-                    Ok(Err(fault)) => fault,
-                    Err(error) => match error.try_into_panic() {
-                        Ok(panic) => std::panic::resume_unwind(panic),
-                        // The runtime is going down: nobody waits for this any more.
-                        Err(_) => std::future::pending().await,
-                    },
+                let fault = match blocking(run).await {
+                    Ok(read) => return Ok(read.expect("it may wait")),
+                    Err(fault) => fault,
                 };
                 let shard = shard.borrow();
                 if shard.version == version && shard.draining.is_none() {
@@ -260,6 +326,18 @@ fn plan(
         _ => None,
     };
     Ok((plan, file))
+}
+
+/// Does on another thread what waits for the disk. Cancel-safe: what was begun is done. Needs a tokio runtime.
+async fn blocking<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(run).await {
+        Ok(done) => done,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going down: nobody waits for this any more.
+            Err(_) => std::future::pending().await,
+        },
+    }
 }
 
 fn unreadable(fault: &Fault, offset: u32) -> ReadError {

@@ -91,6 +91,8 @@ pub struct StoreUsage {
     pub chunks: u64,
     /// Of those, how many were found missing or damaged when the store was opened. Every read of them fails.
     pub damaged_chunks: u64,
+    /// Bytes of files in the trash: neither used nor free yet.
+    pub trash_bytes: u64,
     /// Little space is left: the control plane should place nothing new here.
     pub near_full: bool,
     pub full: bool,

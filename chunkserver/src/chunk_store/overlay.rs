@@ -126,6 +126,11 @@ impl Layer {
         }
     }
 
+    /// Forgets what it knows of these chunks, as if nothing had been changed.
+    pub fn forget(&mut self, these: impl Fn(ChunkKey, Option<Owner>) -> bool) {
+        self.chunks.retain(|key, chunk| !these(*key, chunk.owner));
+    }
+
     /// The whole chunk reads as zeroes. `base`: something below this layer knows the chunk and must be hidden.
     pub fn drop_chunk(&mut self, key: ChunkKey, owner: Option<Owner>, base: bool) {
         if !base {

@@ -6,11 +6,11 @@ use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Instant;
 
-use evolute_protocol::id::{ChunkIndex, ChunkKey, CopysetId, VolumeId};
+use evolute_protocol::id::{ChunkKey, CopysetId, VolumeId};
 
 use crate::disk::Disk;
 
@@ -25,7 +25,7 @@ use super::overlay::{Layer, Owner};
 use super::rescue::{self, RESCUE_FILE};
 use super::rocks::Rocks;
 use super::shard::{Shard, default_open_chunks};
-use super::table::Table;
+use super::table::{FIRST_GENERATION, Table};
 
 const CATALOG_DIR: &str = "meta";
 /// The catalog while a store is being created: renamed when everything else is there.
@@ -130,15 +130,11 @@ pub struct Parts {
 }
 
 impl Parts {
-    pub fn open(
-        self,
-        options: StoreOptions,
-        identity: &Identity,
-    ) -> Result<(Shard, Vec<CopysetRecord>), StoreError> {
+    pub fn open(self, options: StoreOptions, identity: &Identity) -> Result<(Shard, Opened), StoreError> {
         let Self { path, disk, catalog } = self;
         check_identity(&path, Catalog::read_identity(&*catalog, &path)?, identity)?;
         let (catalog, loaded) = Catalog::load(catalog, &path)?;
-        let Loaded { copysets, admissions, mut table } = loaded;
+        let Loaded { copysets, removed, admissions, mut table } = loaded;
         let doing = |what: &str| format!("{what} in {}", path.display());
         let volumes =
             match_files(&*disk, &mut table).map_err(|e| StoreError::io(doing("listing chunks"), e))?;
@@ -147,6 +143,8 @@ impl Parts {
             .map_err(|e| StoreError::io(doing("opening the rescue file"), e))?;
         let space = disk.space().map_err(|e| StoreError::io(doing("asking for free space"), e))?;
         let catalog = Arc::new(catalog);
+        let taken = all_files(&table).map(|(_, generation)| generation).max();
+        let generations = Arc::new(AtomicU32::new(taken.unwrap_or(FIRST_GENERATION) + 1));
         let table = Arc::new(RwLock::new(table));
         let cluster = identity.cluster;
         let mut drainer = Drainer {
@@ -157,16 +155,21 @@ impl Parts {
             rescue,
             volumes,
             capacity: options.capacity_bytes.unwrap_or(space.total),
+            generations: generations.clone(),
         };
         put_back_rescued(&mut drainer, &admissions)?;
         let shard = Shard {
             active: Layer::default(),
             draining: None,
+            swapping: None,
             table,
             open_chunks: OpenChunks::new(options.open_chunks_max.unwrap_or_else(default_open_chunks)),
             disk,
             catalog,
             admissions,
+            installed: HashMap::new(),
+            arriving: Vec::new(),
+            generations,
             thread: CheckpointThread::start(drainer)?,
             options,
             cluster,
@@ -174,8 +177,24 @@ impl Parts {
             last_checkpoint: Instant::now(),
             space,
         };
-        Ok((shard, copysets))
+        Ok((shard, Opened { copysets, removed }))
     }
+}
+
+/// What is found in a store.
+#[derive(Debug, Default)]
+pub struct Opened {
+    /// What the log must be replayed from.
+    pub copysets: Vec<CopysetRecord>,
+    /// Copysets whose removal was begun and not finished: see [`super::ChunkStore::removed`].
+    pub removed: Vec<CopysetId>,
+}
+
+/// Every chunk file that has a record, in use or in the trash.
+fn all_files(table: &Table) -> impl Iterator<Item = (ChunkKey, u32)> {
+    let trashed = table.trash().values().flat_map(|trash| trash.chunks.iter());
+    let trashed = trashed.map(|(key, record)| (*key, record.generation));
+    table.iter().map(|(key, record)| (key, record.generation)).chain(trashed)
 }
 
 fn check_identity(path: &Path, found: Identity, expected: &Identity) -> Result<(), StoreError> {
@@ -194,15 +213,16 @@ fn check_identity(path: &Path, found: Identity, expected: &Identity) -> Result<(
 /// A record without a file is a loss: reads of the chunk say so. Gives the volumes that have a directory.
 fn match_files(disk: &dyn Disk, table: &mut Table) -> io::Result<HashSet<VolumeId>> {
     let mut volumes = HashSet::new();
-    let mut present: HashSet<(VolumeId, ChunkIndex, u32)> = HashSet::new();
+    let wanted: HashSet<(ChunkKey, u32)> = all_files(table).collect();
+    let mut present: HashSet<(ChunkKey, u32)> = HashSet::new();
     for name in disk.list(Path::new(CHUNKS_DIR))? {
         let Some(volume) = parse_volume_dir(&name) else { continue };
         volumes.insert(volume);
         for name in disk.list(&volume_dir(volume))? {
             let Some((index, generation)) = parse_file_name(&name) else { continue };
             let key = ChunkKey { volume, index };
-            if table.get(key).is_some_and(|record| record.generation == generation) {
-                present.insert((volume, index, generation));
+            if wanted.contains(&(key, generation)) {
+                present.insert((key, generation));
             } else {
                 disk.remove(&volume_dir(volume).join(name))?;
             }
@@ -212,7 +232,7 @@ fn match_files(disk: &dyn Disk, table: &mut Table) -> io::Result<HashSet<VolumeI
     disk.sync_dir(Path::new(CHUNKS_DIR))?;
     let lost: Vec<_> = table
         .iter()
-        .filter(|(key, record)| !present.contains(&(key.volume, key.index, record.generation)))
+        .filter(|(key, record)| !present.contains(&(*key, record.generation)))
         .map(|(key, record)| (key, record.clone()))
         .collect();
     for (key, mut record) in lost {

@@ -1,7 +1,8 @@
 //! The store's state on the shard thread: what is in memory, what is in files, what is open.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
 
 use evolute_protocol::geometry::CHUNK_BYTES;
@@ -18,11 +19,14 @@ use super::format::{BLOCKS_PER_CHECKSUM_SECTOR, checksum_place};
 use super::options::{CopysetRecord, Pressure, RESERVE_BYTES_MAX, StoreOptions, StoreUsage};
 use super::overlay::{Layer, Owner, block_of};
 use super::read::View;
+use super::swap::Swapping;
 use super::table::Table;
 
 pub struct Shard {
     pub active: Layer,
     pub draining: Option<Draining>,
+    /// A replica is being replaced or thrown away: nothing is frozen until that is done.
+    pub swapping: Option<Swapping>,
     /// Changed only here, when a checkpoint finishes; the checkpoint thread reads it.
     pub table: Arc<RwLock<Table>>,
     pub open_chunks: OpenChunks,
@@ -30,6 +34,12 @@ pub struct Shard {
     pub catalog: Arc<Catalog>,
     /// The catalog's, so that no write waits for its lock.
     pub admissions: HashMap<CopysetId, u64>,
+    /// What was applied of each replica that was installed here, then.
+    pub installed: HashMap<CopysetId, u64>,
+    /// How much is staged of replicas that are arriving.
+    pub arriving: Vec<(CopysetId, Weak<AtomicU64>)>,
+    /// The next generation that no file has or had.
+    pub generations: Arc<AtomicU32>,
     pub thread: CheckpointThread,
     pub options: StoreOptions,
     pub cluster: ClusterId,
@@ -61,14 +71,28 @@ impl Shard {
         Owner { copyset, admission: *admission }
     }
 
+    /// Records made before a replica was installed do not count any more: its owner has not heard of it yet.
     pub fn with_admission(&self, states: Vec<CopysetRecord>) -> Vec<(CopysetRecord, u64)> {
+        let is_new = |record: &CopysetRecord| {
+            self.installed.get(&record.copyset).is_none_or(|installed| record.applied >= *installed)
+        };
         states
             .into_iter()
+            .filter(is_new)
             .map(|record| {
                 let admission = self.owner(record.copyset).admission;
                 (record, admission)
             })
             .collect()
+    }
+
+    pub fn arriving_bytes(&self, copyset: CopysetId) -> u64 {
+        let ours = self.arriving.iter().filter(|(of, _)| *of == copyset);
+        ours.filter_map(|(_, bytes)| Some(bytes.upgrade()?.load(Ordering::Relaxed))).sum()
+    }
+
+    pub fn new_generation(&self) -> u32 {
+        self.generations.fetch_add(1, Ordering::Relaxed)
     }
 
     pub fn discard(&mut self, copyset: CopysetId, key: ChunkKey, offset: u32, len: u32) {
@@ -111,7 +135,7 @@ impl Shard {
     }
 
     /// Chunks in memory or in files of which `these` says so.
-    fn chunks_of(&self, these: impl Fn(ChunkKey, Owner) -> bool) -> Vec<ChunkKey> {
+    pub fn chunks_of(&self, these: impl Fn(ChunkKey, Owner) -> bool) -> Vec<ChunkKey> {
         let table = self.read_table();
         let mut keys: Vec<_> =
             table.iter().filter(|(key, record)| these(*key, record.owner)).map(|(key, _)| key).collect();
@@ -148,15 +172,17 @@ impl Shard {
         }
     }
 
-    fn capacity(&self) -> u64 {
+    pub fn capacity(&self) -> u64 {
         self.options.capacity_bytes.unwrap_or(self.space.total)
     }
 
     fn free(&self) -> u64 {
-        self.capacity().saturating_sub(self.read_table().file_bytes()).min(self.space.available)
+        let table = self.read_table();
+        let taken = table.file_bytes() + table.trash_bytes();
+        self.capacity().saturating_sub(taken).min(self.space.available)
     }
 
-    fn reserve(&self) -> u64 {
+    pub fn reserve(&self) -> u64 {
         let overlays = 2 * self.options.overlay_bytes_max + SLACK_BYTES;
         let usual = (self.capacity() / 20).min(RESERVE_BYTES_MAX);
         self.options.reserve_bytes.unwrap_or_else(|| usual.max(overlays.min(self.capacity() / 4)))
@@ -164,6 +190,10 @@ impl Shard {
 
     fn is_full(&self) -> bool {
         self.free() <= self.reserve()
+    }
+
+    pub fn is_near_full(&self) -> bool {
+        self.free() <= self.reserve() * 2
     }
 
     pub fn pressure(&self) -> Pressure {
@@ -203,7 +233,8 @@ impl Shard {
             overlay_bytes: self.overlay_bytes(),
             chunks: table.chunk_count(),
             damaged_chunks: table.lost_count(),
-            near_full: free <= self.reserve() * 2,
+            trash_bytes: table.trash_bytes(),
+            near_full: self.is_near_full(),
             full: self.is_full(),
         }
     }

@@ -2,34 +2,55 @@
 //! comes to the same bytes.
 
 use std::cell::RefCell;
+use std::io;
 use std::rc::Rc;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{CopysetId, VolumeId};
 use evolute_protocol::wire::reply::Refusal;
-use evolute_raft::{Applying, Position, Restored, StateMachine};
+use evolute_raft::{
+    Applying, LocalFuture, Position, Restored, SnapshotHead, SnapshotSink, SnapshotSource, StateMachine,
+};
 
 use super::command::{self, Change};
 use super::fence::{Verdict, Writers};
-use super::state::State;
+use super::state::{Created, State};
+use super::transfer::{Arriving, Sending, TransferError};
 use crate::chunk_store::ChunkStore;
 
 /// The state machine of one replica: its [`State`], and the chunk store of its disk.
 pub struct Replica {
     copyset: CopysetId,
+    created: Created,
     state: Rc<RefCell<State>>,
     store: Rc<RefCell<ChunkStore>>,
     restored: Restored,
 }
 
 impl Replica {
-    pub fn new(copyset: CopysetId, state: Rc<RefCell<State>>, store: Rc<RefCell<ChunkStore>>) -> Self {
-        let restored = {
-            let state = state.borrow();
-            Restored { applied: state.applied(), membership: state.membership().cloned() }
-        };
-        Self { copyset, state, store, restored }
+    pub fn new(
+        copyset: CopysetId,
+        created: Created,
+        state: Rc<RefCell<State>>,
+        store: Rc<RefCell<ChunkStore>>,
+    ) -> Self {
+        let restored = restored(&state.borrow());
+        Self { copyset, created, state, store, restored }
+    }
+
+    async fn install(&mut self, head: &SnapshotHead, arriving: Arriving) -> Result<(), io::Error> {
+        let (state, staging) = arriving.complete(head)?;
+        if self.state.borrow().applied() > Some(head.at) {
+            return Err(TransferError::OtherHead.into());
+        }
+        let record = state.record(self.copyset, &self.created);
+        let installing = self.store.borrow().install(staging, record);
+        installing.await.map_err(io::Error::other)?;
+        self.restored = restored(&state);
+        *self.state.borrow_mut() = state;
+        tracing::info!(copyset = %self.copyset, at = %head.at, "a replica that arrived is installed");
+        Ok(())
     }
 
     fn apply_command(&self, at: Position, command: evolute_raft::Command) -> Bytes {
@@ -84,6 +105,10 @@ impl Replica {
     }
 }
 
+fn restored(state: &State) -> Restored {
+    Restored { applied: state.applied(), membership: state.membership().cloned() }
+}
+
 impl StateMachine for Replica {
     fn restored(&self) -> Restored {
         self.restored.clone()
@@ -100,6 +125,33 @@ impl StateMachine for Replica {
         };
         self.state.borrow_mut().advance_applied(at);
         result
+    }
+
+    fn snapshot(&mut self) -> Option<Box<dyn SnapshotSource>> {
+        let store = self.store.borrow();
+        match store.copyset(self.copyset) {
+            Ok(record) => Some(Box::new(Sending::begin(&store, &record?)?)),
+            Err(error) => {
+                tracing::error!(copyset = %self.copyset, %error, "what the last checkpoint holds cannot be read");
+                None
+            }
+        }
+    }
+
+    fn receive(&mut self, head: SnapshotHead) -> io::Result<Box<dyn SnapshotSink>> {
+        Ok(Box::new(Arriving::new(&self.store.borrow(), self.copyset, head)))
+    }
+
+    fn install<'a>(
+        &'a mut self,
+        head: SnapshotHead,
+        sink: Box<dyn SnapshotSink>,
+    ) -> LocalFuture<'a, io::Result<()>> {
+        Box::pin(async move {
+            let arriving = sink.into_any().downcast::<Arriving>();
+            let arriving = arriving.unwrap_or_else(|_| panic!("{}: a sink that is not ours", self.copyset));
+            Self::install(self, &head, *arriving).await
+        })
     }
 }
 

@@ -27,9 +27,11 @@
 pub mod apply;
 pub mod command;
 pub mod fence;
+pub mod members;
 mod read;
 pub mod registry;
 pub mod state;
+pub mod transfer;
 mod write;
 
 use std::cell::{Cell, RefCell};

@@ -1,15 +1,20 @@
-//! Copyset id → running replica: start, find, list.
+//! Copyset id → running replica: start, find, list, remove.
+//!
+//! A replica begins with its record, before its first vote; it ends with its record too, before its log is forgotten.
+//! So whatever a crash leaves is told by the store when it is opened: records to be resumed, and notes of replicas
+//! whose log is still to be forgotten.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use evolute_protocol::id::CopysetId;
-use evolute_raft::{GroupId, Node, StartError};
+use evolute_protocol::id::{CopysetId, ReplicaId};
+use evolute_raft::{GroupId, LogError, Node, StartError};
 
 use super::Copyset;
 use super::apply::Replica;
-use super::state::{Created, DamagedState, State, restore};
+use super::state::{Created, DamagedState, State, created_of, restore};
 use crate::chunk_store::{ChunkStore, CopysetRecord, StoreError};
 
 /// All replicas of this shard.
@@ -17,9 +22,13 @@ pub struct Registry {
     node: Node,
     store: Rc<RefCell<ChunkStore>>,
     copysets: RefCell<BTreeMap<CopysetId, Rc<Copyset>>>,
+    /// Those that are here and cannot run, and why not.
+    failed: RefCell<BTreeMap<CopysetId, (ReplicaId, String)>>,
+    /// Being started or removed.
+    busy: RefCell<BTreeSet<CopysetId>>,
 }
 
-/// Why a replica did not start. The others serve on.
+/// Why a replica did not start, or did not end. The others serve on.
 #[derive(Debug, thiserror::Error)]
 pub enum ReplicaError {
     #[error(transparent)]
@@ -28,11 +37,22 @@ pub enum ReplicaError {
     Store { copyset: CopysetId, source: StoreError },
     #[error("{copyset}: its Raft group did not start")]
     Raft { copyset: CopysetId, source: StartError },
+    #[error("{copyset}: its log could not be forgotten")]
+    Forget { copyset: CopysetId, source: LogError },
+    /// It is being started or removed already. Ask again.
+    #[error("{0} is busy")]
+    Busy(CopysetId),
 }
 
 impl Registry {
     pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>) -> Self {
-        Self { node, store, copysets: RefCell::default() }
+        Self {
+            node,
+            store,
+            copysets: RefCell::default(),
+            failed: RefCell::default(),
+            busy: RefCell::default(),
+        }
     }
 
     pub fn get(&self, id: CopysetId) -> Option<Rc<Copyset>> {
@@ -43,10 +63,19 @@ impl Registry {
         self.copysets.borrow().values().cloned().collect()
     }
 
+    /// Replicas that are here and cannot run, and why not.
+    pub fn failed(&self) -> BTreeMap<CopysetId, (ReplicaId, String)> {
+        self.failed.borrow().clone()
+    }
+
     /// Hosts a new replica: its record is durable before its group may vote. Again: changes nothing.
     pub async fn create(&self, id: CopysetId, created: Created) -> Result<Rc<Copyset>, ReplicaError> {
+        let _busy = Busy::begin(&self.busy, id)?;
         if let Some(copyset) = self.get(id) {
             return Ok(copyset);
+        }
+        if self.failed.borrow().contains_key(&id) {
+            return Err(ReplicaError::Busy(id));
         }
         let state = State::default();
         let record = state.record(id, &created);
@@ -57,8 +86,15 @@ impl Registry {
 
     /// Starts a replica this disk already has.
     pub async fn resume(&self, record: &CopysetRecord) -> Result<Rc<Copyset>, ReplicaError> {
-        let (state, created) = restore(record)?;
-        self.start(record.copyset, created, state).await
+        let started = match restore(record) {
+            Ok((state, created)) => self.start(record.copyset, created, state).await,
+            Err(error) => Err(error.into()),
+        };
+        if let (Err(error), Some(created)) = (&started, created_of(record)) {
+            let why = evolute_daemon::in_one_line(error);
+            self.failed.borrow_mut().insert(record.copyset, (created.replica, why));
+        }
+        started
     }
 
     async fn start(
@@ -68,16 +104,45 @@ impl Registry {
         state: State,
     ) -> Result<Rc<Copyset>, ReplicaError> {
         let state = Rc::new(RefCell::new(state));
-        let replica = Replica::new(id, Rc::clone(&state), Rc::clone(&self.store));
+        let replica = Replica::new(id, created.clone(), Rc::clone(&state), Rc::clone(&self.store));
         let me = evolute_raft::ReplicaId(created.replica.0);
         let group = self
             .node
-            .start_group(GroupId(u64::from(id.0)), me, replica)
+            .start_group(group_id(id), me, replica)
             .await
             .map_err(|source| ReplicaError::Raft { copyset: id, source })?;
         let copyset = Rc::new(Copyset::new(id, created, group, state, Rc::clone(&self.store)));
         self.copysets.borrow_mut().insert(id, Rc::clone(&copyset));
         Ok(copyset)
+    }
+
+    /// Ends this replica: its record and its chunks' records are in the trash, then its log is forgotten. Another
+    /// replica of the same copyset is left alone. Again: changes nothing.
+    pub async fn remove(&self, id: CopysetId, replica: ReplicaId) -> Result<(), ReplicaError> {
+        let _busy = Busy::begin(&self.busy, id)?;
+        let running = self.get(id).map(|copyset| copyset.created().replica);
+        let failed = self.failed.borrow().get(&id).map(|(replica, _)| *replica);
+        if running.or(failed) != Some(replica) {
+            return Ok(());
+        }
+        if let Some(copyset) = self.copysets.borrow_mut().remove(&id) {
+            copyset.refuse_waiting();
+        }
+        self.node.stop_group(group_id(id)).await;
+        let trashing = self.store.borrow().trash_copyset(id, unix_ms());
+        trashing.await.map_err(|source| ReplicaError::Store { copyset: id, source })?;
+        self.forget(id).await?;
+        self.failed.borrow_mut().remove(&id);
+        tracing::info!(copyset = %id, %replica, "a replica is removed");
+        Ok(())
+    }
+
+    /// Forgets the log of a replica whose record is gone. Called again at every start until it is done.
+    pub async fn forget(&self, id: CopysetId) -> Result<(), ReplicaError> {
+        let forgotten = self.node.remove_group(group_id(id)).await;
+        forgotten.map_err(|source| ReplicaError::Forget { copyset: id, source })?;
+        let noted = self.store.borrow().removed(id);
+        noted.map_err(|source| ReplicaError::Store { copyset: id, source })
     }
 
     /// Frees log that became free since the last checkpoint, because a member caught up.
@@ -88,5 +153,33 @@ impl Registry {
     pub async fn shutdown(&self) {
         self.copysets.borrow_mut().clear();
         self.node.shutdown().await;
+    }
+}
+
+fn group_id(copyset: CopysetId) -> GroupId {
+    GroupId(u64::from(copyset.0))
+}
+
+/// The wall clock, for the trash.
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// One thing at a time happens to a replica.
+struct Busy<'a> {
+    all: &'a RefCell<BTreeSet<CopysetId>>,
+    id: CopysetId,
+}
+
+impl<'a> Busy<'a> {
+    fn begin(all: &'a RefCell<BTreeSet<CopysetId>>, id: CopysetId) -> Result<Self, ReplicaError> {
+        if all.borrow_mut().insert(id) { Ok(Self { all, id }) } else { Err(ReplicaError::Busy(id)) }
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.all.borrow_mut().remove(&self.id);
     }
 }

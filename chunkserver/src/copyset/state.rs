@@ -11,13 +11,18 @@ use crate::chunk_store::CopysetRecord;
 
 const VERSION: u8 = 1;
 
-/// The members a copyset was created with, and this replica's place among them. Never changes.
+/// Of a joining replica's [`Created`].
+const JOINING_VERSION: u8 = 2;
+
+/// The members a copyset had when this replica was created, and its place among them. Never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Created {
     pub replica: ReplicaId,
     /// The replica that should lead first, so that leaders begin evenly spread.
     pub first_leader: ReplicaId,
     pub members: Vec<(ReplicaId, ChunkserverId)>,
+    /// It waits to be added to a group that runs already: it never begins one.
+    pub joining: bool,
 }
 
 impl Created {
@@ -48,6 +53,11 @@ pub struct DamagedState {
 }
 
 impl State {
+    /// What a record says of everything but [`Created`].
+    pub fn parse(record: &CopysetRecord) -> Result<Self, DamagedState> {
+        parse_state(record).ok_or(DamagedState { copyset: record.copyset })
+    }
+
     pub fn applied(&self) -> Option<Position> {
         self.applied
     }
@@ -101,10 +111,17 @@ impl State {
 
 /// What a record says.
 pub fn restore(record: &CopysetRecord) -> Result<(State, Created), DamagedState> {
-    restore_parts(record).ok_or(DamagedState { copyset: record.copyset })
+    let state = State::parse(record)?;
+    let created = created_of(record).ok_or(DamagedState { copyset: record.copyset })?;
+    Ok((state, created))
 }
 
-fn restore_parts(record: &CopysetRecord) -> Option<(State, Created)> {
+/// Which replica this is, even if the rest of the record is of no use.
+pub fn created_of(record: &CopysetRecord) -> Option<Created> {
+    get_created(record.created.clone())
+}
+
+fn parse_state(record: &CopysetRecord) -> Option<State> {
     let mut bytes = record.state.clone();
     if bytes.try_get_u8().ok()? != VERSION {
         return None;
@@ -118,13 +135,16 @@ fn restore_parts(record: &CopysetRecord) -> Option<(State, Created)> {
     let writers = get_writers(&mut bytes).ok()?;
     // Index 0 with term 0 is the membership a copyset begins with; only a record with a membership has applied it.
     let applied = (!membership.is_empty()).then_some(Position { term, index: record.applied });
-    let state = State { applied, membership: (!membership.is_empty()).then_some(membership), writers };
-    Some((state, get_created(record.created.clone())?))
+    bytes.is_empty().then_some(State {
+        applied,
+        membership: (!membership.is_empty()).then_some(membership),
+        writers,
+    })
 }
 
 fn put_created(created: &Created) -> Bytes {
     let mut out = BytesMut::new();
-    out.put_u8(VERSION);
+    out.put_u8(if created.joining { JOINING_VERSION } else { VERSION });
     out.put_u64_le(created.replica.0);
     out.put_u64_le(created.first_leader.0);
     out.put_u8(u8::try_from(created.members.len()).expect("a few members"));
@@ -136,16 +156,18 @@ fn put_created(created: &Created) -> Bytes {
 }
 
 fn get_created(mut bytes: Bytes) -> Option<Created> {
-    if bytes.try_get_u8().ok()? != VERSION {
-        return None;
-    }
+    let joining = match bytes.try_get_u8().ok()? {
+        VERSION => false,
+        JOINING_VERSION => true,
+        _ => return None,
+    };
     let replica = ReplicaId(bytes.try_get_u64_le().ok()?);
     let first_leader = ReplicaId(bytes.try_get_u64_le().ok()?);
     let mut members = Vec::new();
     for _ in 0..bytes.try_get_u8().ok()? {
         members.push((ReplicaId(bytes.try_get_u64_le().ok()?), ChunkserverId(bytes.try_get_u32_le().ok()?)));
     }
-    Some(Created { replica, first_leader, members })
+    bytes.is_empty().then_some(Created { replica, first_leader, members, joining })
 }
 
 #[cfg(test)]
@@ -159,7 +181,7 @@ mod tests {
 
     fn created() -> Created {
         let members = (1..=3).map(|n| (ReplicaId(u64::from(n) + 10), ChunkserverId(n))).collect();
-        Created { replica: ReplicaId(12), first_leader: ReplicaId(11), members }
+        Created { replica: ReplicaId(12), first_leader: ReplicaId(11), members, joining: false }
     }
 
     #[test]
@@ -179,6 +201,13 @@ mod tests {
     fn a_new_replica_has_applied_nothing() {
         let record = State::default().record(CopysetId(7), &created());
         assert_eq!(restore(&record).expect("ours").0.applied(), None);
+    }
+
+    #[test]
+    fn a_joining_replica_remembers_that_it_joins() {
+        let created = Created { joining: true, ..created() };
+        let record = State::default().record(CopysetId(7), &created);
+        assert_eq!(restore(&record).expect("ours").1, created);
     }
 
     #[test]

@@ -4,13 +4,17 @@
 //! lose power at any moment: it is opened again on what survived, the log is applied from what it says is applied,
 //! and then it must hold exactly what the model holds.
 
+#![allow(dead_code, reason = "each test program uses its own part of this")]
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use evolute_chunkserver::chunk_store::seams::{Catalog, KeyChange, KeyValue, Parts};
-use evolute_chunkserver::chunk_store::{ChunkStore, CopysetRecord, Identity, StoreError, StoreOptions};
+use evolute_chunkserver::chunk_store::{
+    ChunkStore, CopysetRecord, Extent, Identity, Opened, StageError, Staging, StoreError, StoreOptions,
+};
 use evolute_chunkserver::disk::Disk;
 use evolute_chunkserver::disk::crash::{Crash, Survives};
 use evolute_protocol::checksum::{checksums, first_mismatch};
@@ -18,6 +22,9 @@ use evolute_protocol::geometry::CHUNK_BYTES;
 use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, CopysetId, VolumeId};
 
 pub const COPYSET: CopysetId = CopysetId(7);
+/// Another replica of the same store, with one chunk, in a volume of the first one's.
+pub const OTHER: CopysetId = CopysetId(8);
+const OTHER_CHUNK: ChunkKey = ChunkKey { volume: VolumeId(1), index: ChunkIndex(9) };
 pub const CHUNKS: usize = 3;
 /// Sectors that are written and looked at: blocks 60 to 67, on both sides of a border between checksum sectors.
 pub const SECTORS: usize = 64;
@@ -40,10 +47,26 @@ pub fn chunk_key(chunk: usize) -> ChunkKey {
 
 #[derive(Debug, Clone)]
 pub enum Change {
-    Write { chunk: usize, sector: usize, count: usize },
-    Zero { chunk: usize, sector: usize, count: usize },
-    DropChunk { chunk: usize },
-    DropVolume { chunk: usize },
+    Write {
+        chunk: usize,
+        sector: usize,
+        count: usize,
+    },
+    Zero {
+        chunk: usize,
+        sector: usize,
+        count: usize,
+    },
+    DropChunk {
+        chunk: usize,
+    },
+    DropVolume {
+        chunk: usize,
+    },
+    /// The replica as another one had it then: nothing but these ranges (chunk, sector, count).
+    Install {
+        ranges: Vec<(usize, usize, usize)>,
+    },
 }
 
 /// What each sector holds: the number of the change that wrote it, 0 for zeroes.
@@ -65,6 +88,12 @@ impl Change {
                     contents[other] = [0; SECTORS];
                 }
             }
+            Self::Install { ref ranges } => {
+                *contents = Contents::default_contents();
+                for (chunk, sector, count) in ranges {
+                    contents[*chunk][*sector..sector + count].fill(tag);
+                }
+            }
         }
     }
 
@@ -84,8 +113,13 @@ impl Change {
                 store.discard(COPYSET, chunk_key(chunk), 0, u32::try_from(CHUNK_BYTES).expect("16 MiB"));
             }
             Self::DropVolume { chunk } => store.drop_volume(COPYSET, chunk_key(chunk).volume),
+            Self::Install { .. } => panic!("the log up to an installed replica is gone"),
         }
     }
+}
+
+pub fn record(copyset: CopysetId, applied: u64) -> CopysetRecord {
+    CopysetRecord { copyset, applied, state: Bytes::new(), created: Bytes::new() }
 }
 
 type Pairs = BTreeMap<Vec<u8>, Vec<u8>>;
@@ -136,6 +170,8 @@ pub struct World {
     /// A checkpoint was made while the log was still being applied after a crash. The files may then hold sectors
     /// of later changes beside those of earlier ones, until the log is applied to where it had been.
     is_ahead: bool,
+    /// How often the other replica's chunk was written, each time whole.
+    pub other: u64,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -150,28 +186,107 @@ impl World {
         Catalog::create(&kv, &identity()).unwrap();
         let mut world = Self::on(disk, kv, Vec::new(), vec![Contents::default_contents()]);
         world.open().expect("a new store opens");
-        let record =
-            CopysetRecord { copyset: COPYSET, applied: 0, state: Bytes::new(), created: Bytes::new() };
-        world.store.as_ref().unwrap().put_copyset(record).unwrap();
+        for copyset in [COPYSET, OTHER] {
+            world.store.as_ref().unwrap().put_copyset(record(copyset, 0)).unwrap();
+        }
         world
     }
 
     fn on(disk: Crash, kv: CrashKeyValue, log: Vec<Change>, history: Vec<Contents>) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        Self { disk, kv, store: None, log, history, is_ahead: false, runtime }
+        Self { disk, kv, store: None, log, history, is_ahead: false, other: 0, runtime }
     }
 
-    /// Opens what is on the disk; gives the number of changes it says are applied.
+    /// Opens what is on the disk; gives the number of changes it says are applied. An installation that the crash
+    /// undid never was.
     pub fn open(&mut self) -> Result<usize, StoreError> {
+        let opened = self.open_all()?;
+        let applied = opened.copysets.iter().find(|record| record.copyset == COPYSET);
+        let applied = applied.map_or(0, |record| usize::try_from(record.applied).unwrap());
+        let installing = |change: &Change| matches!(change, Change::Install { .. });
+        if let Some(undone) = self.log[applied..].iter().position(installing) {
+            self.log.truncate(applied + undone);
+            self.history.truncate(applied + undone + 1);
+        }
+        Ok(applied)
+    }
+
+    /// The other replica's log is applied at once.
+    pub fn open_all(&mut self) -> Result<Opened, StoreError> {
         let parts = Parts {
             path: PathBuf::from("crash disk"),
             disk: Arc::new(self.disk.clone()),
             catalog: Box::new(self.kv.clone()),
         };
         let options = StoreOptions { open_chunks_max: Some(2), ..StoreOptions::default() };
-        let (store, copysets) = ChunkStore::open_parts(parts, options, &identity())?;
+        let (store, opened) = ChunkStore::open_parts(parts, options, &identity())?;
         self.store = Some(store);
-        Ok(copysets.first().map_or(0, |record| usize::try_from(record.applied).unwrap()))
+        let other = opened.copysets.iter().find(|record| record.copyset == OTHER);
+        assert!(other.is_none_or(|record| record.applied <= self.other));
+        for tag in other.map_or(0, |record| record.applied)..self.other {
+            self.apply_other(tag + 1);
+        }
+        Ok(opened)
+    }
+
+    fn apply_other(&mut self, tag: u64) {
+        let data: Vec<u8> = (0..SECTORS).flat_map(|sector| sector_bytes(tag, sector)).collect();
+        let sums = checksums(0, &data);
+        self.store.as_mut().unwrap().write(OTHER, OTHER_CHUNK, 0, Bytes::from(data), &sums);
+    }
+
+    pub fn write_other(&mut self) {
+        self.other += 1;
+        self.apply_other(self.other);
+    }
+
+    /// The whole of a replica, brought and installed; on an error it may be there after a crash, or not.
+    pub fn install(&mut self, ranges: Vec<(usize, usize, usize)>) -> Result<(), StageError> {
+        let change = Change::Install { ranges };
+        let mut contents = Contents::default_contents();
+        let tag = self.log.len() as u64 + 1;
+        change.on_model(tag, &mut contents);
+        let mut staging = self.store.as_ref().unwrap().stage(COPYSET);
+        self.log.push(change);
+        self.history.push(contents);
+        self.stage(&mut staging, &contents)?;
+        self.finish_install(staging, tag)
+    }
+
+    pub fn finish_install(&self, mut staging: Staging, applied: u64) -> Result<(), StageError> {
+        self.runtime.block_on(staging.finish())?;
+        let install = self.store.as_ref().unwrap().install(staging, record(COPYSET, applied));
+        Ok(self.runtime.block_on(install)?)
+    }
+
+    pub fn stage(&self, staging: &mut Staging, contents: &Contents) -> Result<(), StageError> {
+        for chunk in 0..CHUNKS {
+            for block in (0..SECTORS / 8).filter(|b| contents[chunk][b * 8..b * 8 + 8].iter().any(|t| *t > 0))
+            {
+                let data = Bytes::from(expected(contents, chunk, block));
+                let crcs = checksums(0, &data).to_vec();
+                let first = u16::try_from(FIRST_SECTOR / 8 + block).unwrap();
+                let extent = Extent::Data { first, data, crcs };
+                self.runtime.block_on(staging.put(chunk_key(chunk), vec![extent]))?;
+            }
+        }
+        Ok(())
+    }
+
+    pub fn wait<T>(&self, future: impl Future<Output = T>) -> T {
+        self.runtime.block_on(future)
+    }
+
+    /// The names of all chunk files.
+    pub fn files(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        for volume in self.disk.list("chunks".as_ref()).unwrap() {
+            for name in self.disk.list(format!("chunks/{volume}").as_ref()).unwrap() {
+                files.push(format!("{volume}/{name}"));
+            }
+        }
+        files.sort();
+        files
     }
 
     pub fn change(&mut self, change: Change) {
@@ -194,8 +309,8 @@ impl World {
 
     pub fn checkpoint_as_of(&mut self, applied: usize) -> Result<(), StoreError> {
         let applied = applied as u64;
-        let record = CopysetRecord { copyset: COPYSET, applied, state: Bytes::new(), created: Bytes::new() };
-        let done = self.store.as_mut().unwrap().begin_checkpoint(vec![record]);
+        let records = vec![record(COPYSET, applied), record(OTHER, self.other)];
+        let done = self.store.as_mut().unwrap().begin_checkpoint(records);
         self.is_ahead |= applied < self.log.len() as u64;
         let done = self.runtime.block_on(done)?;
         self.is_ahead &= done.applied.first().is_none_or(|(_, applied)| *applied < self.log.len() as u64);
@@ -204,9 +319,8 @@ impl World {
 
     /// Begins a checkpoint and leaves it: whatever follows happens while it drains.
     pub fn begin_checkpoint(&mut self) {
-        let applied = self.log.len() as u64;
-        let record = CopysetRecord { copyset: COPYSET, applied, state: Bytes::new(), created: Bytes::new() };
-        let mut done = Box::pin(self.store.as_mut().unwrap().begin_checkpoint(vec![record]));
+        let records = vec![record(COPYSET, self.log.len() as u64), record(OTHER, self.other)];
+        let mut done = Box::pin(self.store.as_mut().unwrap().begin_checkpoint(records));
         let _ = self.runtime.block_on(async { futures_poll_once(&mut done).await });
     }
 
@@ -222,7 +336,7 @@ impl World {
         let pairs = Arc::new(Mutex::new(self.kv.pairs.lock().unwrap().clone()));
         let kv = CrashKeyValue { pairs, disk: disk.clone(), lands: self.kv.lands };
         let found = Self::on(disk, kv, self.log.clone(), self.history.clone());
-        Self { is_ahead: self.is_ahead, ..found }
+        Self { is_ahead: self.is_ahead, other: self.other, ..found }
     }
 
     fn block(&self, chunk: usize, block: usize) -> Option<Bytes> {
@@ -232,8 +346,11 @@ impl World {
 
     /// `None`: unreadable. Everything else is checked against its checksums.
     pub fn read(&self, chunk: usize, offset: u32, len: u32) -> Option<Bytes> {
+        self.read_key(chunk_key(chunk), offset, len)
+    }
+
+    fn read_key(&self, key: ChunkKey, offset: u32, len: u32) -> Option<Bytes> {
         let store = self.store.as_ref().unwrap();
-        let key = chunk_key(chunk);
         let read = match store.try_read(key, offset, len) {
             Ok(Some(read)) => read,
             Ok(None) => self.runtime.block_on(store.read(key, offset, len)).ok()?,
@@ -284,6 +401,13 @@ impl World {
             let all: Vec<u8> = (from..until).flat_map(|s| sector_bytes(now[chunk][s], s)).collect();
             assert!(self.read(chunk, offset, len).expect("readable") == all, "chunk {chunk} in one piece");
         }
+        self.check_other();
+    }
+
+    pub fn check_other(&self) {
+        let all: Vec<u8> = (0..SECTORS).flat_map(|sector| sector_bytes(self.other, sector)).collect();
+        let found = self.read_key(OTHER_CHUNK, 0, u32::try_from(all.len()).unwrap()).expect("readable");
+        assert!(found == all, "the other replica is not what it was");
     }
 }
 

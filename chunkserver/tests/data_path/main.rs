@@ -43,13 +43,16 @@ impl Running {
             identity,
             store: StoreOptions::default(),
             log_file_mib: 8,
+            log_retain_mib: 64,
+            trash_delay_ms: 0,
             listener,
             addresses: Addresses::open(dir),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let (handle, thread) = runtime.block_on(shard::start(options)).expect("the shard starts");
         let members = vec![(ReplicaId(11), ME)];
-        let created = Created { replica: ReplicaId(11), first_leader: ReplicaId(11), members };
+        let created =
+            Created { replica: ReplicaId(11), first_leader: ReplicaId(11), members, joining: false };
         handle.send(ToShard::Host { copyset: COPYSET, created });
         Self { handle, thread: Some(thread), address }
     }
