@@ -37,6 +37,7 @@ pub mod split;
 
 mod admit;
 mod answers;
+mod mds;
 mod sending;
 #[cfg(test)]
 mod tests;
