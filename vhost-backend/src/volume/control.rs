@@ -22,6 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use evolute_daemon::in_one_line;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{SegmentIndex, VolumeId};
 use evolute_protocol::rpc::{
@@ -445,7 +446,7 @@ impl Controller {
         let mut told = false;
         while let Err(error) = state.save(known) {
             if !told {
-                error!("{}: I/O that needs this waits: {}", known.name, chain(&error));
+                error!("{}: I/O that needs this waits: {}", known.name, in_one_line(&error));
                 told = true;
             }
             tokio::time::sleep(AGAIN_AFTER).await;
@@ -567,7 +568,7 @@ impl Controller {
             Ok(_) => {
                 *self.known.borrow_mut() = None;
                 if let Some(Err(error)) = self.state.as_ref().map(StateFile::forget) {
-                    warn!("{}", chain(&error));
+                    warn!("{}", in_one_line(&error));
                 }
                 true
             }
@@ -577,15 +578,4 @@ impl Controller {
             }
         }
     }
-}
-
-/// An error with its causes, on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }
