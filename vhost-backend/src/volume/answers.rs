@@ -199,6 +199,8 @@ impl Volume {
         jitter: u32,
     ) -> Standing {
         let route = &self.routing[index];
+        let hint_is_self = matches!(trouble, Trouble::Refused(Refusal::NotLeader { leader: Some(leader) })
+            if leader == self.peers[peer].id);
         let hint_usable = match trouble {
             Trouble::Refused(Refusal::NotLeader { leader: Some(leader) }) => self
                 .member(index, leader)
@@ -210,6 +212,7 @@ impl Volume {
             searching: route.searching(self.now),
             redirects: route.redirects,
             hint_usable,
+            hint_is_self,
             setbacks: route.setbacks,
             failures,
             jitter,

@@ -110,6 +110,7 @@ impl Volume {
             searching: self.routing[index].searching(self.now),
             redirects: 0,
             hint_usable: false,
+            hint_is_self: false,
             setbacks: 0,
             failures: 0,
             jitter: 0,
