@@ -8,7 +8,7 @@
 //!                       ▲                   │
 //!  server ◀──Reply──────┘◀──── apply.rs ◀───┘ committed
 //!                                 └──────────────▶ chunk_store
-//!  server ──Read───▶ read.rs ──▶ chunk_store
+//!  server ──Read───▶ read.rs ──▶ chunk_store      (a follower, too: ReadAtLeast)
 //! ```
 //!
 //! What always holds:
@@ -71,6 +71,8 @@ pub struct Copyset {
     store: Rc<RefCell<ChunkStore>>,
     waiting: RefCell<Waiting>,
     entries_in_flight: Cell<usize>,
+    /// Below this index the chunks may be ahead of what is applied; `None`: not known yet ([`read`]).
+    consistent_from: Cell<Option<u64>>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
 }
@@ -91,6 +93,7 @@ impl Copyset {
             store,
             waiting: RefCell::default(),
             entries_in_flight: Cell::new(0),
+            consistent_from: Cell::new(None),
             frozen: RefCell::default(),
         }
     }
@@ -124,6 +127,7 @@ impl Copyset {
             Request::WriteZeroes(zeroes) => self.change(Change::WriteZeroes(zeroes), caller),
             Request::Fence(fence) => self.change(Change::Fence(fence), caller),
             Request::Read(read) => self.read(read, caller),
+            Request::ReadAtLeast(ask) => self.read_at_least(ask, caller),
             Request::ChunkInfo(ask) => self.chunk_info(ask, &caller),
         }
     }

@@ -16,6 +16,9 @@ use crate::backing::Failure;
 pub const WAIT_MIN: Duration = Duration::from_millis(5);
 /// The longest wait, so that a cluster that comes back is noticed within a fifth of a second.
 pub const WAIT_MAX: Duration = Duration::from_millis(200);
+/// How often in a row one is asked again that says it leads and does not serve yet: an entry of its own term must be
+/// on a majority first, a matter of milliseconds.
+pub const NEARLY_MAX: u32 = 20;
 /// Hints followed without a pause. Two replicas may each believe the other leads.
 pub const REDIRECTS_MAX: u32 = 3;
 /// How often bytes are asked for that nobody could vouch for. A replica being repaired needs a moment.
@@ -49,6 +52,8 @@ pub struct Standing {
     pub redirects: u32,
     /// Whether the chunkserver named by a hint is one we can talk to now, or may try.
     pub hint_usable: bool,
+    /// The one that refused names itself: it has been elected and does not serve yet.
+    pub hint_is_self: bool,
     /// Refusals in a row that asked for patience (`Busy`, `NotFenced`), without anything succeeding between them.
     pub setbacks: u32,
     /// How often this very request's data was refused or came damaged.
@@ -96,7 +101,11 @@ fn after_refusal(refusal: Refusal, now: &Standing) -> Move {
         Refusal::NotLeader { leader: Some(leader) } if now.hint_usable && now.redirects < REDIRECTS_MAX => {
             Move::Follow(leader)
         }
-        Refusal::NotLeader { .. } => Move::Search { after: search_wait(now) },
+        Refusal::NotLeader { .. } if now.hint_is_self && now.setbacks < NEARLY_MAX => {
+            Move::Pause { after: jittered(WAIT_MIN, now.jitter) }
+        }
+        // Only a follower is asked what it may be behind for; from a leader it is nonsense.
+        Refusal::NotLeader { .. } | Refusal::Behind { .. } => Move::Search { after: search_wait(now) },
         Refusal::Fenced { current } if current > now.epoch => Move::Stop { current },
         // A replica that lost its memory of us, or nonsense: either way our fence settles it.
         Refusal::Fenced { .. } | Refusal::NotFenced => Move::Fence { after: patience(now) },
@@ -116,10 +125,10 @@ fn again(now: &Standing, max: u32) -> Move {
     Move::Again { after: jittered(wait, now.jitter) }
 }
 
-/// Grows with the time it already took: an eighth of it, so that finding the new leader never adds more than that to
+/// Grows with the time it already took: a sixteenth of it, so that finding the new leader never adds more than that to
 /// an election, and a long outage costs few requests.
 fn search_wait(now: &Standing) -> Duration {
-    jittered((now.searching / 8).clamp(WAIT_MIN, WAIT_MAX), now.jitter)
+    jittered((now.searching / 16).clamp(WAIT_MIN, WAIT_MAX), now.jitter)
 }
 
 /// Nothing at first, then longer with each setback.
@@ -150,7 +159,8 @@ mod tests {
     use evolute_protocol::wire::reply::Refusal;
 
     use super::{
-        DAMAGED_MAX, Move, REDIRECTS_MAX, Standing, Trouble, UNREADABLE_MAX, WAIT_MAX, WAIT_MIN, next_move,
+        DAMAGED_MAX, Move, NEARLY_MAX, REDIRECTS_MAX, Standing, Trouble, UNREADABLE_MAX, WAIT_MAX, WAIT_MIN,
+        next_move,
     };
     use crate::backing::Failure;
 
@@ -162,6 +172,7 @@ mod tests {
             searching: Duration::ZERO,
             redirects: 0,
             hint_usable: true,
+            hint_is_self: false,
             setbacks: 0,
             failures: 0,
             jitter: 0,
@@ -181,6 +192,8 @@ mod tests {
         let s = standing();
         let bounced = Standing { redirects: REDIRECTS_MAX, ..s };
         let unusable = Standing { hint_usable: false, ..s };
+        let itself = Standing { hint_usable: false, hint_is_self: true, ..s };
+        let itself_for_long = Standing { setbacks: NEARLY_MAX, ..itself };
         let late = Standing { searching: Duration::from_secs(60), ..s };
         let second = Standing { setbacks: 1, failures: 1, ..s };
         let worn = Standing { failures: UNREADABLE_MAX, ..s };
@@ -188,8 +201,11 @@ mod tests {
         let table = [
             (Trouble::Refused(hint), s, Move::Follow(three)),
             (Trouble::Refused(hint), bounced, Move::Search { after: WAIT_MIN }),
+            (Trouble::Refused(hint), itself, Move::Pause { after: WAIT_MIN }),
+            (Trouble::Refused(hint), itself_for_long, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(hint), unusable, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(Refusal::NotLeader { leader: None }), s, Move::Search { after: WAIT_MIN }),
+            (Trouble::Refused(Refusal::Behind { applied: 3 }), s, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(Refusal::NotLeader { leader: None }), late, Move::Search { after: WAIT_MAX }),
             (Trouble::Refused(Refusal::Fenced { current: newer }), s, Move::Stop { current: newer }),
             (Trouble::Refused(Refusal::Fenced { current: OURS }), s, Move::Fence { after: Duration::ZERO }),
@@ -226,7 +242,7 @@ mod tests {
         }
         assert_eq!(last, WAIT_MAX);
         for jitter in [1, 500, 1023, u32::MAX] {
-            let now = Standing { jitter, searching: Duration::from_secs(1), ..standing() };
+            let now = Standing { jitter, searching: Duration::from_secs(2), ..standing() };
             let Move::Search { after } = refused(Refusal::NotLeader { leader: None }, &now) else {
                 panic!("no leader means search");
             };
