@@ -24,3 +24,4 @@ pub mod driver;
 pub mod history;
 pub mod random;
 pub mod register;
+pub mod supervisor;

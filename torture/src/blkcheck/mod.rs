@@ -44,7 +44,9 @@ pub struct Progress {
 enum Command {
     /// End the round now: drain, read everything, check.
     Round,
-    /// Make no new requests and end, without a last round.
+    /// The same, and then the end.
+    Finish,
+    /// End at once, whatever is under way.
     Stop,
 }
 
@@ -91,8 +93,15 @@ impl Handle {
         self.thread.is_finished()
     }
 
-    /// Ends it and gives everything it found. Requests under way are not waited for.
+    /// Ends it with a last complete check and gives everything it found.
     pub fn finish(self) -> Result<Report, DriverError> {
+        // A run that has ended already hears nothing and has its report.
+        let _ = self.commands.send(Command::Finish);
+        self.join()
+    }
+
+    /// Ends it at once. What was answered until then is checked; the report is never a pass.
+    pub fn abort(self) -> Result<Report, DriverError> {
         let _ = self.commands.send(Command::Stop);
         self.join()
     }

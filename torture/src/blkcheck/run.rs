@@ -153,6 +153,7 @@ impl Run {
                     self.phase = Phase::Pass { next: 0 };
                 }
                 Ok(Command::Round) => {}
+                Ok(Command::Finish) => self.stop_after = true,
                 Ok(Command::Stop) => self.phase = Phase::Ended,
                 Err(_) => return,
             }
