@@ -9,6 +9,9 @@ export CARGO_TARGET_DIR ?= $(HOME)/.cache/evolute/target
 export CARGO_TERM_PROGRESS_WHEN ?= auto
 
 OUT ?=
+DURATION ?= 120
+SEED ?= 1
+FAULTS ?= all
 QUICK ?=
 RUN := $(CARGO_TARGET_DIR)/evolute-run
 STEP := .ci/step
@@ -17,7 +20,7 @@ SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench guest-tests images deps build mutants
+.PHONY: help demo test verify fix bench torture guest-tests images deps build mutants
 
 help:
 	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
@@ -25,6 +28,7 @@ help:
 	@echo 'make verify       only looks: format, clippy, tests, docs and their links, licences'
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
+	@echo 'make torture      breaks a real cluster and checks every answer; DURATION=seconds SEED=n FAULTS=list (needs root)'
 	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 two minutes'
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
@@ -91,3 +95,7 @@ bench: deps
 
 mutants:
 	@.ci/mutants $(M)
+
+torture: deps
+	@$(STEP) 'programs' $(BINARIES)
+	@$(STEP) 'torture' $(CARGO_TARGET_DIR)/release/torture --duration $(DURATION) --seed $(SEED) --faults $(FAULTS) $(if $(OUT),--json $(OUT))

@@ -1,0 +1,251 @@
+//! The cluster: an MDS, chunkservers in zones of their own, a backend; and what the control plane says about them.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::disk::Disk;
+use super::network::{Network, Place};
+use super::options::Options;
+use super::process::{Process, enter, run};
+
+const PORT: u16 = 7700;
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const VOLUME: &str = "disk";
+/// How often the control plane is asked.
+const LOOK_EVERY: Duration = Duration::from_millis(300);
+
+/// What the control plane said last.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// Copysets led, by chunkserver as we count.
+    pub led: Vec<u64>,
+    pub is_whole: bool,
+    pub words: String,
+    pub leader_changes: u64,
+    pub looks: u64,
+}
+
+pub struct Cluster {
+    pub mds: Process,
+    pub backend: Process,
+    pub chunkservers: Vec<Process>,
+    pub disks: Vec<Disk>,
+    pub socket: PathBuf,
+    watcher: Option<Watcher>,
+    pub network: Network,
+}
+
+impl Cluster {
+    pub fn start(options: &Options, folder: &Path, with_images: bool) -> Result<Self> {
+        let programs = match &options.programs {
+            Some(programs) => programs.clone(),
+            None => std::env::current_exe()?.parent().context("a program is in a folder")?.to_owned(),
+        };
+        let network = Network::new(options.chunkservers)?;
+        let mds_address = SocketAddr::from((network.address(Place::Mds), PORT)).to_string();
+        let process = |name: &str, program: &str, place, words: &str| {
+            let arguments: Vec<OsString> = words.split_whitespace().map(OsString::from).collect();
+            Process::new(name, programs.join(program), arguments, folder, Some(network.namespace(place)))
+        };
+        let dir = |name: &str| folder.join(name).display().to_string();
+        let mds = process(
+            "mds",
+            "evolute-mds",
+            Place::Mds,
+            &format!("--data-dir {} --listen {mds_address} --report-interval-s 0.5", dir("mds")),
+        );
+        let socket = folder.join("disk.sock");
+        let backend = process(
+            "backend",
+            "evolute-vhost",
+            Place::Backend,
+            &format!(
+                "--socket-path {} --volume {VOLUME} --mds {mds_address} --queues 4 --state-dir {}",
+                socket.display(),
+                dir("backend")
+            ),
+        );
+        let mut disks = Vec::new();
+        let mut chunkservers = Vec::new();
+        for index in 0..options.chunkservers {
+            let name = format!("chunkserver{index}");
+            let disk = if with_images {
+                Disk::image(&folder.join(&name), options.image_mib << 20, options.seed + index as u64)?
+            } else {
+                Disk::plain(&folder.join(&name))?
+            };
+            let words = format!(
+                "--data-dir {} --mds {mds_address} --listen {}:{PORT} --zone z{index} --server s{index} \
+                 --heartbeat-interval-s 1 --log-file-mib 16 --overlay-mib 32",
+                disk.data_dir().display(),
+                network.address(Place::Chunkserver(index))
+            );
+            disks.push(disk);
+            chunkservers.push(process(&name, "evolute-chunkserver", Place::Chunkserver(index), &words));
+        }
+        let evolute = Evolute { program: programs.join("evolute"), mds: mds_address, hub: network.hub() };
+        let mut cluster = Self { mds, backend, chunkservers, disks, socket, watcher: None, network };
+        cluster.mds.start()?;
+        cluster.mds.wait_ready(READY_WITHIN)?;
+        for chunkserver in &mut cluster.chunkservers {
+            chunkserver.start()?;
+            // In order, so that the ids the control plane gives are our counting plus one.
+            chunkserver.wait_ready(READY_WITHIN)?;
+        }
+        let size = format!("{}M", options.area_mib.next_multiple_of(1024).max(1024));
+        let deadline = Instant::now() + READY_WITHIN;
+        while let Err(error) = evolute.ask(&["volume", "create", VOLUME, "--size", &size]) {
+            if Instant::now() >= deadline {
+                return Err(error.context("cannot create the volume"));
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        cluster.backend.start()?;
+        cluster.backend.wait_ready(READY_WITHIN)?;
+        cluster.watcher = Some(Watcher::start(evolute, options.chunkservers)?);
+        Ok(cluster)
+    }
+
+    pub fn view(&self) -> View {
+        let watcher = self.watcher.as_ref().expect("started with the cluster");
+        watcher.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Waits until the control plane, asked after now, says that everything is well. Gives what it said at last.
+    pub fn wait_whole(&self, within: Duration) -> (bool, String) {
+        let (deadline, from) = (Instant::now() + within, self.view().looks);
+        loop {
+            let view = self.view();
+            if view.is_whole && view.looks > from + 1 {
+                return (true, view.words);
+            }
+            if Instant::now() >= deadline {
+                return (false, view.words);
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    pub fn processes(&mut self) -> impl Iterator<Item = &mut Process> {
+        [&mut self.mds, &mut self.backend].into_iter().chain(self.chunkservers.iter_mut())
+    }
+
+    /// In order, each held to a clean end. What was not clean.
+    pub fn stop(mut self) -> Vec<String> {
+        self.watcher = None;
+        let mut unclean = Vec::new();
+        let chunkservers = self.chunkservers.iter_mut();
+        for process in [&mut self.backend].into_iter().chain(chunkservers).chain([&mut self.mds]) {
+            match process.stop(Duration::from_secs(20)) {
+                Ok(status) if status.success() => {}
+                Ok(status) => unclean.push(format!("{} ended with {status}", process.name)),
+                Err(error) => unclean.push(format!("{error:#}")),
+            }
+        }
+        unclean
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // Processes before the disks under them.
+        self.watcher = None;
+        for process in self.processes() {
+            let _ = process.kill9();
+        }
+    }
+}
+
+/// The operator's tool.
+struct Evolute {
+    program: PathBuf,
+    mds: String,
+    hub: Arc<File>,
+}
+
+impl Evolute {
+    fn ask(&self, arguments: &[&str]) -> Result<Value> {
+        let mut command = Command::new(&self.program);
+        command.args(["--mds", &self.mds, "--timeout", "2", "--json"]).args(arguments);
+        enter(&mut command, Some(self.hub.clone()));
+        let answer = run(&mut command)?;
+        serde_json::from_str(&answer).context("the tool printed no JSON")
+    }
+}
+
+/// Asks the control plane again and again, on a thread of its own: it may be stopped, and then answers late.
+struct Watcher {
+    view: Arc<Mutex<View>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Watcher {
+    fn start(evolute: Evolute, chunkservers: usize) -> Result<Self> {
+        let view = Arc::new(Mutex::new(View { led: vec![0; chunkservers], ..View::default() }));
+        let stop = Arc::new(AtomicBool::new(false));
+        let (seen, stopped) = (view.clone(), stop.clone());
+        let thread = std::thread::Builder::new().name("watcher".into()).spawn(move || {
+            let mut leaders: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+            while !stopped.load(Ordering::Relaxed) {
+                let answer = evolute.ask(&["cluster", "status"]);
+                let mut view = seen.lock().unwrap_or_else(PoisonError::into_inner);
+                match answer.and_then(|status| look(&status, &mut leaders, &mut view)) {
+                    Ok(()) => {}
+                    Err(error) => {
+                        view.is_whole = false;
+                        view.words = format!("{error:#}");
+                    }
+                }
+                view.looks += 1;
+                drop(view);
+                std::thread::sleep(LOOK_EVERY);
+            }
+        })?;
+        Ok(Self { view, stop, thread: Some(thread) })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn look(status: &Value, leaders: &mut BTreeMap<u64, (u64, u64)>, view: &mut View) -> Result<()> {
+    let copysets = status["copysets"].as_array().context("no `copysets` in cluster status")?;
+    let servers = status["chunkservers"].as_array().context("no `chunkservers` in cluster status")?;
+    let online = servers.iter().filter(|server| server["online"] == true).count();
+    let mut led = vec![0; view.led.len()];
+    for copyset in copysets {
+        let (Some(id), Some(term)) = (copyset["id"].as_u64(), copyset["term"].as_u64()) else {
+            bail!("a copyset without id or term");
+        };
+        let Some(leader) = copyset["leader_chunkserver"].as_u64() else { continue };
+        if let Some(count) = usize::try_from(leader).ok().and_then(|id| led.get_mut(id.wrapping_sub(1))) {
+            *count += 1;
+        }
+        let known = leaders.insert(id, (leader, term));
+        if known.is_some_and(|known| known != (leader, term)) {
+            view.leader_changes += 1;
+        }
+    }
+    view.led = led;
+    view.is_whole = status["health"] == "ok" && online == view.led.len();
+    view.words = format!("health {}, {online} online, {}", status["health"], status["reasons"]);
+    Ok(())
+}

@@ -1,0 +1,160 @@
+//! What can happen, by name.
+
+use std::fmt;
+
+use serde::{Serialize, Serializer};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Fault {
+    KillLeader,
+    KillFollower,
+    KillChunkservers,
+    KillMds,
+    KillBackend,
+    KillEverything,
+    StopLeader,
+    StopFollower,
+    StopMds,
+    StopBackend,
+    RestartChunkserver,
+    RestartMds,
+    RestartBackend,
+    CutLeader,
+    CutOneWay,
+    CutBridge,
+    IsolateLeader,
+    CutClient,
+    PowerOne,
+    PowerAll,
+    SlowDisk,
+    FailingSync,
+    FullDisk,
+}
+
+/// Name, group, what it does. The order is the order of reports.
+const ALL: [(Fault, &str, &str, &str); 23] = [
+    (Fault::KillLeader, "kill-leader", "kills", "kill -9 of the chunkserver that leads most copysets"),
+    (Fault::KillFollower, "kill-follower", "kills", "kill -9 of the one that leads fewest"),
+    (Fault::KillChunkservers, "kill-chunkservers", "kills", "kill -9 of all chunkservers at one moment"),
+    (Fault::KillMds, "kill-mds", "kills", "kill -9 of the control plane"),
+    (Fault::KillBackend, "kill-backend", "kills", "kill -9 of the backend, requests under way"),
+    (Fault::KillEverything, "kill-everything", "kills", "kill -9 of all of them at one moment"),
+    (Fault::StopLeader, "stop-leader", "stops", "SIGSTOP of the leader, 0.1 to 10 s"),
+    (Fault::StopFollower, "stop-follower", "stops", "SIGSTOP of a follower, 0.1 to 10 s"),
+    (Fault::StopMds, "stop-mds", "stops", "SIGSTOP of the control plane, 0.1 to 10 s"),
+    (Fault::StopBackend, "stop-backend", "stops", "SIGSTOP of the backend, 0.1 to 10 s"),
+    (Fault::RestartChunkserver, "restart-chunkserver", "restarts", "SIGTERM, clean end, start"),
+    (Fault::RestartMds, "restart-mds", "restarts", "the same for the control plane"),
+    (Fault::RestartBackend, "restart-backend", "restarts", "the same for the backend, requests under way"),
+    (
+        Fault::CutLeader,
+        "cut-leader",
+        "partitions",
+        "the leader's cable is pulled: nobody hears it, it hears nobody",
+    ),
+    (
+        Fault::CutOneWay,
+        "cut-one-way",
+        "partitions",
+        "a chunkserver hears everybody and nobody hears it, or the reverse",
+    ),
+    (
+        Fault::CutBridge,
+        "cut-bridge",
+        "partitions",
+        "two chunkservers do not hear each other; the third hears both",
+    ),
+    (
+        Fault::IsolateLeader,
+        "isolate-leader",
+        "partitions",
+        "the leader hears only the backend and the control plane",
+    ),
+    (Fault::CutClient, "cut-client", "partitions", "the backend and the leader do not hear each other"),
+    (Fault::PowerOne, "power-one", "power", "power cut of one chunkserver: unsynced sectors lost or torn"),
+    (Fault::PowerAll, "power-all", "power", "power cut of all chunkservers at one moment"),
+    (Fault::SlowDisk, "slow-disk", "disks", "a chunkserver's disk does 20 operations a second"),
+    (
+        Fault::FailingSync,
+        "failing-sync",
+        "disks",
+        "a chunkserver's disk fails flushes; then the process is started again",
+    ),
+    (Fault::FullDisk, "full-disk", "disks", "a chunkserver's file system has no room"),
+];
+
+impl Fault {
+    pub fn name(self) -> &'static str {
+        self.row().1
+    }
+
+    fn row(self) -> &'static (Fault, &'static str, &'static str, &'static str) {
+        ALL.iter().find(|row| row.0 == self).expect("the table has all of them")
+    }
+
+    pub fn needs_networks(self) -> bool {
+        self.row().2 == "partitions"
+    }
+
+    pub fn needs_images(self) -> bool {
+        matches!(self.row().2, "power" | "disks")
+    }
+
+    /// Names, groups, `all`, separated by commas; a leading `-` takes away.
+    pub fn parse_list(text: &str) -> Result<Vec<Fault>, String> {
+        let mut chosen: Vec<Fault> = Vec::new();
+        for word in text.split(',').map(str::trim).filter(|word| !word.is_empty()) {
+            let (remove, word) = word.strip_prefix('-').map_or((false, word), |rest| (true, rest));
+            let named: Vec<Fault> = ALL
+                .iter()
+                .filter(|(_, name, group, _)| word == "all" || word == *name || word == *group)
+                .map(|row| row.0)
+                .collect();
+            if named.is_empty() {
+                return Err(format!("{word:?} is no fault and no group; see --help"));
+            }
+            chosen.retain(|fault| !named.contains(fault));
+            if !remove {
+                chosen.extend(named);
+            }
+        }
+        chosen.sort_unstable();
+        Ok(chosen)
+    }
+
+    /// For `--help`.
+    pub fn table() -> String {
+        let mut lines = String::from("Faults and their groups:\n");
+        for (_, name, group, words) in ALL {
+            lines.push_str(&format!("  {name:<20} {group:<11} {words}\n"));
+        }
+        lines
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Serialize for Fault {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ALL, Fault};
+
+    #[test]
+    fn a_list_names_faults_groups_and_exceptions() {
+        assert_eq!(Fault::parse_list("all").map(|all| all.len()), Ok(ALL.len()));
+        let kills = Fault::parse_list("kills,-kill-mds").expect("a list");
+        assert_eq!(kills.len(), 5);
+        assert!(!kills.contains(&Fault::KillMds));
+        assert_eq!(Fault::parse_list("power-one, power-one"), Ok(vec![Fault::PowerOne]));
+        assert!(Fault::parse_list("kill-leeder").expect_err("a slip").contains("kill-leeder"));
+    }
+}

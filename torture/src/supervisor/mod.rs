@@ -1,0 +1,26 @@
+//! A cluster of real processes, broken by a seed under a checked load.
+//!
+//! ```text
+//!  schedule (seed) ─▶ inject ─▶ … ─▶ heal      every --round: heal all ─▶ wait whole ─▶ check all ─▶ go on
+//!                        │                      at the end: the same, and once more without each chunkserver in turn
+//!                        ▼
+//!   processes, networks, disks                 the load goes on all the time, on its own thread
+//! ```
+//!
+//! What always holds: nothing inside the programs helps with a fault; every fault is recorded with the moment it began
+//! and was healed, on the load's clock; a fault that was listed and did not happen makes the result unknown; whatever
+//! was started, mounted or made is taken away, except the folder of a failed run.
+//!
+//! Start at [`supervise::run`].
+
+mod active;
+mod cluster;
+mod disk;
+pub mod fault;
+mod image;
+mod network;
+pub mod options;
+mod process;
+mod replay;
+pub mod report;
+pub mod supervise;

@@ -1,0 +1,384 @@
+//! The run: start, break, heal, check; end clean.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::active::{self, Active, process};
+use super::cluster::Cluster;
+use super::fault::Fault;
+use super::network::Place;
+use super::options::Options;
+use super::process::State;
+use super::report::{Happened, Report, by_fault};
+use crate::blkcheck::report::Verdict;
+use crate::blkcheck::{self, Handle};
+use crate::random::Random;
+
+const TICK: Duration = Duration::from_millis(10);
+const PROGRESS_EVERY: Duration = Duration::from_secs(2);
+/// A healed cluster is whole again by then, or never.
+const WHOLE_WITHIN: Duration = Duration::from_secs(90);
+/// A drained and completely read area.
+const ROUND_WITHIN: Duration = Duration::from_secs(150);
+/// With power cuts everything written is kept in memory until the next cut of that disk.
+const RATE_MAX_WITH_IMAGES: u64 = 300;
+
+struct Run<'o> {
+    options: &'o Options,
+    listed: Vec<Fault>,
+    random: Random,
+    cluster: Cluster,
+    load: Handle,
+    stop: &'o AtomicBool,
+    active: Vec<Active>,
+    history: Vec<Happened>,
+    deck: Vec<Fault>,
+    failures: Vec<String>,
+    unknowns: Vec<String>,
+    said: Instant,
+    checks_without_one: usize,
+    led: Vec<bool>,
+}
+
+/// Does it all. An error is a run that could not be made; everything else is in the report.
+pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
+    let began = Instant::now();
+    let listed = Fault::parse_list(&options.faults).map_err(anyhow::Error::msg)?;
+    let with_images = listed.iter().any(|fault| fault.needs_images());
+    let folder = options.work.join(format!("evolute-torture-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let result = run_in(options, stop, &listed, with_images, &folder);
+    let mut report = match result {
+        Ok(report) => report,
+        Err(error) => {
+            return Err(error.context(format!("logs are kept in {}", folder.display())));
+        }
+    };
+    report.seconds = began.elapsed().as_secs_f64();
+    if options.keep || report.verdict == Verdict::Fail {
+        report.folder = Some(folder.display().to_string());
+    } else {
+        std::fs::remove_dir_all(&folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    Ok(report)
+}
+
+fn run_in(
+    options: &Options,
+    stop: &AtomicBool,
+    listed: &[Fault],
+    with_images: bool,
+    folder: &Path,
+) -> Result<Report> {
+    println!("starting a cluster in {}", folder.display());
+    let cluster = Cluster::start(options, folder, with_images)?;
+    let rate = match options.rate {
+        rate if with_images && (rate == 0 || rate > RATE_MAX_WITH_IMAGES) => RATE_MAX_WITH_IMAGES,
+        rate => rate,
+    };
+    let load = blkcheck::start(blkcheck::options::Options {
+        duration: 0,
+        seed: options.seed,
+        area_mib: options.area_mib,
+        rate,
+        round: 3600,
+        stall: ROUND_WITHIN.as_secs(),
+        ..blkcheck::options::Options::new(cluster.socket.clone())
+    })?;
+    let mut random = Random::new(options.seed);
+    let count = options.chunkservers;
+    let run = Run {
+        options,
+        listed: listed.to_vec(),
+        random: random.fork(),
+        cluster,
+        load,
+        stop,
+        active: Vec::new(),
+        history: Vec::new(),
+        deck: Vec::new(),
+        failures: Vec::new(),
+        unknowns: Vec::new(),
+        said: Instant::now(),
+        checks_without_one: 0,
+        led: vec![false; count],
+    };
+    run.go()
+}
+
+impl Run<'_> {
+    fn go(mut self) -> Result<Report> {
+        if self.settle("before the first fault") {
+            self.torment()?;
+            if self.settle("after the last fault") && !self.stop.load(Ordering::SeqCst) {
+                self.without_each()?;
+            }
+        }
+        let leader_changes = self.cluster.view().leader_changes;
+        let interrupted = self.stop.load(Ordering::SeqCst);
+        let load = match if interrupted { self.load.abort() } else { self.load.finish() } {
+            Ok(load) => Some(load),
+            Err(error) => {
+                self.failures.push(format!("the backend broke the protocol: {error}"));
+                None
+            }
+        };
+        self.failures.extend(self.cluster.stop());
+        if interrupted {
+            self.unknowns.push("it was ended early".to_owned());
+        }
+        let slow = load.as_ref().map_or(&[][..], |load| &load.slow);
+        let of = |fault: Fault| self.history.iter().filter(|one| one.fault == fault && one.happened).count();
+        let servers = self.options.chunkservers;
+        let mut report = Report {
+            verdict: Verdict::Unknown,
+            seed: self.options.seed,
+            seconds: 0.0,
+            faults: by_fault(&self.listed, &self.history, slow),
+            kills: of(Fault::KillLeader)
+                + of(Fault::KillFollower)
+                + of(Fault::KillMds)
+                + of(Fault::KillBackend)
+                + of(Fault::KillChunkservers) * servers
+                + of(Fault::KillEverything) * (servers + 2)
+                + self.checks_without_one,
+            power_cuts_one: of(Fault::PowerOne),
+            power_cuts_all: of(Fault::PowerAll),
+            leader_changes,
+            violations: 0,
+            failures: self.failures,
+            unknowns: self.unknowns,
+            checks_without_one: self.checks_without_one,
+            leaders_read_through: self.led.iter().filter(|&&led| led).count(),
+            load_average_at_end: load_average(),
+            load,
+            history: self.history,
+            folder: None,
+        };
+        report.settle_verdict();
+        Ok(report)
+    }
+
+    /// Faults until the time is over, a violation is found, or somebody wants us to end.
+    fn torment(&mut self) -> Result<()> {
+        let end = Instant::now() + Duration::from_secs(self.options.duration);
+        let mut next_fault = Instant::now();
+        let mut next_round = Instant::now() + Duration::from_secs(self.options.round);
+        while Instant::now() < end && !self.must_end() {
+            self.tick()?;
+            if Instant::now() >= next_round {
+                if !self.settle("at the end of a round") {
+                    return Ok(());
+                }
+                next_round = Instant::now() + Duration::from_secs(self.options.round);
+                next_fault = Instant::now();
+            }
+            if Instant::now() >= next_fault && self.active.len() < self.options.overlap {
+                let pause = self.options.every_ms;
+                next_fault = Instant::now() + Duration::from_millis(pause / 2 + self.random.below(pause));
+                self.break_something()?;
+            }
+            std::thread::sleep(TICK);
+        }
+        Ok(())
+    }
+
+    fn must_end(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+            || self.load.is_finished()
+            || self.load.progress.violations.load(Ordering::Relaxed) > 0
+    }
+
+    /// The next card of a shuffled deck of all that were listed, so that all happen even in a short run. What cannot
+    /// be done now is done as soon as it can.
+    fn break_something(&mut self) -> Result<()> {
+        if self.deck.is_empty() {
+            self.deck.clone_from(&self.listed);
+            for i in (1..self.deck.len()).rev() {
+                let other = self.random.index(i + 1);
+                self.deck.swap(i, other);
+            }
+        }
+        for i in (0..self.deck.len()).rev() {
+            let fault = self.deck[i];
+            let begun = active::begin(fault, &mut self.cluster, &self.active, &mut self.random)?;
+            if let Some(begun) = begun {
+                self.deck.remove(i);
+                self.tell(&format!("{fault}: {}", begun.detail));
+                self.active.push(begun);
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks after processes and heals what is due.
+    fn tick(&mut self) -> Result<()> {
+        self.look_after_processes()?;
+        let mut i = 0;
+        while i < self.active.len() {
+            if active::is_due(&self.active[i], &mut self.cluster) {
+                let over = self.active.swap_remove(i);
+                self.heal(over)?;
+            } else {
+                i += 1;
+            }
+        }
+        if self.said.elapsed() >= PROGRESS_EVERY {
+            self.tell("");
+        }
+        Ok(())
+    }
+
+    fn heal(&mut self, mut over: Active) -> Result<()> {
+        if let Some(failure) = active::heal(&mut over, &mut self.cluster)? {
+            self.fail(failure);
+        }
+        let since = |at: Instant| {
+            u64::try_from(at.saturating_duration_since(self.load.began).as_nanos()).expect("584 years")
+        };
+        if !over.happened {
+            // Nobody ran into it: once more.
+            self.deck.push(over.fault);
+        }
+        self.history.push(Happened {
+            fault: over.fault,
+            began_ns: since(over.began),
+            healed_ns: since(Instant::now()),
+            detail: over.detail,
+            happened: over.happened,
+        });
+        Ok(())
+    }
+
+    /// A program that ends without being asked to is a failure, except when its disk failed; it is started again.
+    fn look_after_processes(&mut self) -> Result<()> {
+        let count = self.cluster.chunkservers.len();
+        let places = [Place::Mds, Place::Backend].into_iter().chain((0..count).map(Place::Chunkserver));
+        for place in places {
+            let before = process(&mut self.cluster, place).state();
+            let Some(status) = process(&mut self.cluster, place).ended()? else { continue };
+            let name = process(&mut self.cluster, place).name.clone();
+            let excused = self.active.iter().any(|a| a.fault == Fault::FailingSync && a.holds(place));
+            if before == State::Stopping {
+                if !status.success() {
+                    self.fail(format!("{name} was asked to stop and ended with {status}"));
+                }
+                continue;
+            }
+            if excused {
+                continue;
+            }
+            let during: Vec<&str> = self.active.iter().map(|active| active.fault.name()).collect();
+            self.fail(format!("{name} ended by itself ({status}) during {during:?}"));
+            process(&mut self.cluster, place).start()?;
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, failure: String) {
+        self.tell(&format!("FAILURE: {failure}"));
+        // One that repeats itself says no more the tenth time.
+        if self.failures.len() < 50 {
+            self.failures.push(failure);
+        }
+    }
+
+    /// Heals everything, waits until the cluster is whole, and checks every sector.
+    fn settle(&mut self, when: &str) -> bool {
+        for over in std::mem::take(&mut self.active) {
+            // A program that was asked to stop gets its time.
+            while !active::is_due(&over, &mut self.cluster)
+                && over.places.iter().any(|&p| process(&mut self.cluster, p).state() == State::Stopping)
+            {
+                if self.look_after_processes().is_err() {
+                    break;
+                }
+                std::thread::sleep(TICK);
+            }
+            if let Err(error) = self.heal(over) {
+                self.unknowns.push(format!("a fault could not be healed: {error:#}"));
+                return false;
+            }
+        }
+        self.check_all(when, true)
+    }
+
+    fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
+        let (whole, words) = if must_be_whole { self.wait_whole() } else { (true, String::new()) };
+        if !whole {
+            self.fail(format!("the cluster is not whole {when}: {words}"));
+        }
+        if !self.load.round(ROUND_WITHIN) {
+            let hung = self.load.progress.hung.load(Ordering::SeqCst);
+            let what = if hung { "requests were not answered" } else { "the check did not end" };
+            self.fail(format!("{what} {when}, with everything healed"));
+            return false;
+        }
+        self.tell(&format!("every sector checked {when}"));
+        self.load.progress.violations.load(Ordering::Relaxed) == 0
+    }
+
+    /// As [`Cluster::wait_whole`], with an eye on processes that die meanwhile.
+    fn wait_whole(&mut self) -> (bool, String) {
+        let deadline = Instant::now() + WHOLE_WITHIN;
+        loop {
+            let (whole, words) = self.cluster.wait_whole(Duration::from_secs(1));
+            if whole || Instant::now() >= deadline || self.stop.load(Ordering::SeqCst) {
+                return (whole || self.stop.load(Ordering::SeqCst), words);
+            }
+            if let Err(error) = self.look_after_processes() {
+                return (false, format!("{error:#}"));
+            }
+        }
+    }
+
+    /// Every sector is read again while each chunkserver in turn is dead: every majority must have everything.
+    fn without_each(&mut self) -> Result<()> {
+        for index in 0..self.cluster.chunkservers.len() {
+            if self.must_end() {
+                return Ok(());
+            }
+            self.cluster.chunkservers[index].kill9()?;
+            let checked = self.check_all(&format!("without chunkserver {index}"), false);
+            for (led, count) in self.led.iter_mut().zip(self.cluster.view().led) {
+                *led |= count > 0;
+            }
+            self.cluster.chunkservers[index].start()?;
+            if !checked {
+                return Ok(());
+            }
+            self.checks_without_one += 1;
+            let (whole, words) = self.wait_whole();
+            if !whole {
+                self.fail(format!("the cluster is not whole after chunkserver {index} came back: {words}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, news: &str) {
+        self.said = Instant::now();
+        let progress = &self.load.progress;
+        let now: Vec<&str> = self.active.iter().map(|active| active.fault.name()).collect();
+        let view = self.cluster.view();
+        println!(
+            "{:7.1} s  acked {:>8}  under way {:>3}  faults {:>4}  leaders {:?}, {} changes  now [{}]  {news}",
+            self.load.began.elapsed().as_secs_f64(),
+            progress.acked_writes.load(Ordering::Relaxed),
+            progress.under_way.load(Ordering::Relaxed),
+            self.history.len(),
+            view.led,
+            view.leader_changes,
+            now.join(" "),
+        );
+    }
+}
+
+fn load_average() -> f64 {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    text.split(' ').next().and_then(|first| first.parse().ok()).unwrap_or(0.0)
+}
