@@ -361,14 +361,20 @@ impl Cluster {
 
     /// Waits until all of these processes hold the same, at the same position.
     pub fn equal(&self, these: &[usize]) {
-        eventually("all are equal", || {
-            let state = |at: &usize| {
-                let applied = self.process(*at).with_group(|group| group.applied());
-                (applied, self.process(*at).commands.lock().unwrap().clone())
-            };
+        let state = |at: &usize| {
+            let applied = self.process(*at).with_group(|group| group.applied());
+            (applied, self.process(*at).commands.lock().unwrap().clone())
+        };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
             let first = state(&these[0]);
-            these[1..].iter().all(|at| state(at) == first).then_some(())
-        });
+            if these[1..].iter().all(|at| state(at) == first) {
+                return;
+            }
+            let why = || these.iter().map(|&at| self.status(at)).collect::<Vec<_>>();
+            assert!(Instant::now() < deadline, "not equal: {:?}", why());
+            std::thread::sleep(Duration::from_millis(2));
+        }
     }
 
     pub fn role(&self, at: usize) -> Role {
