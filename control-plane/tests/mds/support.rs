@@ -332,20 +332,13 @@ impl Seen {
                 replica.leader_chunkserver = to.chunkserver;
                 replica.set_role(Role::Follower);
                 replica.term += 1;
+                agree(self.mds, replica);
             }
             order::What::ChangeMembers(change) => {
                 let replica = self.replicas.get_mut(&change.copyset).expect("its own replica");
                 assert_eq!(replica.role(), Role::Leader, "only leaders are told to change members");
                 change_members(replica, &change, self.stalls);
-                if let Some(mds) = self.mds {
-                    let mut groups = GROUPS.lock().expect("lock");
-                    let group = Group {
-                        members: replica.members.clone(),
-                        leader: replica.leader_chunkserver,
-                        term: replica.term,
-                    };
-                    groups.insert((mds, change.copyset), group);
-                }
+                agree(self.mds, replica);
             }
             order::What::RemoveReplica(remove) => {
                 if self.replicas.get(&remove.copyset).is_some_and(|mine| mine.replica == remove.replica) {
@@ -354,6 +347,13 @@ impl Seen {
             }
         }
     }
+}
+
+/// What this leader says is so for all members.
+fn agree(mds: Option<SocketAddr>, replica: &ReplicaReport) {
+    let (members, leader, term) = (replica.members.clone(), replica.leader_chunkserver, replica.term);
+    let mds = mds.expect("it talks to one");
+    GROUPS.lock().expect("lock").insert((mds, replica.copyset), Group { members, leader, term });
 }
 
 /// One step nearer to what was ordered: a learner first, then a voter in the place of another.
