@@ -18,6 +18,7 @@ const EXIT_STATUS: &str = "Exit status: 0 done · 1 failed · 2 wrong usage, siz
   evolute dev --dir /tmp/cluster --volume disk:10G     a whole cluster on this machine
   evolute volume create disk --size 10G
   evolute volume import debian.raw --name debian
+  evolute chunkserver retire 4 --wait                  before its machine goes away
   evolute --mds 10.0.0.1:7700,10.0.0.2:7700 cluster status --json
 
 {EXIT_STATUS}
@@ -47,6 +48,9 @@ pub enum Command {
     /// Create, list, show, delete and import volumes
     #[command(subcommand)]
     Volume(VolumeCommand),
+    /// List and show chunkservers; take them out of service and back
+    #[command(subcommand)]
+    Chunkserver(ChunkserverCommand),
     /// How the cluster is
     #[command(subcommand)]
     Cluster(ClusterCommand),
@@ -86,8 +90,55 @@ pub enum VolumeCommand {
 }
 
 #[derive(Debug, Subcommand)]
+#[command(after_help = "Examples:
+  evolute chunkserver list
+  evolute chunkserver show 4
+  evolute chunkserver retire 4 --wait      returns when it holds nothing any more and can be stopped
+  evolute chunkserver unretire 4           what has moved stays where it is")]
+pub enum ChunkserverCommand {
+    /// All chunkservers, with what they hold and how they are
+    #[command(visible_alias = "ls")]
+    List,
+    /// One chunkserver: its copysets, its integrity, what moves from and to it
+    #[command(after_help = "Example: evolute chunkserver show 4")]
+    Show {
+        /// Its number, as in `evolute chunkserver list`
+        #[arg(value_parser = chunkserver_id)]
+        id: u32,
+    },
+    /// Move every replica off a chunkserver, one after the other; each copyset keeps three all the time
+    #[command(after_help = "Examples:
+  evolute chunkserver retire 4
+  evolute chunkserver retire 4 --wait --json      one object per line: retiring, progress, empty")]
+    Retire {
+        /// Its number, as in `evolute chunkserver list`
+        #[arg(value_parser = chunkserver_id)]
+        id: u32,
+        /// Return when it is empty, and tell how far it is meanwhile
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Stop retiring it: it gets replicas again
+    #[command(after_help = "Example: evolute chunkserver unretire 4")]
+    Unretire {
+        /// Its number, as in `evolute chunkserver list`
+        #[arg(value_parser = chunkserver_id)]
+        id: u32,
+    },
+}
+
+/// `4`, or `chunkserver-4` as messages write it.
+fn chunkserver_id(text: &str) -> Result<u32, String> {
+    match text.strip_prefix("chunkserver-").unwrap_or(text).parse() {
+        Ok(id @ 1..) => Ok(id),
+        _ => Err("a chunkserver is named by its number, for instance 4".to_owned()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
 pub enum ClusterCommand {
-    /// Control plane, chunkservers, copysets with their health and why, volumes
+    /// Control plane, chunkservers, copysets with their health and why, repairs under way, volumes
+    #[command(after_help = "Example: evolute cluster status --json")]
     Status,
 }
 

@@ -1,13 +1,14 @@
 //! `evolute cluster status`: what there is, how it is, and why.
 
 use evolute_protocol::id::ClusterId;
-use evolute_protocol::rpc::{ChunkserverStatus, ClusterStatus, CopysetStatus, Health, MdsStatus, Role};
+use evolute_protocol::rpc::{ClusterStatus, CopysetStatus, Health, MdsStatus, Role};
 use serde::Serialize;
 
+use crate::chunkserver::{ChunkserverView, chunkserver_table};
 use crate::failure::Failure;
 use crate::mds::Mds;
-use crate::output::{Output, ago, table};
-use crate::size::human;
+use crate::output::{Output, table};
+use crate::repair::{RepairView, repair_table};
 use crate::volume::{VolumeView, volume_table};
 
 /// More copysets than this are shown to a person only when something is wrong with them.
@@ -28,6 +29,7 @@ pub struct StatusView {
     mds: Vec<MdsView>,
     chunkservers: Vec<ChunkserverView>,
     copysets: Vec<CopysetView>,
+    repairs: Vec<RepairView>,
     volumes: Vec<VolumeView>,
 }
 
@@ -37,24 +39,6 @@ struct MdsView {
     leader: bool,
     term: u64,
     applied_index: u64,
-    version: String,
-}
-
-#[derive(Debug, Serialize)]
-struct ChunkserverView {
-    id: u32,
-    address: String,
-    pool: String,
-    zone: String,
-    server: String,
-    online: bool,
-    last_report_ms_ago: u64,
-    capacity_bytes: u64,
-    used_bytes: u64,
-    free_bytes: u64,
-    replicas: u32,
-    leaders: u32,
-    trouble: Option<String>,
     version: String,
 }
 
@@ -116,6 +100,7 @@ impl From<ClusterStatus> for StatusView {
             mds: status.mds.into_iter().map(MdsView::from).collect(),
             chunkservers: status.chunkservers.into_iter().map(ChunkserverView::from).collect(),
             copysets: status.copysets.into_iter().map(CopysetView::from).collect(),
+            repairs: status.repairs.into_iter().map(RepairView::from).collect(),
             volumes: status.volumes.into_iter().map(VolumeView::from).collect(),
         }
     }
@@ -129,27 +114,6 @@ impl From<MdsStatus> for MdsView {
             term: mds.term,
             applied_index: mds.applied_index,
             version: mds.version,
-        }
-    }
-}
-
-impl From<ChunkserverStatus> for ChunkserverView {
-    fn from(c: ChunkserverStatus) -> Self {
-        Self {
-            id: c.id,
-            address: c.address,
-            pool: c.pool,
-            zone: c.zone,
-            server: c.server,
-            online: c.online,
-            last_report_ms_ago: c.last_report_ms_ago,
-            capacity_bytes: c.capacity_bytes,
-            used_bytes: c.used_bytes,
-            free_bytes: c.free_bytes,
-            replicas: c.replicas,
-            leaders: c.leaders,
-            trouble: unless_empty(c.trouble),
-            version: c.version,
         }
     }
 }
@@ -188,6 +152,7 @@ impl StatusView {
         parts.push(self.mds_words());
         parts.push(self.chunkserver_words());
         parts.push(self.copyset_words());
+        parts.extend(self.repair_words());
         parts.push(if self.volumes.is_empty() {
             "\nNo volumes.".to_owned()
         } else {
@@ -218,42 +183,14 @@ impl StatusView {
         if self.chunkservers.is_empty() {
             return "\nNo chunkservers have registered.".to_owned();
         }
-        let rows: Vec<Vec<String>> = self
-            .chunkservers
-            .iter()
-            .map(|c| {
-                let state = match (&c.trouble, c.online) {
-                    (_, false) => format!("offline, last heard {}", ago(c.last_report_ms_ago)),
-                    (Some(trouble), true) => trouble.clone(),
-                    (None, true) => "online".to_owned(),
-                };
-                vec![
-                    c.id.to_string(),
-                    c.address.clone(),
-                    c.zone.clone(),
-                    c.server.clone(),
-                    human(c.capacity_bytes),
-                    human(c.used_bytes),
-                    human(c.free_bytes),
-                    c.replicas.to_string(),
-                    c.leaders.to_string(),
-                    state,
-                ]
-            })
-            .collect();
-        let headings = [
-            ">ID",
-            "ADDRESS",
-            "ZONE",
-            "SERVER",
-            ">CAPACITY",
-            ">USED",
-            ">FREE",
-            ">REPLICAS",
-            ">LEADERS",
-            "STATE",
-        ];
-        format!("\nChunkservers\n{}", table(&headings, &rows))
+        format!("\nChunkservers\n{}", chunkserver_table(&self.chunkservers))
+    }
+
+    fn repair_words(&self) -> Option<String> {
+        if self.repairs.is_empty() {
+            return None;
+        }
+        Some(format!("\nReplicas that take another one's place\n{}", repair_table(&self.repairs)))
     }
 
     fn copyset_words(&self) -> String {

@@ -25,6 +25,11 @@ pub enum Failure {
     Uncertain { address: String, doing: &'static str, message: String },
     #[error("the control plane at {address} answered with an error of its own: {message}")]
     ControlPlane { address: String, message: String },
+    #[error("there is no chunkserver-{id}")]
+    NoChunkserver { id: u32 },
+    /// Somebody decided otherwise while we waited.
+    #[error("chunkserver-{id} does not retire any more")]
+    NotRetiring { id: u32 },
     #[error("{doing}: {source}")]
     Io { doing: String, source: io::Error },
     /// The image is not one that import reads.
@@ -56,10 +61,12 @@ impl Failure {
                 ErrorWord::NoPlacement => 7,
                 ErrorWord::WrongToken | ErrorWord::DuplicateChunkserver | ErrorWord::WrongCluster => 1,
             },
+            Self::NoChunkserver { .. } => 3,
             Self::Unreachable { .. } => 6,
             Self::Uncertain { .. } => 8,
             Self::Interrupted { .. } => 130,
             Self::ControlPlane { .. }
+            | Self::NotRetiring { .. }
             | Self::Io { .. }
             | Self::Volume { .. }
             | Self::Import { .. }
@@ -72,6 +79,8 @@ impl Failure {
         match self {
             Self::Usage { .. } | Self::Size(_) => "invalid",
             Self::Refused { word, .. } => word.as_str(),
+            Self::NoChunkserver { .. } => "not-found",
+            Self::NotRetiring { .. } => "not-retiring",
             Self::Unreachable { .. } => "unreachable",
             Self::Uncertain { .. } => "uncertain",
             Self::ControlPlane { .. } => "control-plane",
@@ -107,6 +116,12 @@ impl Failure {
                 ErrorWord::WrongCluster => "check --mds: this is another cluster",
                 ErrorWord::WrongToken | ErrorWord::DuplicateChunkserver => return None,
             },
+            Self::NoChunkserver { .. } => "`evolute chunkserver list` shows those that registered",
+            Self::NotRetiring { id } => {
+                return Some(format!(
+                    "somebody ran `evolute chunkserver unretire {id}`; ask before you retire it again"
+                ));
+            }
             Self::Unreachable { .. } => {
                 "is evolute-mds running there? Give its address by --mds or EVOLUTE_MDS; \
                  `evolute dev --dir DIR` starts a cluster on this machine"

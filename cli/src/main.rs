@@ -3,11 +3,11 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use evolute_cli::args::{Args, ClusterCommand, Command, VolumeCommand};
+use evolute_cli::args::{Args, ChunkserverCommand, ClusterCommand, Command, VolumeCommand};
 use evolute_cli::failure::Failure;
 use evolute_cli::mds::Mds;
 use evolute_cli::output::Output;
-use evolute_cli::{cluster, dev, import, volume};
+use evolute_cli::{chunkserver, cluster, dev, import, volume};
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -35,6 +35,16 @@ async fn run(args: Args, output: Output) -> Result<(), Failure> {
             volume::delete(&mut mds()?, output, name, force).await
         }
         Command::Volume(VolumeCommand::Import(wanted)) => import::run(mds()?, output, wanted).await,
+        Command::Chunkserver(ChunkserverCommand::List) => chunkserver::list(&mut mds()?, output).await,
+        Command::Chunkserver(ChunkserverCommand::Show { id }) => {
+            chunkserver::show(&mut mds()?, output, id).await
+        }
+        Command::Chunkserver(ChunkserverCommand::Retire { id, wait }) => {
+            chunkserver::retire(&mut mds()?, output, id, wait).await
+        }
+        Command::Chunkserver(ChunkserverCommand::Unretire { id }) => {
+            chunkserver::unretire(&mut mds()?, output, id).await
+        }
         Command::Cluster(ClusterCommand::Status) => cluster::status(&mut mds()?, output).await,
         Command::Dev(wanted) => dev::run(output, wanted).await,
     }

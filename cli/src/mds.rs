@@ -9,8 +9,8 @@ use std::time::Duration;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
-    ClusterStatus, CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, ListVolumesRequest,
-    ShowVolumeRequest, StatusRequest, Volume,
+    ClusterStatus, CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, ListVolumesRequest, RetireRequest,
+    RetireResponse, ShowVolumeRequest, StatusRequest, Volume,
 };
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::transport::{Channel, Endpoint};
@@ -107,6 +107,16 @@ impl Mds {
         self.call("show the cluster's status", Repeat::Harmless, |channel| async move {
             let client = ClusterClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             { client }.status(StatusRequest {}).await
+        })
+        .await
+    }
+
+    /// Said twice it changes nothing.
+    pub async fn retire(&mut self, chunkserver: u32, retiring: bool) -> Result<RetireResponse, Failure> {
+        let request = RetireRequest { chunkserver, retiring };
+        self.call("retire a chunkserver", Repeat::Harmless, |channel| async move {
+            let client = ClusterClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            { client }.retire(request).await
         })
         .await
     }

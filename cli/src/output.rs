@@ -111,11 +111,16 @@ pub fn time(unix_ms: u64) -> String {
 
 /// `3 s ago`, `2 h ago`.
 pub fn ago(ms: u64) -> String {
+    format!("{} ago", span(ms))
+}
+
+/// `3 s`, `2 h`.
+pub fn span(ms: u64) -> String {
     match ms / 1000 {
-        s @ 0..120 => format!("{s} s ago"),
-        s @ 120..7200 => format!("{} min ago", s / 60),
-        s @ 7200..172_800 => format!("{} h ago", s / 3600),
-        s => format!("{} days ago", s / 86_400),
+        s @ 0..120 => format!("{s} s"),
+        s @ 120..7200 => format!("{} min", s / 60),
+        s @ 7200..172_800 => format!("{} h", s / 3600),
+        s => format!("{} days", s / 86_400),
     }
 }
 

@@ -10,8 +10,10 @@ use evolute_protocol::geometry::GIB;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
 use evolute_protocol::rpc::{ChunkserverStatus, CopysetStatus, Health, ReplicaStatus, Role};
 
+use crate::config::Limits;
 use crate::heartbeat::reports::Reports;
 use crate::placement::room::is_near_full;
+use crate::scheduler::obstacles;
 use crate::state::copyset::REPLICAS;
 use crate::state::{Copyset, Replica, State};
 
@@ -27,8 +29,8 @@ pub struct Judged {
     pub copysets: Vec<CopysetStatus>,
 }
 
-pub fn judge(state: &State, reports: &Reports, now: Instant) -> Judged {
-    let sight = Sight { state, reports, now };
+pub fn judge(state: &State, reports: &Reports, limits: &Limits, now: Instant) -> Judged {
+    let sight = Sight { state, reports, limits, now };
     let copysets: Vec<_> = state.copysets().iter().map(|(&id, copyset)| sight.copyset(id, copyset)).collect();
     let chunkservers: Vec<_> =
         state.chunkservers().keys().map(|&id| sight.chunkserver(id, &copysets)).collect();
@@ -59,6 +61,7 @@ fn weight(health: Health) -> u8 {
 struct Sight<'a> {
     state: &'a State,
     reports: &'a Reports,
+    limits: &'a Limits,
     now: Instant,
 }
 
@@ -100,7 +103,11 @@ impl Sight<'_> {
         }
         let reported = self.reports.last(id).and_then(|report| report.replicas.get(&copyset));
         match reported {
-            Some(reported) if reported.replica == replica.id.0 => None,
+            Some(reported) if reported.replica == replica.id.0 && reported.failed.is_empty() => None,
+            Some(reported) if reported.replica == replica.id.0 => {
+                let why = format!("the replica on {} cannot go on: {}", self.name(id), reported.failed);
+                Some((Health::Degraded, why))
+            }
             Some(_) => Some((Health::Degraded, format!("{} has another replica of it", self.name(id)))),
             None if replica.created => {
                 Some((Health::Degraded, format!("{} has lost its replica", self.name(id))))
@@ -110,7 +117,7 @@ impl Sight<'_> {
     }
 
     fn copyset(&self, id: CopysetId, copyset: &Copyset) -> CopysetStatus {
-        let members = || copyset.replicas.iter().map(|replica| replica.chunkserver);
+        let members = || copyset.everyone().map(|replica| replica.chunkserver);
         let leader = self.reports.leader(id, members(), self.now);
         let last_index = leader
             .and_then(|leader| self.reports.online(leader.chunkserver, self.now)?.replicas.get(&id))
@@ -156,7 +163,11 @@ impl Sight<'_> {
         let missing: Vec<_> =
             copyset.replicas.iter().filter_map(|replica| self.missing(id, replica)).collect();
         let present = total - missing.len();
-        let why = missing.iter().map(|(_, why)| why.as_str()).collect::<Vec<_>>().join("; ");
+        let mut why = missing.iter().map(|(_, why)| why.as_str()).collect::<Vec<_>>().join("; ");
+        if let Some(pending) = copyset.pending.filter(|pending| !pending.over) {
+            let (new, on) = (pending.new.id, self.name(pending.new.chunkserver));
+            why = format!("{why}; {new} on {on} is taking the place of {}", pending.old);
+        }
         let sentence = format!("{id} has {present} of {total} replicas: {why}");
         let known = !missing.iter().any(|(health, _)| *health == Health::Unknown);
         if present <= total / 2 {
@@ -185,6 +196,8 @@ impl Sight<'_> {
     fn chunkserver(&self, id: ChunkserverId, copysets: &[CopysetStatus]) -> ChunkserverStatus {
         let chunkserver = &self.state.chunkservers()[&id];
         let last = self.reports.last(id);
+        let integrity = last.map(|report| report.integrity).unwrap_or_default();
+        let latency = last.map(|report| report.write_latency).unwrap_or_default();
         let count = |of: &dyn Fn(&CopysetStatus) -> bool| {
             u32::try_from(copysets.iter().filter(|copyset| of(copyset)).count()).unwrap_or(u32::MAX)
         };
@@ -206,8 +219,22 @@ impl Sight<'_> {
             trouble: last.map(|report| report.trouble.clone()).unwrap_or_default(),
             version: chunkserver.version.clone(),
             pool: chunkserver.pool.clone(),
-            ..ChunkserverStatus::default()
+            retiring: chunkserver.retiring,
+            scrubbed_bytes: integrity.scrubbed_bytes,
+            last_full_scrub_unix_ms: integrity.last_full_scrub_unix_ms,
+            bad_blocks_found: integrity.bad_blocks_found,
+            bad_blocks_repaired: integrity.bad_blocks_repaired,
+            write_latency_us_p50: latency.us_p50,
+            write_latency_us_p99: latency.us_p99,
         }
+    }
+
+    /// Why its replicas stay where they are, though they should not.
+    fn not_replaced(&self, id: ChunkserverId, retiring: bool) -> impl Iterator<Item = String> {
+        let silent = self.reports.silent_for(id, self.now).unwrap_or(self.reports.listening_for(self.now));
+        let due = retiring || (!self.online(id) && silent >= self.limits.repair_after);
+        let obstacles = due.then(|| obstacles::of(id, self.state, self.reports, self.limits, self.now));
+        obstacles.into_iter().flatten()
     }
 
     /// What is wrong beyond single copysets.
@@ -215,6 +242,7 @@ impl Sight<'_> {
         let mut found = Vec::new();
         let mut zones = BTreeSet::new();
         for (&id, chunkserver) in self.state.chunkservers() {
+            found.extend(self.not_replaced(id, chunkserver.retiring).map(|why| (Health::Degraded, why)));
             let Some(report) = self.reports.online(id, self.now) else { continue };
             zones.insert(chunkserver.zone.as_str());
             if !report.trouble.is_empty() {
@@ -228,6 +256,13 @@ impl Sight<'_> {
                     gib(report.free_bytes),
                     gib(report.capacity_bytes)
                 );
+                found.push((Health::Degraded, reason));
+            }
+            let bad = report.integrity;
+            if let Some(left) = bad.bad_blocks_found.checked_sub(bad.bad_blocks_repaired).filter(|n| *n > 0) {
+                let found_all = bad.bad_blocks_found;
+                let reason =
+                    format!("{} found {found_all} bad blocks and has yet to repair {left}", self.name(id));
                 found.push((Health::Degraded, reason));
             }
             for copyset in
@@ -259,6 +294,7 @@ fn gib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::{Judged, judge};
+    use crate::config::Limits;
     use crate::heartbeat::reports::Reports;
     use crate::scheduler::world::World;
     use evolute_protocol::id::{ChunkserverId, CopysetId};
@@ -268,7 +304,7 @@ mod tests {
     const LEADERS: [u32; 6] = [1, 2, 3, 1, 2, 3];
 
     fn judged(world: &World) -> Judged {
-        judge(&world.state, &world.reports, world.now)
+        judge(&world.state, &world.reports, &Limits::default(), world.now)
     }
 
     fn seconds(n: u64) -> Duration {

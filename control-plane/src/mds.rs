@@ -20,6 +20,7 @@ use tokio_stream::wrappers::TcpListenerStream;
 use crate::api;
 use crate::config::{Config, Limits};
 use crate::heartbeat::orders::Transfers;
+use crate::heartbeat::progress::Progress;
 use crate::heartbeat::reports::Reports;
 use crate::raft::data_dir::{DataDir, DataDirError};
 use crate::raft::{Replicated, StartError};
@@ -41,18 +42,24 @@ pub struct Mds {
     pub address: SocketAddr,
     reports: Mutex<Reports>,
     transfers: Mutex<Transfers>,
+    progress: Mutex<Progress>,
     /// Counts what the reports and the transfers brought.
     news: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
 }
 
 impl Mds {
-    /// Locked for moments only, never across an await; after the state, before the transfers.
+    /// Locked for moments only, never across an await; after the state, before the others.
     pub fn reports(&self) -> MutexGuard<'_, Reports> {
         self.reports.lock().expect("a panic ends the process")
     }
 
     /// As [`Mds::reports`], the last in the order.
+    pub fn progress(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().expect("a panic ends the process")
+    }
+
+    /// As [`Mds::reports`], after them and before the progress.
     pub fn transfers(&self) -> MutexGuard<'_, Transfers> {
         self.transfers.lock().expect("a panic ends the process")
     }
@@ -117,6 +124,7 @@ impl Server {
             address,
             reports: Mutex::new(Reports::new(config.report_interval, Instant::now())),
             transfers: Mutex::default(),
+            progress: Mutex::default(),
             news: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
         });

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::heartbeat::orders::Transfer;
+use crate::heartbeat::progress::Progress;
 use crate::mds::Mds;
 use crate::raft::NoOutcome;
 use crate::scheduler::leaders::LEFT_ALONE_INTERVALS;
@@ -26,6 +27,7 @@ pub async fn run(mds: Arc<Mds>) {
         }
         if let Err(NoOutcome::NotLeader) = turn(&mds).await {
             mds.transfers().clear();
+            *mds.progress() = Progress::default();
         }
     }
 }
@@ -41,6 +43,7 @@ async fn turn(mds: &Mds) -> Result<(), NoOutcome> {
             transfers.retain(|_, transfer| {
                 transfer.is_waiting(now) || now.saturating_duration_since(transfer.since) <= over
             });
+            mds.progress().look(state, &reports, now);
             scheduler::plan(state, &reports, &transfers, &mds.limits, now)
         })
         .await?;

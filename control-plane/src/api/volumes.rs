@@ -14,6 +14,7 @@ use evolute_protocol::rpc::{
 use tonic::{Request, Response, Status};
 
 use super::{Volumes, invalid, unexpected};
+use crate::heartbeat::group::Group;
 use crate::heartbeat::reports::Reports;
 use crate::mds::{Mds, unix_ms};
 use crate::placement::room::is_near_full;
@@ -171,10 +172,20 @@ fn route(id: CopysetId, copyset: &Copyset, state: &State, reports: &Reports, now
             .map(|c| c.address.clone())
             .unwrap_or_default(),
     };
-    let members = copyset.replicas.iter().map(|replica| replica.chunkserver);
+    let members = copyset.everyone().map(|replica| replica.chunkserver);
+    // Both while one replica takes another one's place: the new one may lead before this state has heard that it is a
+    // member. Not before the group knows it: it would only be asked in vain.
+    let joined = |replica: &&state::Replica| {
+        let known = copyset.replica(replica.id).is_some();
+        known || Group::of(id, copyset, reports, now).is_some_and(|group| group.member(replica.id).is_some())
+    };
+    let mut replicas: Vec<ReplicaRoute> = copyset.everyone().filter(joined).map(replica).collect();
+    // Replaced in its own place: one address.
+    replicas.sort_by_key(|replica| (replica.chunkserver, replica.replica));
+    replicas.dedup_by_key(|replica| replica.chunkserver);
     CopysetRoute {
         copyset: id.0,
-        replicas: copyset.replicas.iter().map(replica).collect(),
+        replicas,
         leader_chunkserver: reports.leader(id, members, now).map_or(0, |leader| leader.chunkserver.0),
     }
 }

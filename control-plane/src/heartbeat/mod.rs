@@ -10,4 +10,5 @@
 
 pub mod group;
 pub mod orders;
+pub mod progress;
 pub mod reports;

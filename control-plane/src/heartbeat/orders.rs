@@ -161,10 +161,15 @@ impl Transfer {
 mod tests {
     use super::{Transfer, Transfers, orders};
     use crate::scheduler::world::World;
-    use crate::state::Command;
-    use crate::state::command::{CreateVolume, CreatedReplica, DeleteVolume, ReplicasCreated};
+    use crate::state::command::{
+        BeginReplace, CancelReplace, CreateVolume, CreatedReplica, DeleteVolume, ReplaceUndone,
+        ReplicasCreated,
+    };
+    use crate::state::{Command, Reason};
     use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
-    use evolute_protocol::rpc::{DropVolume, TransferLeader, order};
+    use evolute_protocol::rpc::{
+        ChangeMembers, DropVolume, MemberReport, RemoveReplica, TransferLeader, order,
+    };
     use std::time::Duration;
 
     const ONE: ChunkserverId = ChunkserverId(1);
@@ -195,6 +200,42 @@ mod tests {
         world.apply(&Command::ReplicasCreated(ReplicasCreated { replicas })).expect("applied");
         world.report(ONE);
         assert_eq!(told(&world, ONE, &Transfers::new()), []);
+    }
+
+    /// Copyset 1 on 1 (leads), 2, 3; chunkserver 4 is to take the place of 3.
+    #[test]
+    fn a_new_replica_is_hosted_then_joins_and_goes_again_when_it_is_not_wanted() {
+        let mut world = World::with_three_chunkservers();
+        let four = world.register("z3");
+        let old = world.state.copysets()[&CopysetId(1)].replica_on(ChunkserverId(3)).expect("a member").id.0;
+        let (copyset, reason) = (1, Reason::Silent.into());
+        let begin = BeginReplace { copyset, old_replica: old, chunkserver: four.0, reason };
+        world.apply(&Command::BeginReplace(begin)).expect("begun");
+        let new = world.state.replicas_given();
+        world.lead(&[1, 2, 3, 1, 2, 3]);
+        let told_each = |world: &World| [ONE, four].map(|id| told(world, id, &Transfers::new()));
+
+        let [leader, joining] = told_each(&world);
+        let [order::What::CreateReplica(create)] = &joining[..] else { panic!("{joining:?}") };
+        assert!(create.joining && create.replica == new && create.members.iter().all(|m| m.replica != new));
+        assert_eq!(leader, [], "it is not there yet");
+        world.report_only(four, CopysetId(1), new);
+        let add = Some(MemberReport { replica: new, chunkserver: 4, matched_index: 0, voter: true });
+        let change = order::What::ChangeMembers(ChangeMembers { copyset, add, remove_replica: old });
+        assert_eq!(told_each(&world), [vec![change], vec![]]);
+
+        let cancel = CancelReplace { copyset, new_replica: new };
+        world.apply(&Command::CancelReplace(cancel)).expect("cancelled");
+        assert_eq!(told_each(&world), [vec![], vec![]], "nobody took it in; but it may be on the way");
+        world.apply(&Command::ReplaceUndone(ReplaceUndone { copyset, new_replica: new })).expect("undone");
+        let remove = order::What::RemoveReplica(RemoveReplica { copyset, replica: new });
+        assert_eq!(told_each(&world), [vec![], vec![remove]]);
+        // Nothing goes that somebody may still count on, or that we know nothing about.
+        for (copyset, replica, leader) in [(1, new, 0), (1, new + 1, 1), (99, new, 1), (1, 0, 1)] {
+            world.lead(&[leader, 2, 3, 1, 2, 3]);
+            world.report_only(four, CopysetId(copyset), replica);
+            assert_eq!(told(&world, four, &Transfers::new()), [], "{copyset} {replica} led by {leader}");
+        }
     }
 
     #[test]

@@ -69,6 +69,26 @@ pub struct Received {
     pub replicas: BTreeMap<CopysetId, ReplicaReport>,
     pub volumes: Vec<(VolumeId, CopysetId, u64)>,
     pub trouble: String,
+    pub integrity: Integrity,
+    /// Of one synced write of its log.
+    pub write_latency: Latency,
+}
+
+/// What a chunkserver has found out about its own data since it started.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Integrity {
+    pub scrubbed_bytes: u64,
+    /// 0: not yet.
+    pub last_full_scrub_unix_ms: u64,
+    pub bad_blocks_found: u64,
+    pub bad_blocks_repaired: u64,
+}
+
+/// 0: not known.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Latency {
+    pub us_p50: u64,
+    pub us_p99: u64,
 }
 
 /// The leader of a copyset, as it says itself or as its followers say.
@@ -235,7 +255,10 @@ impl From<Report> for Received {
             replicas: report
                 .replicas
                 .into_iter()
-                .map(|replica| (CopysetId(replica.copyset), replica))
+                .map(|mut replica| {
+                    replica.failed = replica.failed.chars().filter(plain).take(TROUBLE_CHARS_MAX).collect();
+                    (CopysetId(replica.copyset), replica)
+                })
                 .collect(),
             volumes: report
                 .volumes
@@ -243,6 +266,16 @@ impl From<Report> for Received {
                 .map(|used| (VolumeId(used.volume), CopysetId(used.copyset), used.used_bytes))
                 .collect(),
             trouble: report.trouble.chars().filter(plain).take(TROUBLE_CHARS_MAX).collect(),
+            integrity: Integrity {
+                scrubbed_bytes: report.scrubbed_bytes,
+                last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
+                bad_blocks_found: report.bad_blocks_found,
+                bad_blocks_repaired: report.bad_blocks_repaired,
+            },
+            write_latency: Latency {
+                us_p50: report.write_latency_us_p50,
+                us_p99: report.write_latency_us_p99,
+            },
         }
     }
 }

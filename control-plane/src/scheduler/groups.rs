@@ -171,7 +171,9 @@ impl Groups {
         self.steps(3);
         for step in 0..2000 {
             let quiet = self.decisions().is_empty()
-                && self.world.state.copysets().values().all(|copyset| copyset.pending.is_none())
+                && self.world.state.copysets().values().all(|copyset| {
+                    copyset.pending.is_none() && copyset.replicas.iter().all(|replica| replica.created)
+                })
                 && self.groups.values().all(|group| group.learners.is_empty() && group.joint.is_none());
             self.step();
             if quiet && self.strays().is_empty() && self.decisions().is_empty() {
@@ -376,7 +378,8 @@ impl Groups {
                 Some(add) => {
                     let (new, on) = (ReplicaId(add.replica), ChunkserverId(add.chunkserver));
                     let has = self.has(copyset, new, on).map_or(0, |hosted| hosted.has);
-                    if !group.learners.contains_key(&new) {
+                    let joins = !group.learners.contains_key(&new);
+                    if joins {
                         group.learners.insert(new, on);
                     } else if group.last - has <= CAUGHT_UP_WITHIN {
                         group.learners.remove(&new);

@@ -3,6 +3,7 @@
 //! - [`create`]: more copysets, when there are chunkservers for them.
 //! - [`confirm`]: what the reports show done, put into the state.
 //! - [`repair`]: replicas that are missing, or should be elsewhere, replaced.
+//! - [`obstacles`]: what keeps repair from what it should do, in words.
 //! - [`leaders`]: leaders spread evenly again.
 //!
 //! A decision only: the caller proposes it, so a leader that was deposed decides nothing. Run by `steward`.
@@ -10,6 +11,7 @@
 pub mod confirm;
 pub mod create;
 pub mod leaders;
+pub mod obstacles;
 pub mod repair;
 
 use std::time::Instant;
@@ -45,6 +47,6 @@ pub fn plan(
 }
 
 #[cfg(test)]
-mod groups;
+pub(crate) mod groups;
 #[cfg(test)]
 pub(crate) mod world;

@@ -110,6 +110,41 @@ pub fn condition(
     }
 }
 
+/// Why a replica could not be replaced now, whatever else is under way.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Hindrance {
+    SwitchedOff,
+    NoMajority,
+    /// All that could take it are in the zones of the other two.
+    NoPlace {
+        zones: BTreeSet<String>,
+    },
+}
+
+pub fn hindrance(
+    id: CopysetId,
+    copyset: &Copyset,
+    old: &Replica,
+    state: &State,
+    reports: &Reports,
+    limits: &Limits,
+    now: Instant,
+) -> Option<Hindrance> {
+    let sight = Sight { state, reports, limits, now };
+    if limits.repairs_max == 0 {
+        return Some(Hindrance::SwitchedOff);
+    }
+    let others = copyset.replicas.iter().filter(|replica| replica.id != old.id);
+    let well = others.filter(|replica| sight.condition(id, copyset, replica) == Condition::Well).count();
+    let Some(group) = sight.group(id, copyset).filter(|_| well > REPLICAS / 2) else {
+        return Some(Hindrance::NoMajority);
+    };
+    let (nothing, taken) = (Work::default(), sight.zones_beside(copyset, old.id));
+    let mut able = sight.able(&copyset.pool, &taken, group.says.data_bytes, &nothing);
+    let place = able.any(|(other, _)| other != old.chunkserver);
+    (!place).then(|| Hindrance::NoPlace { zones: taken.iter().map(|&zone| zone.to_owned()).collect() })
+}
+
 /// One replica that should be replaced, and can be.
 struct Want<'a> {
     id: CopysetId,
@@ -133,6 +168,7 @@ impl Want<'_> {
 }
 
 /// Replacements that have begun, or are about to.
+#[derive(Default)]
 struct Work {
     all: usize,
     of: BTreeMap<ChunkserverId, usize>,
@@ -144,8 +180,7 @@ struct Work {
 
 impl Work {
     fn under_way(sight: &Sight) -> Self {
-        let mut work =
-            Self { all: 0, of: BTreeMap::new(), coming: BTreeMap::new(), replicas: BTreeMap::new() };
+        let mut work = Self::default();
         for (&id, copyset) in sight.state.copysets() {
             let going = copyset.pending.filter(|pending| !pending.over).map(|pending| pending.old);
             for replica in copyset.replicas.iter().filter(|replica| Some(replica.id) != going) {
@@ -360,10 +395,10 @@ impl<'a> Sight<'a> {
     /// Chunkservers that can take a replica of so many bytes.
     fn able(
         &self,
-        pool: &'a str,
-        taken: &'a BTreeSet<&str>,
+        pool: &str,
+        taken: &BTreeSet<&str>,
         bytes: u64,
-        work: &'a Work,
+        work: &Work,
     ) -> impl Iterator<Item = (ChunkserverId, &'a Received)> {
         self.state.chunkservers().iter().filter_map(move |(&id, chunkserver)| {
             let report = self.settled(id)?;

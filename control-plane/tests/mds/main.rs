@@ -3,6 +3,7 @@
 mod bad_input;
 mod heartbeat;
 mod registration;
+mod repair;
 mod restart;
 mod support;
 mod volumes;

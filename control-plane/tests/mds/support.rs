@@ -41,6 +41,7 @@ pub struct Mds {
     pub server: Option<Server>,
     pub address: SocketAddr,
     interval: Duration,
+    limits: Limits,
 }
 
 impl Mds {
@@ -50,8 +51,12 @@ impl Mds {
     }
 
     pub async fn with_interval(interval: Duration) -> Self {
+        Self::with(interval, Limits::default()).await
+    }
+
+    pub async fn with(interval: Duration, limits: Limits) -> Self {
         let dir = tempfile::tempdir().expect("temp dir");
-        let mut this = Self { dir, server: None, address: ([127, 0, 0, 1], 0).into(), interval };
+        let mut this = Self { dir, server: None, address: ([127, 0, 0, 1], 0).into(), interval, limits };
         this.start_again().await;
         this
     }
@@ -61,7 +66,7 @@ impl Mds {
             data_dir: self.dir.path().join("mds"),
             listen: ([127, 0, 0, 1], 0).into(),
             report_interval: self.interval,
-            limits: Limits::default(),
+            limits: self.limits,
             ready_file: None,
         };
         let server = Server::start(&config).await.expect("it starts");
@@ -139,6 +144,17 @@ pub struct Chunkserver {
     pub instance: Vec<u8>,
     reports: mpsc::Sender<Report>,
     stream: JoinHandle<()>,
+    chatter: Option<JoinHandle<()>>,
+}
+
+/// What the Raft groups of the clusters of these tests agreed on, by control plane and copyset, once members changed.
+static GROUPS: Mutex<BTreeMap<(SocketAddr, u32), Group>> = Mutex::new(BTreeMap::new());
+
+#[derive(Clone)]
+struct Group {
+    members: Vec<MemberReport>,
+    leader: u32,
+    term: u64,
 }
 
 #[derive(Debug, Default)]
@@ -150,6 +166,9 @@ pub struct Seen {
     pub volumes: Vec<VolumeUse>,
     pub lazy: bool,
     pub ended: Option<Option<ErrorWord>>,
+    /// Learners do not catch up.
+    pub stalls: bool,
+    mds: Option<SocketAddr>,
 }
 
 impl Chunkserver {
@@ -182,8 +201,13 @@ impl Chunkserver {
             zone,
             replicas,
         };
-        let seen =
-            Seen { replicas: identity.replicas.clone(), free_bytes: TIB - GIB, lazy, ..Seen::default() };
+        let seen = Seen {
+            replicas: identity.replicas.clone(),
+            free_bytes: TIB - GIB,
+            lazy,
+            mds: Some(mds),
+            ..Seen::default()
+        };
         let seen = Arc::new(Mutex::new(seen));
         let (reports, outgoing) = mpsc::channel(64);
         let mut client = ChunkserversClient::new(channel(mds).await);
@@ -219,7 +243,7 @@ impl Chunkserver {
             };
             seeing.lock().expect("lock").ended = Some(end);
         });
-        let this = Self { identity, seen, instance, reports, stream };
+        let this = Self { identity, seen, instance, reports, stream, chatter: None };
         this.report().await;
         this
     }
@@ -229,8 +253,28 @@ impl Chunkserver {
         let _ = self.reports.send(report).await;
     }
 
+    /// From now on it reports all the time.
+    pub fn chatty(mut self) -> Self {
+        let (seen, reports) = (self.seen.clone(), self.reports.clone());
+        let (identity, instance) = (self.identity.clone(), self.instance.clone());
+        self.chatter = Some(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                let report = seen.lock().expect("lock").report(&identity, &instance);
+                if reports.send(report).await.is_err() {
+                    return;
+                }
+            }
+        }));
+        self
+    }
+
     /// As kill -9: the connection just ends. What is left is the disk.
-    pub async fn kill(self) -> Identity {
+    pub async fn kill(mut self) -> Identity {
+        if let Some(chatter) = self.chatter.take() {
+            chatter.abort();
+            let _ = chatter.await;
+        }
         self.stream.abort();
         let _ = self.stream.await;
         let replicas = self.seen.lock().expect("lock").replicas.clone();
@@ -243,7 +287,22 @@ impl Chunkserver {
 }
 
 impl Seen {
-    fn report(&self, identity: &Identity, instance: &[u8]) -> Report {
+    fn report(&mut self, identity: &Identity, instance: &[u8]) -> Report {
+        let groups = GROUPS.lock().expect("lock");
+        for replica in self.replicas.values_mut() {
+            let group = self.mds.and_then(|mds| groups.get(&(mds, replica.copyset)));
+            let me = |group: &&Group| group.members.iter().find(|m| m.replica == replica.replica).copied();
+            let Some((group, me)) = group.and_then(|group| Some((group, me(&group)?))) else { continue };
+            if me.voter && replica.role() == Role::Learner {
+                replica.set_role(Role::Follower);
+            }
+            if group.term > replica.term {
+                (replica.term, replica.leader_chunkserver) = (group.term, group.leader);
+                replica.set_role(if group.leader == me.chunkserver { Role::Leader } else { Role::Follower });
+            }
+            replica.members.clone_from(&group.members);
+        }
+        drop(groups);
         Report {
             chunkserver: identity.id,
             token: identity.token.clone(),
@@ -273,11 +332,13 @@ impl Seen {
                 replica.leader_chunkserver = to.chunkserver;
                 replica.set_role(Role::Follower);
                 replica.term += 1;
+                agree(self.mds, replica);
             }
             order::What::ChangeMembers(change) => {
                 let replica = self.replicas.get_mut(&change.copyset).expect("its own replica");
                 assert_eq!(replica.role(), Role::Leader, "only leaders are told to change members");
-                change_members(replica, &change);
+                change_members(replica, &change, self.stalls);
+                agree(self.mds, replica);
             }
             order::What::RemoveReplica(remove) => {
                 if self.replicas.get(&remove.copyset).is_some_and(|mine| mine.replica == remove.replica) {
@@ -288,14 +349,31 @@ impl Seen {
     }
 }
 
+/// What this leader says is so for all members.
+fn agree(mds: Option<SocketAddr>, replica: &ReplicaReport) {
+    let (members, leader, term) = (replica.members.clone(), replica.leader_chunkserver, replica.term);
+    let mds = mds.expect("it talks to one");
+    GROUPS.lock().expect("lock").insert((mds, replica.copyset), Group { members, leader, term });
+}
+
 /// One step nearer to what was ordered: a learner first, then a voter in the place of another.
-fn change_members(replica: &mut ReplicaReport, change: &ChangeMembers) {
-    let last = replica.last_index;
+fn change_members(replica: &mut ReplicaReport, change: &ChangeMembers, stalls: bool) {
+    if stalls {
+        replica.last_index = 1000;
+        replica.members.iter_mut().filter(|m| m.voter).for_each(|m| m.matched_index = 1000);
+    }
+    let matched_index = if stalls { 0 } else { replica.last_index };
     match &change.add {
         Some(add) if replica.members.iter().all(|member| member.replica != add.replica) => {
-            replica.members.push(MemberReport { voter: false, matched_index: last, ..*add });
+            replica.members.push(MemberReport { voter: false, matched_index, ..*add });
         }
+        Some(_) if stalls => {}
         _ => {
+            if let Some(add) = change.add.filter(|_| change.remove_replica == replica.replica) {
+                // It hands its leadership over before it goes.
+                (replica.term, replica.leader_chunkserver) = (replica.term + 1, add.chunkserver);
+                replica.set_role(Role::Follower);
+            }
             replica.members.retain(|member| member.replica != change.remove_replica);
             replica.members.iter_mut().for_each(|member| member.voter = true);
         }
@@ -323,6 +401,21 @@ fn created(id: u32, create: &CreateReplica) -> ReplicaReport {
         applied_index: 1,
         members: create.members.iter().map(|m| MemberReport { matched_index: 1, ..*m }).collect(),
         ..ReplicaReport::default()
+    }
+}
+
+/// The groups that `dead` led are led by others of these from now on.
+pub fn elect(chunkservers: &[&Chunkserver], dead: u32) {
+    let mut leaders: BTreeMap<u32, u32> = BTreeMap::new();
+    for chunkserver in chunkservers {
+        let mut seen = chunkserver.seen.lock().expect("lock");
+        let led = seen.replicas.values_mut().filter(|replica| replica.leader_chunkserver == dead);
+        for replica in led.filter(|replica| replica.role() != Role::Learner) {
+            let leader = *leaders.entry(replica.copyset).or_insert(chunkserver.identity.id);
+            replica.leader_chunkserver = leader;
+            replica.term += 1;
+            replica.set_role(if leader == chunkserver.identity.id { Role::Leader } else { Role::Follower });
+        }
     }
 }
 
