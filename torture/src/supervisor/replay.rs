@@ -164,12 +164,8 @@ mod tests {
     }
 
     fn sectors(file: &File) -> Vec<u8> {
-        let mut bytes = vec![0; 8 * SECTOR];
-        file.read_exact_at(&mut bytes, 0).expect("eight sectors");
-        assert!(
-            bytes.chunks(SECTOR).all(|sector| sector.iter().all(|&b| b == sector[0])),
-            "torn at 512 only"
-        );
+        let mut bytes = vec![0; 64 * SECTOR];
+        file.read_exact_at(&mut bytes, 0).expect("64 sectors");
         bytes.chunks(SECTOR).map(|sector| sector[0]).collect()
     }
 
@@ -196,7 +192,7 @@ mod tests {
             // The live disk has everything, what came after the mark included.
             disk.write_all_at(&[8; SECTOR], 0).expect("room");
             disk.write_all_at(&[1; SECTOR], 512).expect("room");
-            disk.write_all_at(&[2; SECTOR], 512).expect("room");
+            disk.write_all_at(&[2; 2 * SECTOR], 512).expect("room");
             disk.write_all_at(&[3; 32 * SECTOR], 8 * 512).expect("room");
             disk.write_all_at(&[9; SECTOR], 60 * 512).expect("room");
             let cut = cut(&log, 5, &base, &disk, &mut Random::new(seed)).expect("a log");
