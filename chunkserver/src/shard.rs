@@ -18,7 +18,8 @@ use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::VolumeUse;
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Version};
 use evolute_raft::{
-    Dial, DialFuture, Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
+    Dial, DialFuture, Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing,
+    WriteLatency,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;

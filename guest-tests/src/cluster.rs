@@ -17,6 +17,10 @@ use std::time::Duration;
 
 /// As many as a copyset has replicas: each loss is felt.
 const CHUNKSERVERS: usize = 3;
+/// An operator waits ten minutes before data is copied; tests do not.
+const REPAIR_AFTER_S: u32 = 5;
+/// All replicas of a small volume, sent over loopback on a busy machine.
+const REPAIRED_WITHIN: Duration = Duration::from_secs(180);
 /// Registration, elections, and one report at the interval below.
 const WHOLE_WITHIN: Duration = Duration::from_secs(60);
 /// The default of 10 s is an operator's; a test waits for reports.
@@ -25,6 +29,7 @@ const HEARTBEAT_INTERVAL_S: u32 = 1;
 pub struct Cluster<'a> {
     scene: &'a Scene,
     programs: PathBuf,
+    ports: Ports,
     mds_address: SocketAddr,
     mds: Process,
     chunkservers: Vec<Chunkserver>,
@@ -37,8 +42,17 @@ struct Chunkserver {
 }
 
 impl<'a> Cluster<'a> {
-    /// Starts one and waits until it is whole.
+    /// Starts one and waits until it is whole. Nothing in it is ever repaired: what a test takes away stays away.
     pub fn start(scene: &'a Scene) -> Result<Cluster<'a>> {
+        Self::start_with(scene, 24 * 3600)
+    }
+
+    /// One that replaces what is silent for a few seconds.
+    pub fn start_repairing(scene: &'a Scene) -> Result<Cluster<'a>> {
+        Self::start_with(scene, REPAIR_AFTER_S)
+    }
+
+    fn start_with(scene: &'a Scene, repair_after_s: u32) -> Result<Cluster<'a>> {
         let programs = programs()?;
         let mut ports = Ports::new();
         let mds_address = ports.free()?;
@@ -46,31 +60,48 @@ impl<'a> Cluster<'a> {
             scene,
             "mds",
             programs.join("evolute-mds"),
-            words(&format!("--data-dir {} --listen {mds_address}", folder(scene, "mds")?)),
+            words(&format!(
+                "--data-dir {} --listen {mds_address} --repair-after-s {repair_after_s}",
+                folder(scene, "mds")?
+            )),
         );
         let mut cluster = Cluster {
             scene,
             programs,
+            ports,
             mds_address,
             mds: mds.with_ready_file(scene),
             chunkservers: Vec::new(),
             backends: BTreeMap::new(),
         };
-        for number in 1..=CHUNKSERVERS {
-            let (name, address) = (format!("chunkserver{number}"), ports.free()?);
-            let arguments = format!(
-                "--data-dir {} --mds {mds_address} --listen {address} --zone zone{number} --server server{number} \
-                 --heartbeat-interval-s {HEARTBEAT_INTERVAL_S}",
-                folder(scene, &name)?
-            );
-            let program = cluster.programs.join("evolute-chunkserver");
-            let process = Process::new(scene, &name, program, words(&arguments)).with_ready_file(scene);
-            cluster.chunkservers.push(Chunkserver { address, process });
+        for _ in 0..CHUNKSERVERS {
+            cluster.describe_chunkserver()?;
         }
         cluster.start_servers()?;
         cluster.wait_whole()?;
         scene.tell("a cluster is up: an MDS and three chunkservers");
         Ok(cluster)
+    }
+
+    /// One more, in a zone of its own.
+    pub fn add_chunkserver(&mut self) -> Result<()> {
+        self.describe_chunkserver()?;
+        self.chunkservers.last_mut().expect("just added").process.start()
+    }
+
+    fn describe_chunkserver(&mut self) -> Result<()> {
+        let number = self.chunkservers.len() + 1;
+        let (name, address) = (format!("chunkserver{number}"), self.ports.free()?);
+        let arguments = format!(
+            "--data-dir {} --mds {} --listen {address} --zone zone{number} --server server{number} \
+             --heartbeat-interval-s {HEARTBEAT_INTERVAL_S}",
+            folder(self.scene, &name)?,
+            self.mds_address
+        );
+        let program = self.programs.join("evolute-chunkserver");
+        let process = Process::new(self.scene, &name, program, words(&arguments)).with_ready_file(self.scene);
+        self.chunkservers.push(Chunkserver { address, process });
+        Ok(())
     }
 
     /// Starts the MDS and the chunkservers, those that are not running.
@@ -85,10 +116,20 @@ impl<'a> Cluster<'a> {
         Ok(())
     }
 
-    /// Waits until every chunkserver reports and every copyset has all its replicas, caught up.
+    /// Waits until every chunkserver that runs reports, and every copyset has all its replicas, caught up.
     pub fn wait_whole(&self) -> Result<()> {
+        self.wait_whole_within(WHOLE_WITHIN)
+    }
+
+    /// The same, where replicas have to be made anew first.
+    pub fn wait_repaired(&self) -> Result<()> {
+        self.wait_whole_within(REPAIRED_WITHIN)
+    }
+
+    fn wait_whole_within(&self, patience: Duration) -> Result<()> {
+        let running = self.chunkservers.iter().filter(|it| it.process.is_running()).count();
         let mut seen = String::new();
-        let whole = until("the cluster to be whole", WHOLE_WITHIN, || {
+        let whole = until("the cluster to be whole", patience, || {
             let status = match self.status() {
                 Ok(status) => status,
                 Err(error) => {
@@ -99,7 +140,7 @@ impl<'a> Cluster<'a> {
             let online = array(&status, "chunkservers").iter().filter(|it| it["online"] == true).count();
             seen =
                 format!("health {}, {online} chunkservers online, {}", status["health"], status["reasons"]);
-            Ok((status["health"] == "ok" && online == CHUNKSERVERS).then_some(()))
+            Ok((status["health"] == "ok" && online == running).then_some(()))
         });
         whole.with_context(|| format!("at last: {seen}"))
     }

@@ -14,6 +14,9 @@ use crate::random::Random;
 /// A program that was asked to stop must have ended by then.
 const STOP_WITHIN: Duration = Duration::from_secs(20);
 
+/// Moments looked at for one with unflushed writes; each costs a few milliseconds.
+const POWER_ATTEMPTS: u32 = 40;
+
 /// A fault that has begun and is not healed.
 #[derive(Debug)]
 pub struct Active {
@@ -237,7 +240,25 @@ fn kill(cluster: &mut Cluster, places: &[Place]) -> Result<()> {
     places.iter().try_for_each(|&place| process(cluster, place).kill9())
 }
 
+/// The disks stand still first: from then on nothing is reported as synced, so nobody is told more than is in the logs
+/// at that moment. A moment between a write and its flush is waited for, as it tells more.
 fn cut_power(cluster: &mut Cluster, places: &[Place]) -> Result<String> {
+    for attempt in 0..POWER_ATTEMPTS {
+        let mut unflushed = 0;
+        for &place in places {
+            image(cluster, place)?.freeze(true)?;
+        }
+        for &place in places {
+            unflushed += image(cluster, place)?.unflushed()?;
+        }
+        if unflushed > 0 || attempt + 1 == POWER_ATTEMPTS {
+            break;
+        }
+        for &place in places {
+            image(cluster, place)?.freeze(false)?;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
     for &place in places {
         process(cluster, place).signal(Signal::STOP)?;
     }
@@ -247,6 +268,8 @@ fn cut_power(cluster: &mut Cluster, places: &[Place]) -> Result<String> {
     }
     let mut details = Vec::new();
     for (&place, mark) in places.iter().zip(marks) {
+        // A process is gone only when its writes are.
+        image(cluster, place)?.freeze(false)?;
         process(cluster, place).kill9()?;
         let cut = image(cluster, place)?.cut(mark)?;
         details.push(format!(

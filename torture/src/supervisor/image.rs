@@ -5,7 +5,7 @@
 //!                                                                                              └▶ log.img
 //! ```
 //!
-//! Nothing of the kernel's device mapper is needed. `base.img` is the disk as it was when the log began; a cut replays
+//! One write at a time goes through the FUSE export, see [`one_write_at_a_time`]. Nothing of the kernel's device mapper is needed. `base.img` is the disk as it was when the log began; a cut replays
 //! the log over it ([`super::replay`]).
 
 use std::fs::File;
@@ -16,6 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::process::{enter, tool};
@@ -68,6 +69,18 @@ impl Image {
         self.folder.join(name).display().to_string()
     }
 
+    /// Nothing is written, synced or answered until it goes on.
+    pub fn freeze(&self, freeze: bool) -> Result<()> {
+        let daemon = self.daemon.as_ref().context("attached")?;
+        let signal = if freeze { Signal::STOP } else { Signal::CONT };
+        Ok(kill_process(Pid::from_child(&daemon.child), signal)?)
+    }
+
+    /// Writes that no flush has followed yet.
+    pub fn unflushed(&self) -> Result<u64> {
+        replay::unflushed(&File::open(self.folder.join("log.img"))?)
+    }
+
     /// How much has been written by now; power is cut there.
     pub fn mark(&self) -> Result<u64> {
         replay::entries(&File::open(self.folder.join("log.img"))?)
@@ -101,12 +114,13 @@ impl Image {
         self.stack_on("bad")
     }
 
-    /// The disk works again; the file system, which gave up, is mounted anew. The chunkserver is dead already.
-    pub fn recover_flushes(&mut self) -> Result<()> {
-        self.stack_on("lw")?;
-        self.qmp(json!({"execute": "blockdev-del", "arguments": {"node-name": "bad"}}))?;
-        self.unmount()?;
-        self.mount()
+    /// A disk that works again, with what was flushed on it and perhaps some of the rest: whoever heard of a failed
+    /// flush can count on no more. The chunkserver is dead already.
+    pub fn recover_flushes(&mut self) -> Result<Cut> {
+        let mark = self.mark()?;
+        let cut = self.cut(mark)?;
+        self.power_on()?;
+        Ok(cut)
     }
 
     fn stack_on(&mut self, node: &str) -> Result<()> {
@@ -139,6 +153,7 @@ impl Image {
         // A new log: what it begins with is base.img.
         File::create(self.folder.join("log.img"))?;
         self.daemon = Some(Daemon::start(&self.folder)?);
+        one_write_at_a_time(&self.folder.join("export"))?;
         let device = tool("losetup", &["--direct-io=on", "-f", "--show", &export])?;
         self.loop_device = Some(device.trim().to_owned());
         Ok(())
@@ -181,6 +196,23 @@ impl Image {
     fn qmp(&mut self, command: Value) -> Result<()> {
         self.daemon.as_mut().context("attached")?.ask(&command)
     }
+}
+
+/// QEMU 7.2's FUSE export reads the next request into the buffer of a write that is still under way, so that two writes at
+/// a time corrupt each other (seen here: an XFS superblock overwritten by an inode; mended upstream in 2025 by copying
+/// the buffer). Shorter requests, reads and flushes, do not reach the data. So the kernel is told to keep one at a time.
+fn one_write_at_a_time(export: &Path) -> Result<()> {
+    const CONNECTIONS: &str = "/sys/fs/fuse/connections";
+    let device = rustix::fs::stat(export)?.st_dev;
+    let connection = Path::new(CONNECTIONS).join(rustix::fs::minor(device).to_string());
+    if !connection.exists() {
+        tool("mount", &["-t", "fusectl", "fusectl", CONNECTIONS])?;
+    }
+    for limit in ["max_background", "congestion_threshold"] {
+        let path = connection.join(limit);
+        std::fs::write(&path, "1").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
 }
 
 impl Drop for Image {

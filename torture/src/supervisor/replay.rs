@@ -7,7 +7,7 @@
 //!   sector 1…  entry: sector, sectors, flags, data length (u64 each), padded to a sector; then the data
 //! ```
 //!
-//! Everything up to the last flush is kept. Of what came after it, each write is kept, dropped or torn at 512 bytes,
+//! Everything up to the last flush is kept. Of what came after it, each write is kept, dropped or torn at 4 KiB,
 //! independently: any of it may have been in a cache when the lights went out.
 
 use std::fs::File;
@@ -21,7 +21,9 @@ const MAGIC: u64 = 0x006a_7366_7773_6872;
 const FLUSH: u64 = 1;
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;
-const TORN_AT: usize = 512;
+/// What a disk of today writes whole. XFS counts on it for its own blocks: torn at 512 bytes some images did not mount any
+/// more, which says nothing about us. Tearing at 512 is for the simulated disks of `raft/` and `chunkserver/`.
+const TORN_AT: usize = 4096;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Entry {
@@ -46,6 +48,12 @@ pub struct Cut {
 /// Entries in the log by its head, which is kept up to date while it is written.
 pub fn entries(log: &File) -> Result<u64> {
     Ok(head(log)?.0)
+}
+
+/// Writes after the last flush.
+pub fn unflushed(log: &File) -> Result<u64> {
+    let all = read(log)?;
+    Ok(all.iter().rev().take_while(|entry| entry.flags & FLUSH == 0).count() as u64)
 }
 
 fn head(log: &File) -> Result<(u64, u64)> {
@@ -126,7 +134,7 @@ fn copy(from: &File, to: &File, entry: &Entry) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Cut, DISCARD, FLUSH, MAGIC, cut, entries};
+    use super::{Cut, DISCARD, FLUSH, MAGIC, cut, entries, unflushed};
     use crate::random::Random;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
@@ -156,18 +164,14 @@ mod tests {
     }
 
     fn sectors(file: &File) -> Vec<u8> {
-        let mut bytes = vec![0; 8 * SECTOR];
-        file.read_exact_at(&mut bytes, 0).expect("eight sectors");
-        assert!(
-            bytes.chunks(SECTOR).all(|sector| sector.iter().all(|&b| b == sector[0])),
-            "torn at 512 only"
-        );
+        let mut bytes = vec![0; 64 * SECTOR];
+        file.read_exact_at(&mut bytes, 0).expect("64 sectors");
         bytes.chunks(SECTOR).map(|sector| sector[0]).collect()
     }
 
     fn image() -> File {
         let file = tempfile::tempfile().expect("a file");
-        file.set_len(8 * 512).expect("room");
+        file.set_len(64 * 512).expect("room");
         file
     }
 
@@ -177,29 +181,32 @@ mod tests {
             (0, &[1, 1], 0),
             (1, &[2, 2], 0),
             (0, &[], FLUSH),
-            (2, &[3, 3, 3, 3], 0),
-            (7, &[9], 0),
+            (8, &[3; 32], 0),
+            (60, &[9], 0),
             (0, &[8], 0),
         ]);
-        assert_eq!(entries(&log).expect("a log"), 6);
+        assert_eq!((entries(&log).expect("a log"), unflushed(&log).expect("a log")), (6, 3));
         let (mut lost, mut torn, mut whole) = (0, 0, 0);
         for seed in 0..200 {
             let (base, disk) = (image(), image());
             // The live disk has everything, what came after the mark included.
             disk.write_all_at(&[8; SECTOR], 0).expect("room");
             disk.write_all_at(&[1; SECTOR], 512).expect("room");
-            disk.write_all_at(&[2; SECTOR], 512).expect("room");
-            disk.write_all_at(&[3; 4 * SECTOR], 1024).expect("room");
-            disk.write_all_at(&[9; SECTOR], 7 * 512).expect("room");
+            disk.write_all_at(&[2; 2 * SECTOR], 512).expect("room");
+            disk.write_all_at(&[3; 32 * SECTOR], 8 * 512).expect("room");
+            disk.write_all_at(&[9; SECTOR], 60 * 512).expect("room");
             let cut = cut(&log, 5, &base, &disk, &mut Random::new(seed)).expect("a log");
             assert_eq!((cut.entries, cut.flushes, cut.after_last_flush), (5, 1, 2));
             let found = sectors(&base);
             assert_eq!(found, sectors(&disk), "both are the same disk");
             assert_eq!(found[..2], [1, 2], "flushed, and the write after the mark never was");
-            assert!([2, 3].contains(&found[2]));
-            match found[2..6].iter().filter(|&&byte| byte == 3).count() {
+            assert!(
+                found[8..40].chunks(8).all(|block| block.iter().all(|&byte| byte == block[0])),
+                "4 KiB is whole"
+            );
+            match found[8..40].iter().filter(|&&byte| byte == 3).count() {
                 0 => lost += 1,
-                4 => whole += 1,
+                32 => whole += 1,
                 _ => torn += 1,
             }
         }

@@ -23,8 +23,8 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 const WHOLE_WITHIN: Duration = Duration::from_secs(90);
 /// A drained and completely read area.
 const ROUND_WITHIN: Duration = Duration::from_secs(150);
-/// With power cuts everything written is kept in memory until the next cut of that disk.
-const RATE_MAX_WITH_IMAGES: u64 = 300;
+/// With images everything written is kept in memory until the next power cut of that disk, so requests are shorter.
+const SIZE_MAX_KIB_WITH_IMAGES: u32 = 64;
 
 struct Run<'o> {
     options: &'o Options,
@@ -75,15 +75,12 @@ fn run_in(
 ) -> Result<Report> {
     println!("starting a cluster in {}", folder.display());
     let cluster = Cluster::start(options, folder, with_images)?;
-    let rate = match options.rate {
-        rate if with_images && (rate == 0 || rate > RATE_MAX_WITH_IMAGES) => RATE_MAX_WITH_IMAGES,
-        rate => rate,
-    };
     let load = blkcheck::start(blkcheck::options::Options {
         duration: 0,
         seed: options.seed,
         area_mib: options.area_mib,
-        rate,
+        rate: options.rate,
+        size_max_kib: if with_images { SIZE_MAX_KIB_WITH_IMAGES } else { 1024 },
         round: 3600,
         stall: ROUND_WITHIN.as_secs(),
         ..blkcheck::options::Options::new(cluster.socket.clone())
