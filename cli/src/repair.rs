@@ -106,7 +106,7 @@ mod tests {
         let shown = repair_table(&[RepairView::from(repair), RepairView::from(later)]);
         let rows: Vec<_> =
             shown.lines().map(|row| row.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
-        assert_eq!(rows[1], "5 3 4 silent catching-up 1.0 GiB of 4.0 GiB 61 s 20 s");
+        assert_eq!(rows[1], "5 3 4 silent catching-up 1 GiB of 4 GiB 61 s 20 s");
         assert_eq!(rows[2], "5 3 4 silent catching-up 900 entries 61 s -");
     }
 }
