@@ -127,7 +127,8 @@ impl<'a> Cluster<'a> {
     }
 
     fn wait_whole_within(&self, patience: Duration) -> Result<()> {
-        let running = self.chunkservers.iter().filter(|it| it.process.is_running()).count();
+        let running = |it: &Chunkserver| (it.address.to_string(), it.process.is_running());
+        let running: BTreeMap<String, bool> = self.chunkservers.iter().map(running).collect();
         let mut seen = String::new();
         let whole = until("the cluster to be whole", patience, || {
             let status = match self.status() {
@@ -137,9 +138,12 @@ impl<'a> Cluster<'a> {
                     return Ok(None);
                 }
             };
-            let online = array(&status, "chunkservers").iter().filter(|it| it["online"] == true).count();
-            seen =
-                format!("health {}, {online} chunkservers online, {}", status["health"], status["reasons"]);
+            let reported = array(&status, "chunkservers").iter();
+            // Also those that do not run must be known to be away: until then their copysets count as healthy.
+            let online: BTreeMap<String, bool> = reported
+                .filter_map(|it| Some((it["address"].as_str()?.to_owned(), it["online"].as_bool()?)))
+                .collect();
+            seen = format!("health {}, online {online:?}, {}", status["health"], status["reasons"]);
             Ok((status["health"] == "ok" && online == running).then_some(()))
         });
         whole.with_context(|| format!("at last: {seen}"))

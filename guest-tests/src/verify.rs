@@ -95,13 +95,13 @@ impl Verify {
     /// Pass after pass in the background, with seeds 1, 2, 3, …, until [`Verifying::finish`].
     pub fn start(&self, guest: &mut Guest) -> Result<Verifying> {
         let fio = self.fio();
-        // The seed after the last complete pass is in `seed`, so a test sees that it goes on.
+        // The seed after the last complete pass is in `seed`, whole at any time, so a test sees that it goes on.
         let background = guest.start(&format!(
             "mkdir -p /run/verify; cd /run/verify; rm -f stop *.json; seed=0; echo 0 >seed
             until [ -e stop ]; do
                 seed=$((seed + 1))
                 {fio} --randseed=$seed --output-format=json --output=$seed.json || {{ status=$?; cat $seed.json; exit $status; }}
-                echo $seed >seed
+                echo $seed >seed.new && mv seed.new seed
             done"
         ))?;
         Ok(Verifying { job: self.clone(), background })

@@ -41,6 +41,7 @@ fn two_chunkservers_are_lost_one_after_the_other_and_nothing_with_them() {
         job.again(&mut guest, verified.passes)?;
         guest.expect_no_disk_trouble()?;
         guest.power_off()?;
+        cluster.chunkserver(1).start()?;
         cluster.stop()
     });
 }
