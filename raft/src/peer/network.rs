@@ -143,7 +143,8 @@ impl Pump {
         self.connection.outbox.room().await;
         loop {
             let Some(session) = self.session.upgrade() else { return false };
-            if session.sent.get() - session.answered.get() < UNANSWERED_MAX {
+            // A connection that is lost counts as an answer, too.
+            if session.sent.get().saturating_sub(session.answered.get()) < UNANSWERED_MAX {
                 return true;
             }
             drop(session);
@@ -214,6 +215,9 @@ async fn next_answer(
         tokio::select! {
             biased;
             answer = answers.recv() => {
+                if session.answered.get() == session.sent.get() && answer.is_some() {
+                    return Some(Err(unreachable(&io::Error::other("an answer to nothing"))));
+                }
                 session.answered.set(session.answered.get() + 1);
                 return Some(answer.ok_or_else(lost));
             }
