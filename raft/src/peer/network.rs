@@ -129,11 +129,6 @@ struct Pump {
 impl Pump {
     fn send(&mut self, request: &AppendRequest) -> bool {
         let Some(session) = self.session.upgrade() else { return false };
-        if self.state.is_given_up(request.prev_log_id.as_ref().map(|id| id.index())) {
-            session.given_up.set(true);
-            session.moved.notify_one();
-            return false;
-        }
         // Every time: "nobody may purge anything", because a new member has nothing yet, must not come late.
         let floor = self.state.lowest_matched();
         let body = |out: &mut bytes::BytesMut| put_append(out, self.to, request, floor);
@@ -148,7 +143,8 @@ impl Pump {
         self.connection.outbox.room().await;
         loop {
             let Some(session) = self.session.upgrade() else { return false };
-            if session.sent.get() - session.answered.get() < UNANSWERED_MAX {
+            // A connection that is lost counts as an answer, too.
+            if session.sent.get().saturating_sub(session.answered.get()) < UNANSWERED_MAX {
                 return true;
             }
             drop(session);
@@ -181,6 +177,14 @@ impl Pump {
                 continue;
             }
             first = false;
+            let prev = request.prev_log_id.as_ref().map(|id| id.index());
+            if !request.entries.is_empty() && self.state.is_given_up(prev) {
+                if let Some(session) = self.session.upgrade() {
+                    session.given_up.set(true);
+                    session.moved.notify_one();
+                }
+                return;
+            }
             if !(self.room().await && self.send(&request)) {
                 return;
             }
@@ -211,6 +215,9 @@ async fn next_answer(
         tokio::select! {
             biased;
             answer = answers.recv() => {
+                if session.answered.get() == session.sent.get() && answer.is_some() {
+                    return Some(Err(unreachable(&io::Error::other("an answer to nothing"))));
+                }
                 session.answered.set(session.answered.get() + 1);
                 return Some(answer.ok_or_else(lost));
             }

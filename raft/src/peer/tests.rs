@@ -171,7 +171,7 @@ fn an_acknowledgement_of_a_session_that_is_over_is_not_counted() {
         // Now it is true.
         while outcome.borrow().is_none() {
             let (session, prev, entries) = follower.append().await;
-            if let Some(open) = open {
+            if let Some(open) = open.take() {
                 follower.ack(open, Some(unknown));
             }
             follower.ack(session, entries.last().map(|it| it.0).or(prev));
