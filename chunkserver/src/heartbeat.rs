@@ -248,6 +248,10 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
             .collect(),
         volumes: report.volumes,
         trouble: report.trouble,
+        scrubbed_bytes: report.scrubbed_bytes,
+        last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
+        bad_blocks_found: report.bad_blocks_found,
+        bad_blocks_repaired: report.bad_blocks_repaired,
         ..Report::default()
     }
 }

@@ -7,7 +7,8 @@ use evolute_protocol::id::{BlockIndex, ChunkIndex, ChunkKey, ChunkserverId, Clus
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Unwelcome};
 use evolute_protocol::wire::reply::{ChunkInfo, Freshness, Refusal, Reply};
 use evolute_protocol::wire::request::{
-    AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, Request, Sequence, Write, WriteZeroes,
+    AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write,
+    WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 use proptest::prelude::{Strategy, any, prop, proptest};
@@ -29,6 +30,7 @@ fn requests() -> Vec<Request> {
         Request::Discard(Discard { chunk, tag, range }),
         Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
         Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
+        Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 99 }),
     ]
 }
 
@@ -42,6 +44,7 @@ fn replies() -> Vec<Reply> {
         Reply::Refused(Refusal::NotLeader { leader: Some(ChunkserverId(3)) }),
         Reply::Refused(Refusal::Fenced { current: Epoch { attachment: 2, incarnation: 7 } }),
         Reply::Refused(Refusal::Unreadable { block: BlockIndex(4095) }),
+        Reply::Refused(Refusal::Behind { applied: 98 }),
     ]
 }
 
@@ -141,7 +144,7 @@ proptest! {
     }
 
     #[test]
-    fn no_damage_to_a_good_frame_makes_a_decoder_panic(which in 0usize..14, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+    fn no_damage_to_a_good_frame_makes_a_decoder_panic(which in 0usize..16, at in any::<prop::sample::Index>(), bit in 0u8..8) {
         let (_, mut bytes) = all_bytes().swap_remove(which);
         let at = at.index(bytes.len());
         bytes[at] ^= 1 << bit;

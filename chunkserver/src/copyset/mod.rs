@@ -8,7 +8,7 @@
 //!                       ▲                   │
 //!  server ◀──Reply──────┘◀──── apply.rs ◀───┘ committed
 //!                                 └──────────────▶ chunk_store
-//!  server ──Read───▶ read.rs ──▶ chunk_store
+//!  server ──Read───▶ read.rs ──▶ chunk_store      (a follower, too: ReadAtLeast)
 //! ```
 //!
 //! What always holds:
@@ -30,6 +30,7 @@ pub mod fence;
 pub mod members;
 mod read;
 pub mod registry;
+pub mod repair;
 pub mod state;
 pub mod transfer;
 mod write;
@@ -46,6 +47,7 @@ use evolute_protocol::wire::request::Request;
 use evolute_raft::{Group, Member, Position};
 
 use self::command::Change;
+use self::repair::Repairs;
 use self::state::{Created, State};
 use self::write::Waiting;
 use crate::chunk_store::{ChunkStore, CopysetRecord};
@@ -71,6 +73,7 @@ pub struct Copyset {
     store: Rc<RefCell<ChunkStore>>,
     waiting: RefCell<Waiting>,
     entries_in_flight: Cell<usize>,
+    repairs: Rc<Repairs>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
 }
@@ -82,6 +85,7 @@ impl Copyset {
         group: Group,
         state: Rc<RefCell<State>>,
         store: Rc<RefCell<ChunkStore>>,
+        repairs: Rc<Repairs>,
     ) -> Self {
         Self {
             id,
@@ -91,6 +95,7 @@ impl Copyset {
             store,
             waiting: RefCell::default(),
             entries_in_flight: Cell::new(0),
+            repairs,
             frozen: RefCell::default(),
         }
     }
@@ -124,6 +129,7 @@ impl Copyset {
             Request::WriteZeroes(zeroes) => self.change(Change::WriteZeroes(zeroes), caller),
             Request::Fence(fence) => self.change(Change::Fence(fence), caller),
             Request::Read(read) => self.read(read, caller),
+            Request::ReadAtLeast(ask) => self.read_at_least(ask, caller),
             Request::ChunkInfo(ask) => self.chunk_info(ask, &caller),
         }
     }

@@ -1,51 +1,75 @@
-//! Leader: serve what is applied, and say how fresh it is.
+//! Serve what is applied, and say how fresh it is.
 //!
-//! No lease and no quorum round: the answer carries the term and the index of the volume's last applied entry, and
-//! the volume discards one that is older than what it has seen (design.md §5). A leader serves once it has applied
-//! an entry of its own term, so that everything committed before it led is applied.
+//! No lease and no quorum round (design.md §5; the whole argument: `docs/semantics.md`, "Reads"). Two questions, two
+//! ways to be sure:
+//!
+//! - `Read` is for the leader. The answer carries the term and the index of the volume's last applied entry *before*
+//!   the data was read, and the volume discards one that is older than what it has seen. A leader serves once it has
+//!   applied an entry of its own term, so that everything committed before it led is applied.
+//! - `ReadAtLeast` is for any replica. The volume says which entry the bytes may depend on; a replica that has applied
+//!   it answers, the others refuse. The answer carries the index *after* the data was read: the data can hold nothing
+//!   newer, and the volume will not be content with less from anybody.
 
 use std::rc::Rc;
 
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::VolumeId;
 use evolute_protocol::wire::reply::{ChunkInfo, Freshness, Refusal, Reply};
-use evolute_protocol::wire::request::{AskChunkInfo, Read};
+use evolute_protocol::wire::request::{AskChunkInfo, Read, ReadAtLeast};
 
 use super::apply::refusal_of;
-use super::fence::Verdict;
+use super::fence::{Verdict, Writers};
 use super::{Caller, Copyset};
 use crate::chunk_store::{ReadData, ReadError};
 
 impl Copyset {
     pub(super) fn read(self: &Rc<Self>, read: Read, caller: Caller) {
-        // Taken before the data is read: the data can only be fresher than it says.
-        let fresh = match self.may_read(read.chunk.volume, read.epoch) {
-            Ok(fresh) => fresh,
-            Err(refused) => return self.answer(&caller, &refused),
-        };
+        match self.may_read(read.chunk.volume, read.epoch) {
+            Ok(fresh) => self.read_data(read, caller, Some(fresh)),
+            Err(refused) => self.answer(&caller, &refused),
+        }
+    }
+
+    pub(super) fn read_at_least(self: &Rc<Self>, ask: ReadAtLeast, caller: Caller) {
+        match self.may_read_at_least(&ask) {
+            Ok(()) => self.read_data(ask.read, caller, None),
+            Err(refused) => self.answer(&caller, &refused),
+        }
+    }
+
+    /// Reads and answers. `fresh` is what a leader took before; others take it when all data has been read.
+    fn read_data(self: &Rc<Self>, read: Read, caller: Caller, fresh: Option<Freshness>) {
         let (offset, length) = (read.range.offset(), read.range.length());
         let store = self.store.borrow();
-        match store.try_read(read.chunk, offset, length) {
-            Ok(Some(data)) => {
-                drop(store);
-                self.answer(&caller, &data_reply(fresh, data));
-            }
-            Ok(None) => {
-                let reading = store.read(read.chunk, offset, length);
-                let copyset = Rc::clone(self);
-                tokio::task::spawn_local(async move {
-                    let reply = match reading.await {
+        let tried = store.try_read(read.chunk, offset, length);
+        if let Ok(Some(data)) = tried {
+            drop(store);
+            let fresh = fresh.unwrap_or_else(|| self.applied_of(read.chunk.volume));
+            return self.answer(&caller, &data_reply(fresh, data));
+        }
+        let reading = store.read(read.chunk, offset, length);
+        let copyset = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let reply = match reading.await {
+                Ok(data) => data_reply(fresh.unwrap_or_else(|| copyset.applied_of(read.chunk.volume)), data),
+                Err(error) => match fresh {
+                    Some(fresh) => match copyset.read_repaired(read.chunk, read.range).await {
                         Ok(data) => data_reply(fresh, data),
                         Err(error) => copyset.unreadable(&read, &error),
-                    };
-                    copyset.answer(&caller, &reply);
-                });
-            }
-            Err(error) => {
-                drop(store);
-                self.answer(&caller, &self.unreadable(&read, &error));
-            }
-        }
+                    },
+                    // Others may have it, and may be asking because they do not: never wait for them here.
+                    None => copyset.repair_later(&read, &error),
+                },
+            };
+            copyset.answer(&caller, &reply);
+        });
+    }
+
+    fn repair_later(self: &Rc<Self>, read: &Read, error: &ReadError) -> Reply {
+        let (chunk, ReadError::Unreadable { block }) = (read.chunk, *error);
+        let copyset = Rc::clone(self);
+        tokio::task::spawn_local(async move { copyset.repair(chunk, block).await });
+        Reply::Refused(Refusal::Behind { applied: self.applied_of(chunk.volume).index })
     }
 
     pub(super) fn chunk_info(&self, ask: AskChunkInfo, caller: &Caller) {
@@ -70,6 +94,27 @@ impl Copyset {
             Verdict::Apply => Ok(Freshness { term: leadership.term, index: writers.last_index() }),
             verdict => Err(Reply::Refused(refusal_of(verdict).unwrap_or(Refusal::Busy))),
         }
+    }
+
+    /// Decides alone whether a replica that need not lead may answer.
+    fn may_read_at_least(&self, ask: &ReadAtLeast) -> Result<(), Reply> {
+        let state = self.state.borrow();
+        let writers = state.writers().get(&ask.read.chunk.volume);
+        let verdict = writers.map_or(Verdict::NotFenced, |writers| writers.judge_epoch(ask.read.epoch));
+        let applied = writers.map_or(0, Writers::last_index);
+        match verdict {
+            Verdict::Apply if applied >= ask.index && self.group.consistent_from().is_none() => Ok(()),
+            Verdict::Fenced { current } => Err(Reply::Refused(Refusal::Fenced { current })),
+            // Its own fence may be on the way here.
+            _ => Err(Reply::Refused(Refusal::Behind { applied })),
+        }
+    }
+
+    /// How much of a volume is applied here, and the term of the replica's last applied entry.
+    fn applied_of(&self, volume: VolumeId) -> Freshness {
+        let state = self.state.borrow();
+        let index = state.writers().get(&volume).map_or(0, Writers::last_index);
+        Freshness { term: state.applied().map_or(0, |at| at.term), index }
     }
 
     fn unreadable(&self, read: &Read, error: &ReadError) -> Reply {

@@ -11,7 +11,7 @@ use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, Copys
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{
-    ChangeTag, ChunkRange, Discard, Fence, Lane, Read, Request, Sequence, Write, WriteZeroes,
+    ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 
@@ -42,18 +42,16 @@ pub struct Client {
 }
 
 impl Client {
+    /// Waits for nothing.
+    pub fn to(address: SocketAddr, cluster: ClusterId, to: ChunkserverId, copyset: CopysetId) -> Self {
+        let socket = hello(address, cluster, to);
+        let (reader, epoch, volume) = (FrameReader::default(), Epoch::default(), VolumeId(5));
+        Self { socket, reader, next: 0, copyset, epoch, volume }
+    }
+
     /// Waits until the copyset leads here.
     pub fn connect(address: SocketAddr, cluster: ClusterId, to: ChunkserverId, copyset: CopysetId) -> Self {
-        let socket = hello(address, cluster, to);
-        let volume = VolumeId(5);
-        let mut client = Self {
-            socket,
-            reader: FrameReader::default(),
-            next: 0,
-            copyset,
-            epoch: Epoch::default(),
-            volume,
-        };
+        let mut client = Self::to(address, cluster, to, copyset);
         client.until(|client| {
             let waiting = [Refusal::NotLeader { leader: None }, Refusal::NoSuchCopyset];
             !matches!(client.try_read(0, 512), Reply::Refused(refused)
@@ -169,6 +167,12 @@ impl Client {
     pub fn try_read(&mut self, offset: u32, length: u32) -> Reply {
         let range = ChunkRange::new(offset, length).expect("a good range");
         self.ask(&Request::Read(Read { chunk: self.chunk(), epoch: self.epoch, range }))
+    }
+
+    pub fn try_read_at_least(&mut self, offset: u32, length: u32, index: u64) -> Reply {
+        let range = ChunkRange::new(offset, length).expect("a good range");
+        let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
+        self.ask(&Request::ReadAtLeast(ReadAtLeast { read, index }))
     }
 
     pub fn read(&mut self, offset: u32, length: u32) -> Bytes {

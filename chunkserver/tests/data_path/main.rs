@@ -1,7 +1,9 @@
 //! What a chunkserver promises on its data port, asked over a real socket of a real shard: real log, real store. The
-//! copyset has one member here; what three members promise each other is tested in `raft/` and by guests.
+//! copyset has one member here, and three where followers answer ([`followers`]); what members promise each other is
+//! tested in `raft/` and by guests.
 
 mod client;
+mod followers;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -11,6 +13,7 @@ use client::{Client, block, hello};
 use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::state::Created;
+use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::CHUNK_BYTES;
@@ -35,24 +38,34 @@ struct Running {
 impl Running {
     fn start(dir: &std::path::Path) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        Self::start_as(ME, dir, listener, vec![(ReplicaId(11), ME)])
+    }
+
+    /// One of several members; the first of them leads first.
+    fn start_as(
+        me: ChunkserverId,
+        dir: &std::path::Path,
+        listener: std::net::TcpListener,
+        members: Vec<(ReplicaId, ChunkserverId)>,
+    ) -> Self {
         listener.set_nonblocking(true).expect("a socket");
         let address = listener.local_addr().expect("bound");
-        let identity = Identity { cluster: CLUSTER, chunkserver: ME, token: Bytes::from_static(b"token") };
+        let identity = Identity { cluster: CLUSTER, chunkserver: me, token: Bytes::from_static(b"token") };
         let options = ShardOptions {
             data_dir: dir.to_owned(),
             identity,
             store: StoreOptions::default(),
             log_file_mib: 8,
             log_retain_mib: 64,
+            scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: 3_600_000 },
             trash_delay_ms: 0,
             listener,
             addresses: Addresses::open(dir),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let (handle, thread) = runtime.block_on(shard::start(options)).expect("the shard starts");
-        let members = vec![(ReplicaId(11), ME)];
-        let created =
-            Created { replica: ReplicaId(11), first_leader: ReplicaId(11), members, joining: false };
+        let replica = members.iter().find(|(_, of)| *of == me).expect("a member").0;
+        let created = Created { replica, first_leader: members[0].0, members, joining: false };
         handle.send(ToShard::Host { copyset: COPYSET, created });
         Self { handle, thread: Some(thread), address }
     }

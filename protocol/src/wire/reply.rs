@@ -55,6 +55,10 @@ pub enum Refusal {
     /// The request's data does not match its checksums: it was damaged on the way. Send it again.
     #[error("damaged on the way")]
     Damaged,
+    /// A read was asked of whoever has applied enough; this replica has applied the volume's entries up to here only.
+    /// Another may have more.
+    #[error("applied up to entry {applied} of the volume only")]
+    Behind { applied: u64 },
 }
 
 /// Everything a chunkserver can answer.
@@ -155,6 +159,7 @@ fn put_refusal(head: &mut BytesMut, refusal: &Refusal) {
         Refusal::NoSuchCopyset => (6, 0),
         Refusal::Unreadable { block } => (7, u64::from(block.0)),
         Refusal::Damaged => (8, 0),
+        Refusal::Behind { applied } => (9, applied),
     };
     head.put_u8(code);
     head.put_u64_le(detail);
@@ -177,6 +182,7 @@ fn get_refusal(fields: &mut Fields) -> Result<Refusal, WireError> {
             Refusal::Unreadable { block: BlockIndex(block) }
         }
         8 => Refusal::Damaged,
+        9 => Refusal::Behind { applied: detail },
         _ => return Err(fields.malformed("unknown refusal")),
     })
 }
@@ -212,6 +218,7 @@ mod tests {
                 Refusal::NoSuchCopyset,
                 Refusal::Unreadable { block: BlockIndex(4095) },
                 Refusal::Damaged,
+                Refusal::Behind { applied: 12 },
             ]
             .map(Reply::Refused),
         );

@@ -14,6 +14,7 @@ const READ: u8 = 3;
 const DISCARD: u8 = 4;
 const WRITE_ZEROES: u8 = 5;
 const CHUNK_INFO: u8 = 6;
+const READ_AT_LEAST: u8 = 7;
 
 /// Which of a volume's I/O threads a change comes from; sequences are counted per lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -100,6 +101,15 @@ pub struct Read {
     pub range: ChunkRange,
 }
 
+/// Return these bytes, whether or not you lead, if you have applied this much of the volume. Why that is enough:
+/// `docs/semantics.md`, "Reads".
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ReadAtLeast {
+    pub read: Read,
+    /// The index of an entry of this volume: the newest that these bytes may depend on.
+    pub index: u64,
+}
+
 /// These bytes are not needed any more: they read as zeroes from now on, and their space may be freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Discard {
@@ -134,6 +144,7 @@ pub enum Request {
     Discard(Discard),
     WriteZeroes(WriteZeroes),
     ChunkInfo(AskChunkInfo),
+    ReadAtLeast(ReadAtLeast),
 }
 
 impl Request {
@@ -157,6 +168,11 @@ impl Request {
             Self::Read(read) => put_frame(out, READ, copyset, id, 0, |head| {
                 put_chunk(head, read.chunk, read.epoch);
                 put_range(head, read.range);
+            }),
+            Self::ReadAtLeast(ask) => put_frame(out, READ_AT_LEAST, copyset, id, 0, |head| {
+                put_chunk(head, ask.read.chunk, ask.read.epoch);
+                put_range(head, ask.read.range);
+                head.put_u64_le(ask.index);
             }),
             Self::Discard(discard) => put_frame(out, DISCARD, copyset, id, 0, |head| {
                 put_change(head, discard.chunk, &discard.tag, discard.range);
@@ -191,13 +207,9 @@ impl Request {
                 let checksums = fields.checksums(range.piece_count())?;
                 return Ok(Self::Write(Write { chunk, tag, range, checksums, data: frame.payload.clone() }));
             }
-            READ => {
-                let (chunk, epoch) = get_chunk(&mut fields)?;
-                let range = get_range(&mut fields)?;
-                if u64::from(range.length) > REQUEST_BYTES_MAX {
-                    return Err(fields.malformed("longer than the longest request"));
-                }
-                Self::Read(Read { chunk, epoch, range })
+            READ => Self::Read(get_read(&mut fields)?),
+            READ_AT_LEAST => {
+                Self::ReadAtLeast(ReadAtLeast { read: get_read(&mut fields)?, index: fields.u64()? })
             }
             DISCARD => {
                 let (chunk, tag, range) = get_change(&mut fields)?;
@@ -245,6 +257,15 @@ fn get_range(fields: &mut Fields) -> Result<ChunkRange, WireError> {
     ChunkRange::new(offset, length).ok_or_else(|| fields.malformed("not whole sectors inside a chunk"))
 }
 
+fn get_read(fields: &mut Fields) -> Result<Read, WireError> {
+    let (chunk, epoch) = get_chunk(fields)?;
+    let range = get_range(fields)?;
+    if u64::from(range.length) > REQUEST_BYTES_MAX {
+        return Err(fields.malformed("longer than the longest request"));
+    }
+    Ok(Read { chunk, epoch, range })
+}
+
 fn put_change(head: &mut BytesMut, chunk: ChunkKey, tag: &ChangeTag, range: ChunkRange) {
     put_chunk(head, chunk, tag.epoch);
     put_range(head, range);
@@ -269,8 +290,8 @@ mod tests {
     use bytes::{BufMut, Bytes, BytesMut};
 
     use super::{
-        AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, Request, Sequence, Write,
-        WriteZeroes,
+        AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence,
+        Write, WriteZeroes,
     };
     use crate::checksum::checksums;
     use crate::epoch::Epoch;
@@ -291,6 +312,7 @@ mod tests {
             Request::Discard(Discard { chunk, tag, range }),
             Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
+            Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 77 }),
         ]
     }
 

@@ -163,6 +163,7 @@ impl Volume {
             purpose,
             floor,
             asked: SmallVec::new(),
+            followers_tried: 0,
             sent: false,
             since,
             failures: 0,
@@ -188,6 +189,7 @@ impl Volume {
             WireRequest::Write(write) => write.chunk.index,
             WireRequest::Fence(_)
             | WireRequest::Read(_)
+            | WireRequest::ReadAtLeast(_)
             | WireRequest::Discard(_)
             | WireRequest::WriteZeroes(_)
             | WireRequest::ChunkInfo(_) => return,
@@ -202,6 +204,11 @@ impl Volume {
         let Some(operation) = self.operations.remove(key) else { return };
         if let Some(sequence) = operation.sequence() {
             self.sequences.answered(sequence);
+        }
+        if let (true, Some((chunk, range)), Some(route)) =
+            (result.is_err() && operation.sent, operation.changes(), operation.route)
+        {
+            self.routing[route].recent.gave_up(chunk, range);
         }
         let Purpose::Guest { request, second } = operation.purpose else { return };
         let Some(pending) = self.requests.get_mut(request) else { return };

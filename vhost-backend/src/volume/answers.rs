@@ -41,23 +41,29 @@ impl Volume {
             return Ok(());
         }
         let end = self.peers[peer].receive();
+        let mut replies = 0;
         while let Some(frame) = self.peers[peer].next_frame()? {
+            replies += 1;
             self.answered(peer, &frame)?;
         }
+        self.peers[peer].heard(replies, self.now);
         end
     }
 
     fn answered(&mut self, peer: PeerIndex, frame: &Frame) -> Result<(), Lost> {
         let reply = Reply::decode(frame)?;
-        let key = Key::from_request_id(frame.request);
+        let (key, follower) = Key::from_request_id(frame.request);
         // An answer nobody waits for any more: somebody else's came first, or the request was given up.
         let Some(operation) = self.operations.get(key) else { return Ok(()) };
         let Some(index) = operation.route else { return Err(Lost::WrongAnswer) };
-        if operation.was_asked(peer).is_none() {
-            return Ok(());
-        }
         if frame.copyset != self.routing[index].copyset {
             return Err(Lost::WrongAnswer);
+        }
+        if follower {
+            return self.follower_answered(key, peer, reply);
+        }
+        if operation.was_asked(peer).is_none() {
+            return Ok(());
         }
         let answer = match (reply, &operation.request) {
             (Reply::Refused(refusal), _) => Err(Trouble::Refused(refusal)),
@@ -72,7 +78,10 @@ impl Volume {
                 }
             }
             (Reply::Data { .. } | Reply::Info { .. }, _)
-            | (Reply::Done(_), WireRequest::Read(_) | WireRequest::ChunkInfo(_)) => {
+            | (
+                Reply::Done(_),
+                WireRequest::Read(_) | WireRequest::ReadAtLeast(_) | WireRequest::ChunkInfo(_),
+            ) => {
                 return Err(Lost::WrongAnswer);
             }
             (Reply::Done(fresh), _) => Ok(Answer { fresh, data: Bytes::new() }),
@@ -85,7 +94,15 @@ impl Volume {
     }
 
     fn succeeded(&mut self, key: Key, index: RouteIndex, peer: PeerIndex, answer: Answer) {
-        let is_fence = self.operations.get(key).is_some_and(|operation| operation.purpose == Purpose::Fence);
+        let Some(operation) = self.operations.get(key) else { return };
+        let is_fence = operation.purpose == Purpose::Fence;
+        if let Some((chunk, range)) = operation.changes() {
+            self.routing[index].recent.changed(chunk, range, answer.fresh.index);
+        } else if is_fence {
+            self.routing[index].recent.fenced(answer.fresh.index);
+        } else if let Some(at) = operation.was_asked(peer) {
+            self.pace.note(peer, self.now.saturating_duration_since(at));
+        }
         let found = self.routing[index].answered(peer, answer.fresh);
         if !is_fence {
             self.routing[index].setbacks = 0;
@@ -218,13 +235,18 @@ impl Volume {
     }
 
     /// Keeps an operation until its route knows where to. One that still waits for an answer elsewhere, and the one
-    /// that goes ahead, are kept already.
+    /// that goes ahead, are kept already. A read does not wait for a leader that is away if a follower can answer it.
     pub(super) fn park(&mut self, key: Key) {
         let Some(operation) = self.operations.get(key) else { return };
         let Some(index) = operation.route else { return };
         let waits_elsewhere = !operation.asked.is_empty();
+        if waits_elsewhere || self.routing[index].probe == Some(key) || operation.purpose == Purpose::Fence {
+            return;
+        }
+        let asked = self.leader_is_away(index) && self.ask_follower(key);
+        // Somebody must go on looking for the leader.
         let route = &mut self.routing[index];
-        if !waits_elsewhere && route.probe != Some(key) && operation.purpose != Purpose::Fence {
+        if !asked || (!route.confirmed && route.probe.is_none() && route.parked.is_empty()) {
             route.parked.push_back(key);
         }
     }
@@ -240,6 +262,12 @@ impl Volume {
         for key in asked {
             self.failed(key, peer, Trouble::ConnectionLost);
         }
+        let asked_as_follower: Vec<Key> = self
+            .operations
+            .iter_mut()
+            .filter_map(|(key, operation)| operation.take_follower(peer).map(|_| key))
+            .collect();
+        asked_as_follower.into_iter().for_each(|key| self.follower_failed(key));
         // Routes that had nothing out there must not go on to believe in it.
         for index in self.routing.indices() {
             let route = &mut self.routing[index];

@@ -12,13 +12,13 @@
 //!
 //! It does not know what the frames mean.
 
-use std::collections::{HashMap, VecDeque};
-use std::io::{self, IoSlice, Write};
+use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::wire::frame::Frame;
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, NotOurs, Role, Unwelcome, Version};
@@ -26,8 +26,8 @@ use evolute_protocol::wire::request::Request;
 use evolute_protocol::wire::{FrameReader, RequestId, WireError};
 use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
-use smallvec::SmallVec;
 
+use super::outbox::Outbox;
 use super::retry::reconnect_wait;
 
 /// Which of a volume's chunkservers: its place in the volume's table.
@@ -38,11 +38,12 @@ pub struct PeerIndex(pub u16);
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// How long others are not asked meanwhile. A host that is gone does not refuse, it says nothing.
 const CONNECT_QUICK: Duration = Duration::from_millis(100);
+/// A chunkserver that was asked and said nothing at all for this long is mute: its reads are asked elsewhere meanwhile.
+/// Twenty times what a read takes on a busy machine, half of what a reader may be kept waiting.
+const MUTE_AFTER: Duration = Duration::from_millis(50);
 /// How long sent bytes may stay unacknowledged before the kernel gives the connection up: bounds what waits in the
 /// out-buffer of a chunkserver that hangs. Far above any pause we would rather wait out.
 const UNACKNOWLEDGED_MS_MAX: u32 = 10_000;
-/// Parts of one `writev`; the kernel takes 1024 at most.
-const PARTS_MAX: usize = 256;
 /// Reads of one turn, so that one busy chunkserver does not keep the loop from the others: 8 × 256 KiB.
 const READS_MAX: usize = 8;
 /// How long a chunkserver that does not want us is left alone: its address or its cluster is wrong, and the next map
@@ -113,6 +114,10 @@ pub struct Peer {
     /// The other side will send no more: what is unread is the end.
     ending: bool,
     writable: bool,
+    /// Requests put out on this connection that have no reply yet, theirs or a refusal.
+    unanswered: u32,
+    /// While there are any: since when nothing was heard.
+    waiting_since: Option<Instant>,
     /// Attempts in a row that ended before the welcome.
     failures: u32,
     /// The end of the last one was told to the operator; not again before the next success.
@@ -188,6 +193,8 @@ impl Peer {
             readable: false,
             ending: false,
             writable: false,
+            unanswered: 0,
+            waiting_since: None,
             failures: 0,
             reported: false,
         }
@@ -240,6 +247,7 @@ impl Peer {
         self.reader = FrameReader::default();
         self.outbox = Outbox::default();
         (self.readable, self.ending, self.writable) = (false, false, false);
+        (self.unanswered, self.waiting_since) = (0, None);
         // Dropping the stream takes it out of the poll, too.
         self.put_down(now, jitter);
         if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_)) {
@@ -374,8 +382,27 @@ impl Peer {
     }
 
     /// Puts a request out; it leaves with [`Peer::flush`].
-    pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId) {
+    pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId, now: Instant) {
         self.outbox.put(request, copyset, id);
+        self.unanswered += 1;
+        self.waiting_since.get_or_insert(now);
+    }
+
+    /// So many replies were taken from it.
+    pub fn heard(&mut self, replies: u32, now: Instant) {
+        if replies > 0 {
+            self.unanswered = self.unanswered.saturating_sub(replies);
+            self.waiting_since = (self.unanswered > 0).then_some(now);
+        }
+    }
+
+    /// How long it has been asked things and has said nothing.
+    pub fn silent_for(&self, now: Instant) -> Duration {
+        self.waiting_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
+    }
+
+    pub fn is_mute(&self, now: Instant) -> bool {
+        self.silent_for(now) >= MUTE_AFTER
     }
 
     /// Sends what was put out, as far as the socket takes it.
@@ -415,173 +442,4 @@ fn read_into(stream: &TcpStream, buffer: &mut BytesMut) -> io::Result<(usize, us
     // SAFETY: the kernel has just written the first `got` bytes of the spare capacity.
     unsafe { buffer.advance_mut(got) };
     Ok((asked, got))
-}
-
-/// Frames that wait to be written: their headers and fields one after the other in one buffer, data by reference
-/// between them.
-#[derive(Debug, Default)]
-struct Outbox {
-    heads: BytesMut,
-    queue: VecDeque<Part>,
-    /// Bytes of `heads` behind those of `queue`.
-    tail: usize,
-}
-
-/// Some bytes of `heads`, then data.
-#[derive(Debug)]
-struct Part {
-    head: usize,
-    data: Bytes,
-}
-
-impl Outbox {
-    fn is_empty(&self) -> bool {
-        self.heads.is_empty() && self.queue.is_empty()
-    }
-
-    fn put_bytes(&mut self, bytes: &[u8]) {
-        self.heads.put_slice(bytes);
-        self.tail += bytes.len();
-    }
-
-    fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId) {
-        let before = self.heads.len();
-        let data = request.put(copyset, id, &mut self.heads);
-        self.tail += self.heads.len() - before;
-        if let Some(data) = data {
-            self.queue.push_back(Part { head: std::mem::take(&mut self.tail), data });
-        }
-    }
-
-    fn write_to(&mut self, stream: &mut impl Write) -> io::Result<()> {
-        let mut slices: SmallVec<[IoSlice<'_>; 64]> = SmallVec::new();
-        let mut at = 0;
-        for part in self.queue.iter().take(PARTS_MAX / 2) {
-            if part.head > 0 {
-                slices.push(IoSlice::new(&self.heads[at..at + part.head]));
-            }
-            if !part.data.is_empty() {
-                slices.push(IoSlice::new(&part.data));
-            }
-            at += part.head;
-        }
-        if self.queue.len() <= PARTS_MAX / 2 && self.tail > 0 {
-            slices.push(IoSlice::new(&self.heads[at..]));
-        }
-        let written = stream.write_vectored(&slices)?;
-        if written == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        drop(slices);
-        self.take(written);
-        Ok(())
-    }
-
-    /// Forgets the first `written` bytes.
-    fn take(&mut self, mut written: usize) {
-        while written > 0 {
-            let Some(part) = self.queue.front_mut() else {
-                assert!(written <= self.tail, "wrote more than there was");
-                self.tail -= written;
-                self.heads.advance(written);
-                return;
-            };
-            let head = written.min(part.head);
-            part.head -= head;
-            self.heads.advance(head);
-            written -= head;
-            let data = written.min(part.data.len());
-            part.data.advance(data);
-            written -= data;
-            if part.head == 0 && part.data.is_empty() {
-                self.queue.pop_front();
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::io::{self, IoSlice, Write};
-
-    use bytes::{BufMut, Bytes, BytesMut};
-    use evolute_protocol::checksum::checksums;
-    use evolute_protocol::epoch::Epoch;
-    use evolute_protocol::id::{ChunkIndex, ChunkKey, CopysetId, VolumeId};
-    use evolute_protocol::wire::RequestId;
-    use evolute_protocol::wire::request::{
-        ChangeTag, ChunkRange, Fence, Read, Request, Write as WriteRequest,
-    };
-    use proptest::prelude::{ProptestConfig, any, prop, prop_assert, prop_assert_eq, proptest};
-
-    use super::Outbox;
-
-    /// A socket that takes only so many bytes at a time.
-    struct Narrow {
-        takes: usize,
-        got: Vec<u8>,
-    }
-
-    impl Write for Narrow {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.write_vectored(&[IoSlice::new(bytes)])
-        }
-
-        fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
-            assert!(parts.iter().all(|part| !part.is_empty()));
-            let all: Vec<u8> = parts.iter().flat_map(|part| part.to_vec()).take(self.takes).collect();
-            self.got.extend_from_slice(&all);
-            Ok(all.len())
-        }
-
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn request(kind: u8, blocks: usize) -> Request {
-        let chunk = ChunkKey { volume: VolumeId(5), index: ChunkIndex(6) };
-        let data = Bytes::from(vec![kind; blocks * 4096]);
-        let range = ChunkRange::new(0, u32::try_from(data.len()).expect("small")).expect("valid");
-        match kind % 3 {
-            0 => Request::Fence(Fence { volume: VolumeId(1), epoch: Epoch::default() }),
-            1 => Request::Read(Read { chunk, epoch: Epoch::default(), range }),
-            _ => Request::Write(WriteRequest {
-                chunk,
-                tag: ChangeTag::default(),
-                range,
-                checksums: checksums(0, &data),
-                data,
-            }),
-        }
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(100))]
-        #[test]
-        fn frames_leave_in_order_however_little_the_socket_takes(
-            kinds in prop::collection::vec((any::<u8>(), 1usize..4), 1..200),
-            takes in 1usize..20_000,
-            put_at_once in 1usize..50,
-        ) {
-            let mut outbox = Outbox::default();
-            let mut expected = BytesMut::new();
-            let mut socket = Narrow { takes, got: Vec::new() };
-            for (n, (kind, blocks)) in kinds.into_iter().enumerate() {
-                let request = request(kind, blocks);
-                outbox.put(&request, CopysetId(1), RequestId(n as u64));
-                if let Some(data) = request.put(CopysetId(1), RequestId(n as u64), &mut expected) {
-                    expected.put(data);
-                }
-                if n % put_at_once == 0 {
-                    outbox.write_to(&mut socket).expect("never refuses");
-                }
-            }
-            while !outbox.is_empty() {
-                outbox.write_to(&mut socket).expect("never refuses");
-            }
-            prop_assert!(outbox.tail == 0);
-            prop_assert_eq!(socket.got, expected.to_vec());
-        }
-    }
 }

@@ -12,40 +12,32 @@
 //!
 //! With a state directory and an attachment in it, the volume is attached before any MDS is asked.
 
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::collections::HashSet;
-use std::future::Future;
+use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
-use std::{fmt, io};
+use std::time::Duration;
 
+use evolute_daemon::in_one_line;
 use evolute_protocol::epoch::Epoch;
-use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, SegmentIndex, VolumeId};
-use evolute_protocol::rpc::volumes_client::VolumesClient;
+use evolute_protocol::id::{SegmentIndex, VolumeId};
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, DetachRequest, ErrorWord, MapRequest, Segment, VolumeMap,
+    AllocateSegmentRequest, AttachRequest, DetachRequest, ErrorWord, MapRequest, Segment,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
-use tonic::transport::{Channel, Endpoint};
-use tonic::{Response, Status};
 use tracing::{error, info, warn};
 
 use super::attach::{Attachment, Remembered, StateError, StateFile};
-use super::routing::{ChunkserverPlace, CopysetMembers, Map, SegmentCopysets};
+use super::mds::{self, BadAddress, BadMap, Endpoints, Mds, copysets_of, map_of, resolve};
+use super::routing::{Map, SegmentCopysets};
 use crate::io_thread::WakerHandle;
 
-/// How long one question to one MDS may take before the next one is asked.
-const CALL_MAX: Duration = Duration::from_secs(5);
-const CONNECT_MAX: Duration = Duration::from_secs(1);
-/// The map of the largest volume, 64 Ki segments of 64 numbers, is some 20 MiB.
-const MAP_BYTES_MAX: usize = 64 << 20;
-/// Between rounds over all MDS that did not answer: first, and at most.
-const WAIT_MIN: Duration = Duration::from_millis(50);
-const WAIT_MAX: Duration = Duration::from_secs(1);
+/// Between two tries at what must not be given up: a state directory that is full, a map that is not there yet.
+const AGAIN_AFTER: Duration = Duration::from_secs(1);
 
 /// Which volume, for whom, and whom to ask.
 #[derive(Debug, Clone)]
@@ -204,10 +196,7 @@ pub struct Control {
 
 /// Starts the control thread, which attaches the volume at once.
 pub fn start(options: ControlOptions) -> Result<(Control, ControlLink), AttachError> {
-    let mds = options.mds.iter().map(|address| endpoint(address)).collect::<Result<Vec<_>, _>>()?;
-    if mds.is_empty() {
-        return Err(AttachError::MdsAddress(String::new()));
-    }
+    let mds = mds::endpoints(&options.mds).map_err(|BadAddress(address)| AttachError::MdsAddress(address))?;
     let state = match &options.state_dir {
         Some(directory) => Some(StateFile::new(directory, &options.volume)?),
         None => None,
@@ -273,26 +262,9 @@ impl Control {
     }
 }
 
-fn endpoint(address: &str) -> Result<(String, Endpoint), AttachError> {
-    let bad = || AttachError::MdsAddress(address.to_owned());
-    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    if !has_port {
-        return Err(bad());
-    }
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| bad())?;
-    let endpoint = endpoint.connect_timeout(CONNECT_MAX).timeout(CALL_MAX).tcp_nodelay(true);
-    Ok((address.to_owned(), endpoint))
-}
-
 type Told = mpsc::Sender<Result<AttachedVolume, AttachError>>;
 
-fn run(
-    options: ControlOptions,
-    mds: Vec<(String, Endpoint)>,
-    state: Option<StateFile>,
-    end: ControlEnd,
-    told: Told,
-) {
+fn run(options: ControlOptions, mds: Endpoints, state: Option<StateFile>, end: ControlEnd, told: Told) {
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -303,14 +275,9 @@ fn run(
     let local = tokio::task::LocalSet::new();
     local.block_on(&runtime, async move {
         let ControlEnd { asks, news } = end;
-        let mds = Mds {
-            clients: mds.into_iter().map(|(name, to)| (name, client(&to))).collect(),
-            current: Cell::new(0),
-            away_since: Cell::new(None),
-        };
         let controller = Rc::new(Controller {
             options,
-            mds,
+            mds: Mds::new(mds),
             state,
             known: RefCell::new(None),
             news,
@@ -319,10 +286,6 @@ fn run(
         });
         controller.serve(asks).await;
     });
-}
-
-fn client(to: &Endpoint) -> VolumesClient<Channel> {
-    VolumesClient::new(to.connect_lazy()).max_decoding_message_size(MAP_BYTES_MAX)
 }
 
 /// A question that is being asked: not asked a second time meanwhile.
@@ -483,10 +446,10 @@ impl Controller {
         let mut told = false;
         while let Err(error) = state.save(known) {
             if !told {
-                error!("{}: I/O that needs this waits: {}", known.name, chain(&error));
+                error!("{}: I/O that needs this waits: {}", known.name, in_one_line(&error));
                 told = true;
             }
-            tokio::time::sleep(WAIT_MAX).await;
+            tokio::time::sleep(AGAIN_AFTER).await;
         }
     }
 
@@ -569,7 +532,7 @@ impl Controller {
         while !self.knows(&copysets) {
             self.refresh_map().await;
             if !self.knows(&copysets) {
-                tokio::time::sleep(WAIT_MAX).await;
+                tokio::time::sleep(AGAIN_AFTER).await;
             }
         }
         let known = {
@@ -605,7 +568,7 @@ impl Controller {
             Ok(_) => {
                 *self.known.borrow_mut() = None;
                 if let Some(Err(error)) = self.state.as_ref().map(StateFile::forget) {
-                    warn!("{}", chain(&error));
+                    warn!("{}", in_one_line(&error));
                 }
                 true
             }
@@ -615,130 +578,4 @@ impl Controller {
             }
         }
     }
-}
-
-/// What the control plane refused, for good.
-struct Refusal {
-    word: ErrorWord,
-    message: String,
-}
-
-/// The MDS we know, and which of them answered last.
-struct Mds {
-    clients: Vec<(String, VolumesClient<Channel>)>,
-    current: Cell<usize>,
-    away_since: Cell<Option<Instant>>,
-}
-
-impl Mds {
-    /// Asks one after the other until one answers, however long that takes.
-    async fn call<T, F>(&self, what: &str, ask: impl Fn(VolumesClient<Channel>) -> F) -> Result<T, Refusal>
-    where
-        F: Future<Output = Result<Response<T>, Status>>,
-    {
-        let (mut wait, mut tried) = (WAIT_MIN, 0);
-        loop {
-            let at = self.current.get();
-            let (name, client) = &self.clients[at];
-            let status = match ask(client.clone()).await {
-                Ok(answer) => {
-                    self.answers();
-                    return Ok(answer.into_inner());
-                }
-                Err(status) => status,
-            };
-            match ErrorWord::of(&status) {
-                Some(ErrorWord::NotLeader) | None => {
-                    self.current.set((at + 1) % self.clients.len());
-                }
-                Some(ErrorWord::Busy) => {}
-                Some(word) => {
-                    self.answers();
-                    return Err(Refusal { word, message: status.message().to_owned() });
-                }
-            }
-            tried += 1;
-            if tried % self.clients.len() == 0 {
-                if self.away_since.get().is_none() && tried > self.clients.len() {
-                    self.away_since.set(Some(Instant::now()));
-                    warn!("waiting for the control plane to {what} ({name}: {})", status.message());
-                }
-                tokio::time::sleep(wait).await;
-                wait = (wait * 2).min(WAIT_MAX);
-            }
-        }
-    }
-
-    fn answers(&self) {
-        if let Some(since) = self.away_since.take() {
-            info!("the control plane answers again after {:.1} s", since.elapsed().as_secs_f64());
-        }
-    }
-}
-
-/// The control plane's answer cannot be right.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct BadMap(&'static str);
-
-impl fmt::Display for BadMap {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.0)
-    }
-}
-
-fn copysets_of(segment: &Segment) -> Result<SegmentCopysets, BadMap> {
-    let copysets: Vec<_> = segment.chunk_copysets.iter().map(|id| CopysetId(*id)).collect();
-    copysets.try_into().map_err(|_| BadMap("a segment has 64 chunks"))
-}
-
-/// A map as we keep it, checked and with addresses resolved.
-async fn map_of(from: VolumeMap) -> Result<Map, BadMap> {
-    let cluster: [u8; 16] =
-        from.cluster_id.as_slice().try_into().map_err(|_| BadMap("a cluster id has 16 bytes"))?;
-    let mut map = Map { cluster: ClusterId(cluster), ..Map::default() };
-    for route in from.copysets {
-        let replicas: Vec<_> =
-            route.replicas.iter().map(|replica| ChunkserverId(replica.chunkserver)).collect();
-        if replicas.is_empty() {
-            return Err(BadMap("a copyset without replicas"));
-        }
-        for replica in route.replicas {
-            let chunkserver = ChunkserverId(replica.chunkserver);
-            if !map.chunkservers.iter().any(|place| place.chunkserver == chunkserver) {
-                let place = ChunkserverPlace { chunkserver, address: replica.address, resolved: None };
-                map.chunkservers.push(place);
-            }
-        }
-        let leader = (route.leader_chunkserver != 0).then_some(ChunkserverId(route.leader_chunkserver));
-        map.copysets.push(CopysetMembers { copyset: CopysetId(route.copyset), replicas, leader });
-    }
-    for segment in from.segments {
-        let copysets = copysets_of(&segment)?;
-        if copysets.iter().any(|id| !map.copysets.iter().any(|of| of.copyset == *id)) {
-            return Err(BadMap("a chunk of a copyset that is not in the map"));
-        }
-        map.segments.push((SegmentIndex(segment.index), copysets));
-    }
-    resolve(&mut map).await;
-    Ok(map)
-}
-
-async fn resolve(map: &mut Map) {
-    for place in &mut map.chunkservers {
-        place.resolved = match place.address.parse() {
-            Ok(address) => Some(address),
-            Err(_) => tokio::net::lookup_host(&place.address).await.ok().and_then(|mut found| found.next()),
-        };
-    }
-}
-
-/// An error with its causes, on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text = format!("{text}: {next}");
-        cause = next.source();
-    }
-    text
 }

@@ -12,9 +12,10 @@ use std::collections::VecDeque;
 use std::time::Instant;
 
 use bytes::Bytes;
+use evolute_protocol::id::ChunkIndex;
 use evolute_protocol::wire::RequestId;
 use evolute_protocol::wire::reply::Freshness;
-use evolute_protocol::wire::request::{Request as WireRequest, Sequence};
+use evolute_protocol::wire::request::{ChunkRange, Request as WireRequest, Sequence};
 use smallvec::SmallVec;
 
 use super::connection::PeerIndex;
@@ -26,6 +27,10 @@ use crate::backing::{Failure, Ticket};
 /// remember more than 64 Ki (`chunkserver/src/copyset/fence.rs`); one stuck write among many quick ones fills this.
 pub const SEQUENCES_OUT_MAX: usize = 32 << 10;
 
+/// Generations of a place in a [`Slab`]: 31 bits, because the last tells whom a request is for.
+const GENERATIONS: u32 = u32::MAX >> 1;
+const FOLLOWER: u64 = 1 << 63;
+
 /// A place in a [`Slab`], and which of its tenants is meant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
@@ -34,13 +39,26 @@ pub struct Key {
 }
 
 impl Key {
+    /// What the leader is asked under.
     pub fn to_request_id(self) -> RequestId {
         RequestId(u64::from(self.generation) << 32 | u64::from(self.index))
     }
 
+    /// What a follower is asked under: the same replica may be asked both ways at a time.
+    pub fn to_follower_request_id(self) -> RequestId {
+        RequestId(self.to_request_id().0 | FOLLOWER)
+    }
+
+    /// Whose answer this is, and whether it was asked as a follower.
     #[expect(clippy::cast_possible_truncation, reason = "the two halves of a u64")]
-    pub fn from_request_id(id: RequestId) -> Self {
-        Self { index: id.0 as u32, generation: (id.0 >> 32) as u32 }
+    pub fn from_request_id(id: RequestId) -> (Self, bool) {
+        let key = Self { index: id.0 as u32, generation: (id.0 >> 32) as u32 & GENERATIONS };
+        (key, id.0 & FOLLOWER != 0)
+    }
+
+    /// A number to spread things with.
+    pub fn place(self) -> usize {
+        self.index as usize
     }
 }
 
@@ -102,9 +120,13 @@ impl<T> Slab<T> {
             return None;
         }
         let value = place.tenant.take()?;
-        place.generation = place.generation.wrapping_add(1);
+        place.generation = (place.generation + 1) & GENERATIONS;
         self.free.push(key.index);
         Some(value)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.places.iter().filter_map(|place| place.tenant.as_ref())
     }
 
     pub fn iter_mut(&mut self) -> impl Iterator<Item = (Key, &mut T)> {
@@ -127,6 +149,17 @@ impl<T> Slab<T> {
 pub struct Asked {
     pub peer: PeerIndex,
     pub at: Instant,
+    pub how: AskedAs,
+}
+
+/// What a replica must be to answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AskedAs {
+    Leader,
+    /// Any replica that has applied the volume's entry of this index.
+    Follower {
+        index: u64,
+    },
 }
 
 /// What is sent to one copyset, until it is answered.
@@ -142,6 +175,8 @@ pub struct Operation {
     pub floor: Freshness,
     /// Sent and not answered: the leader, and perhaps one we ask because the leader is silent.
     pub asked: SmallVec<[Asked; 2]>,
+    /// Replicas that were asked as followers, by their place in the route: each once.
+    pub followers_tried: u8,
     /// Sent at least once.
     pub sent: bool,
     /// When it was made.
@@ -160,12 +195,37 @@ pub enum Purpose {
 }
 
 impl Operation {
+    /// When `peer` was asked as the leader.
     pub fn was_asked(&self, peer: PeerIndex) -> Option<Instant> {
-        self.asked.iter().find(|asked| asked.peer == peer).map(|asked| asked.at)
+        let asked = self.asked.iter().find(|asked| asked.peer == peer && asked.how == AskedAs::Leader);
+        asked.map(|asked| asked.at)
     }
 
+    /// `peer` answered as the leader, or will not.
     pub fn forget(&mut self, peer: PeerIndex) {
-        self.asked.retain(|asked| asked.peer != peer);
+        self.asked.retain(|asked| asked.peer != peer || asked.how != AskedAs::Leader);
+    }
+
+    /// `peer` answered as a follower, or will not: when it was asked, and for what index.
+    pub fn take_follower(&mut self, peer: PeerIndex) -> Option<(Instant, u64)> {
+        let at = self.asked.iter().position(|asked| asked.peer == peer && asked.how != AskedAs::Leader)?;
+        match self.asked.remove(at) {
+            Asked { at, how: AskedAs::Follower { index }, .. } => Some((at, index)),
+            Asked { how: AskedAs::Leader, .. } => None,
+        }
+    }
+
+    /// The bytes it changes; `None`: it changes none.
+    pub fn changes(&self) -> Option<(ChunkIndex, ChunkRange)> {
+        match &self.request {
+            WireRequest::Write(write) => Some((write.chunk.index, write.range)),
+            WireRequest::Discard(discard) => Some((discard.chunk.index, discard.range)),
+            WireRequest::WriteZeroes(zeroes) => Some((zeroes.chunk.index, zeroes.range)),
+            WireRequest::Fence(_)
+            | WireRequest::Read(_)
+            | WireRequest::ReadAtLeast(_)
+            | WireRequest::ChunkInfo(_) => None,
+        }
     }
 
     pub fn sequence(&self) -> Option<Sequence> {
@@ -173,7 +233,10 @@ impl Operation {
             WireRequest::Write(write) => Some(write.tag.sequence),
             WireRequest::Discard(discard) => Some(discard.tag.sequence),
             WireRequest::WriteZeroes(zeroes) => Some(zeroes.tag.sequence),
-            WireRequest::Fence(_) | WireRequest::Read(_) | WireRequest::ChunkInfo(_) => None,
+            WireRequest::Fence(_)
+            | WireRequest::Read(_)
+            | WireRequest::ReadAtLeast(_)
+            | WireRequest::ChunkInfo(_) => None,
         }
     }
 
@@ -182,7 +245,10 @@ impl Operation {
             WireRequest::Write(write) => write.tag.floor = floor,
             WireRequest::Discard(discard) => discard.tag.floor = floor,
             WireRequest::WriteZeroes(zeroes) => zeroes.tag.floor = floor,
-            WireRequest::Fence(_) | WireRequest::Read(_) | WireRequest::ChunkInfo(_) => {}
+            WireRequest::Fence(_)
+            | WireRequest::Read(_)
+            | WireRequest::ReadAtLeast(_)
+            | WireRequest::ChunkInfo(_) => {}
         }
     }
 }
@@ -323,7 +389,8 @@ mod tests {
     fn a_late_answer_finds_nobody() {
         let mut slab = Slab::default();
         let first = slab.insert("first");
-        assert_eq!(Key::from_request_id(first.to_request_id()), first);
+        assert_eq!(Key::from_request_id(first.to_request_id()), (first, false));
+        assert_eq!(Key::from_request_id(first.to_follower_request_id()), (first, true));
         assert_eq!(slab.remove(first), Some("first"));
         let second = slab.insert("second");
         assert_eq!(slab.get(first), None);

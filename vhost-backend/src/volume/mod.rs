@@ -16,9 +16,10 @@
 //! - Every ticket is completed exactly once.
 //! - A change keeps its sequence, data and checksums however often it is sent, and to whomever. Its lane's floor never
 //!   passes a sequence that may still be sent again.
-//! - A read is answered only by a replica that knows all this volume had seen when the read began, and only with
-//!   bytes that match their checksums. (The bar is what was seen when the read *began*, not when it is answered: a read
-//!   from a slow disk among quick writes would never get over a bar that rises while it waits.)
+//! - A read is answered by a leader that knows all this volume had seen when the read began, or by any replica that
+//!   has applied every change these bytes depend on ([`followers`]); and only with bytes that match their checksums.
+//!   (The leader's bar is what was seen when the read *began*, not when it is answered: a read from a slow disk among
+//!   quick writes would never get over a bar that rises while it waits.)
 //! - Before the cluster agreed that this epoch writes, in every copyset, nothing is sent but fences.
 //! - Nobody in reach: requests wait, without limit unless `fail_after` is set, and go on by themselves.
 //!
@@ -37,6 +38,11 @@ pub mod split;
 
 mod admit;
 mod answers;
+mod followers;
+mod mds;
+mod outbox;
+mod pace;
+mod recent;
 mod sending;
 #[cfg(test)]
 mod tests;
@@ -55,6 +61,7 @@ use self::attach::Attachment;
 use self::connection::Peers;
 use self::control::{Ask, ControlLink, News, SegmentRefused};
 use self::inflight::{Admitted, Bounds, Key, Operation, Pending, Sequences, Slab};
+use self::pace::Pace;
 use self::routing::{Fencing, RouteIndex, Routing, SegmentCopysets};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
 use crate::io_thread::WakerHandle;
@@ -107,6 +114,12 @@ pub struct Counters {
     pub damaged: u64,
     pub connections_lost: u64,
     pub fences: u64,
+    /// Reads asked of a replica that need not lead.
+    pub followers_asked: u64,
+    /// Those of them that were answered so, and first.
+    pub followers_answered: u64,
+    /// Those asked beside a leader that was only slow.
+    pub second_questions: u64,
     /// Operations that somebody else than the first one asked had to answer, or the same one later.
     pub retries: u64,
 }
@@ -154,6 +167,10 @@ pub struct Volume {
     /// When operations out are next looked over.
     next_sweep: Option<Instant>,
     next_map: Option<Instant>,
+    /// When reads out are next looked over.
+    next_look: Option<Instant>,
+    next_company: Option<Instant>,
+    pace: Pace,
     segments_held_since: Option<Instant>,
     deadline: Option<Instant>,
     random: u32,
@@ -192,6 +209,9 @@ impl Volume {
             now: Instant::now(),
             next_sweep: None,
             next_map: None,
+            next_look: None,
+            next_company: None,
+            pace: Pace::default(),
             segments_held_since: None,
             deadline: None,
             random: 0x9e37_79b9 ^ std::process::id(),
@@ -259,6 +279,7 @@ impl Volume {
             if let Some(attachment) = &self.attachment {
                 info!("{} is ours under epoch {}", attachment.volume, attachment.epoch);
             }
+            self.keep_company();
         }
     }
 
@@ -353,6 +374,7 @@ impl Volume {
                 next = Some(next.map_or(at, |next: Instant| next.min(at)));
             }
         };
+        consider(self.next_look);
         for peer in self.peers.iter() {
             consider(peer.deadline(self.now));
             consider(peer.has_unread().then_some(self.now));

@@ -96,7 +96,8 @@ fn after_refusal(refusal: Refusal, now: &Standing) -> Move {
         Refusal::NotLeader { leader: Some(leader) } if now.hint_usable && now.redirects < REDIRECTS_MAX => {
             Move::Follow(leader)
         }
-        Refusal::NotLeader { .. } => Move::Search { after: search_wait(now) },
+        // Only a follower is asked what it may be behind for; from a leader it is nonsense.
+        Refusal::NotLeader { .. } | Refusal::Behind { .. } => Move::Search { after: search_wait(now) },
         Refusal::Fenced { current } if current > now.epoch => Move::Stop { current },
         // A replica that lost its memory of us, or nonsense: either way our fence settles it.
         Refusal::Fenced { .. } | Refusal::NotFenced => Move::Fence { after: patience(now) },
@@ -190,6 +191,7 @@ mod tests {
             (Trouble::Refused(hint), bounced, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(hint), unusable, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(Refusal::NotLeader { leader: None }), s, Move::Search { after: WAIT_MIN }),
+            (Trouble::Refused(Refusal::Behind { applied: 3 }), s, Move::Search { after: WAIT_MIN }),
             (Trouble::Refused(Refusal::NotLeader { leader: None }), late, Move::Search { after: WAIT_MAX }),
             (Trouble::Refused(Refusal::Fenced { current: newer }), s, Move::Stop { current: newer }),
             (Trouble::Refused(Refusal::Fenced { current: OURS }), s, Move::Fence { after: Duration::ZERO }),

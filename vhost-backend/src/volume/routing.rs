@@ -20,6 +20,7 @@ use smallvec::SmallVec;
 
 use super::connection::{PeerIndex, Peers};
 use super::inflight::Key;
+use super::recent::RecentChanges;
 use super::split::segment_of;
 
 #[expect(clippy::cast_possible_truncation, reason = "64")]
@@ -80,6 +81,8 @@ pub struct Route {
     pub confirmed: bool,
     /// Since when we have not known who leads.
     pub searching_since: Option<Instant>,
+    /// The target was named by somebody who should know, and has not been given up since.
+    pub hinted: bool,
     /// Hints followed since the last pause.
     pub redirects: u32,
     /// Refusals in a row that asked for patience.
@@ -88,6 +91,8 @@ pub struct Route {
     /// The highest term and the highest index seen in any answer of this copyset.
     pub fresh: Freshness,
     pub fencing: Fencing,
+    /// What was changed lately.
+    pub recent: RecentChanges,
     /// Waiting for a leader, in the order they came.
     pub parked: VecDeque<Key>,
     /// The one that goes ahead while we search.
@@ -104,11 +109,13 @@ impl Route {
             target,
             confirmed: false,
             searching_since: None,
+            hinted: false,
             redirects: 0,
             setbacks: 0,
             paused_until: None,
             fresh: Freshness::default(),
             fencing: Fencing::Needed,
+            recent: RecentChanges::default(),
             parked: VecDeque::new(),
             probe: None,
             held_since: None,
@@ -136,6 +143,7 @@ impl Route {
     /// Somebody who should know says that `leader` leads.
     pub fn follow(&mut self, leader: PeerIndex, now: Instant) {
         self.target = leader;
+        self.hinted = true;
         self.redirects += 1;
         self.lose(now);
     }
@@ -143,6 +151,7 @@ impl Route {
     /// The target does not lead, or does not answer: the next replica, after a while.
     pub fn search(&mut self, now: Instant, after: Duration) {
         self.target = self.next_replica();
+        self.hinted = false;
         self.lose(now);
         self.pause(now, after);
     }
@@ -167,6 +176,11 @@ impl Route {
     /// Whether an answer with this freshness may be given to a reader that had seen `floor` when it asked.
     pub fn is_fresh(answer: Freshness, floor: Freshness) -> bool {
         answer.term >= floor.term && answer.index >= floor.index
+    }
+
+    /// A replica that need not lead has shown this much.
+    pub fn seen(&mut self, index: u64) {
+        self.fresh.index = self.fresh.index.max(index);
     }
 
     /// `peer` answered as only a leader can. Says whether it is another than we followed, or we were searching.

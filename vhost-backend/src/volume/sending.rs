@@ -7,7 +7,7 @@ use evolute_protocol::wire::request::{Fence, Request as WireRequest};
 use smallvec::SmallVec;
 
 use super::connection::{Lost, PeerIndex, Readiness};
-use super::inflight::{Asked, Key, Operation, Purpose};
+use super::inflight::{Asked, AskedAs, Key, Operation, Purpose};
 use super::routing::{Fencing, RouteIndex};
 use super::{Stage, Volume};
 
@@ -28,12 +28,12 @@ impl Volume {
     /// An operation whose route is known: out, or parked.
     pub(super) fn dispatch(&mut self, key: Key) {
         let Some(index) = self.operations.get(key).and_then(|operation| operation.route) else { return };
-        let route = &mut self.routing[index];
-        if route.is_clear() && self.peers[route.target].is_open() {
-            let target = route.target;
+        let route = &self.routing[index];
+        let target = route.target;
+        if !route.is_clear() || !self.peers[target].is_open() {
+            self.park(key);
+        } else if !self.peers[target].is_mute(self.now) || !self.ask_follower(key) {
             self.send(key, target);
-        } else {
-            route.parked.push_back(key);
         }
     }
 
@@ -45,9 +45,14 @@ impl Volume {
         operation.sent = true;
         operation.set_floor(self.sequences.floor());
         operation.forget(to);
-        operation.asked.push(Asked { peer: to, at: self.now });
-        self.peers[to].put(&operation.request, self.routing[route].copyset, key.to_request_id());
+        operation.asked.push(Asked { peer: to, at: self.now, how: AskedAs::Leader });
+        let reads = matches!(operation.request, WireRequest::Read(_));
+        let copyset = self.routing[route].copyset;
+        self.peers[to].put(&operation.request, copyset, key.to_request_id(), self.now);
         self.counters.sent += 1;
+        if reads {
+            self.read_sent();
+        }
         self.wake_sweep();
     }
 
@@ -61,6 +66,7 @@ impl Volume {
             purpose: Purpose::Fence,
             floor: Freshness::default(),
             asked: SmallVec::new(),
+            followers_tried: 0,
             sent: false,
             since: self.now,
             failures: 0,
@@ -135,19 +141,27 @@ impl Volume {
     fn send_parked(&mut self, index: RouteIndex) {
         let target = self.routing[index].target;
         while let Some(key) = self.routing[index].parked.pop_front() {
-            self.send(key, target);
+            // It may have been parked twice: as itself, and when a follower did not answer it.
+            let asked = self.operations.get(key).and_then(|operation| operation.was_asked(target));
+            if asked.is_none() {
+                self.send(key, target);
+            }
         }
     }
 
-    /// The target if it can be talked to, else another replica that can, or may be tried.
+    /// The target if it can be talked to and says something, or was named as the leader; else another replica that can,
+    /// or may be tried.
     fn reach(&mut self, index: RouteIndex) -> Reach {
         let jitter = self.jitter();
         let Some(registry) = &self.registry else { return Reach::Soon };
         let route = &mut self.routing[index];
-        let (mut earliest, mut soon) = (None, false);
+        let (mut earliest, mut soon, mut mute) = (None, false, None);
         for _ in 0..route.replicas.len().max(1) {
             let peer = &mut self.peers[route.target];
             match peer.want(self.now, registry, jitter) {
+                Readiness::Open if peer.is_mute(self.now) && !route.hinted => {
+                    mute = mute.or(Some(route.target))
+                }
                 Readiness::Open => return Reach::Open(route.target),
                 Readiness::Soon if !peer.is_doubtful(self.now) => return Reach::Soon,
                 Readiness::Soon => soon = true,
@@ -156,7 +170,12 @@ impl Volume {
                 }
             }
             let next = route.next_replica();
+            route.hinted = false;
             route.retarget(next, self.now);
+        }
+        if let Some(mute) = mute {
+            route.retarget(mute, self.now);
+            return Reach::Open(mute);
         }
         match earliest {
             Some(until) => Reach::Nobody(until),
@@ -216,7 +235,7 @@ impl Volume {
         let was_open = lost.is_open();
         lost.close(why, self.now, jitter);
         if was_open || !std::mem::replace(&mut lost.reported, true) {
-            tracing::warn!("{}: {}", lost.id, super::control::chain(why));
+            tracing::warn!("{}: {}", lost.id, evolute_daemon::in_one_line(why));
         }
         if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_) | Lost::NoAddress) {
             self.want_map();

@@ -24,6 +24,7 @@ impl Volume {
     /// Does what is due.
     pub(super) fn expire(&mut self) {
         self.resend_delayed();
+        self.look_after_reads();
         if self.next_sweep.is_some_and(|at| at <= self.now) {
             self.next_sweep = None;
             self.sweep();
@@ -57,6 +58,8 @@ impl Volume {
     /// Looks over everything that is out.
     fn sweep(&mut self) {
         self.give_up_old();
+        self.keep_company();
+        self.leave_mute_leaders();
         let mut silent: Vec<(RouteIndex, Key, Instant)> = Vec::new();
         let mut oldest: Vec<(RouteIndex, Instant)> = Vec::new();
         let mut oldest_unallocated = None;

@@ -1,5 +1,5 @@
-//! Everything at once: cuts before and after, refusals, replies in any order, leaders that change, chunkservers that
-//! die and come back, while a guest reads and writes. No matter what:
+//! Everything at once: cuts before and after, refusals, replies in any order, leaders that change, followers that are
+//! behind, chunkservers that die and come back, while a guest reads and writes. No matter what:
 //!
 //! - every ticket is completed exactly once, and none fails;
 //! - a read returns what the last completed write to that block put there;
@@ -67,6 +67,16 @@ proptest! {
                     *hung = !*hung;
                 }
                 3 => SERVERS.iter().for_each(|server| cluster.revive(*server)),
+                4 => {
+                    // A follower stays where it is now, or comes up to date again.
+                    let mut state = cluster.state();
+                    let copyset = CopysetId(u32::from(seed) % 3 + 1);
+                    let past = state.past(copyset);
+                    let behind = &mut state.fault(SERVERS[usize::from(seed / 3) % 3]).behind;
+                    if behind.remove(&copyset).is_none() {
+                        behind.insert(copyset, past);
+                    }
+                }
                 _ => {
                     // Overlapping requests in flight have no order; the model stays out of that.
                     let busy = out.values().any(|of| match of {

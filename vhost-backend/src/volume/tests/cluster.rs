@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes, BytesMut};
 use evolute_protocol::checksum::checksums;
@@ -14,7 +14,7 @@ use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{ChunkIndex, ChunkserverId, ClusterId, CopysetId, VolumeId};
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, ReplyData};
-use evolute_protocol::wire::request::{ChangeTag, Request, Sequence};
+use evolute_protocol::wire::request::{ChangeTag, ReadAtLeast, Request, Sequence};
 use evolute_protocol::wire::{FrameReader, RequestId};
 
 use crate::volume::routing::{ChunkserverPlace, CopysetMembers, Map};
@@ -40,6 +40,12 @@ pub struct Faults {
     pub damage: u32,
     /// Answers reads as if it still led in an old term, from memory as it was then.
     pub deposed: Option<Past>,
+    /// Has applied no more than this, while it follows.
+    pub behind: HashMap<CopysetId, Past>,
+    /// Answers as a follower whether or not it has applied enough.
+    pub careless: bool,
+    /// Reads are answered this much later.
+    pub slow: Duration,
     /// One request in so many: 0 for none. Cut before, cut after, refuse with something that passes.
     pub chaos: u32,
     /// Replies are held until this many have gathered (or a millisecond), and leave in another order.
@@ -84,6 +90,9 @@ pub struct State {
     pub fences: Vec<(CopysetId, Epoch)>,
     /// Data requests that came, by chunkserver: fences not counted.
     pub requests: HashMap<ChunkserverId, u64>,
+    /// Reads that were answered as a follower, and those refused because it was behind.
+    pub followed: HashMap<ChunkserverId, u64>,
+    pub refused_behind: u64,
     down: HashSet<ChunkserverId>,
     streams: Vec<(ChunkserverId, TcpStream)>,
     random: u32,
@@ -122,6 +131,7 @@ pub struct Cluster {
 /// What becomes of a request.
 enum Deed {
     Reply(Reply),
+    Later(Reply, Instant),
     Nothing,
     Cut,
 }
@@ -220,6 +230,7 @@ fn serve(state: &Mutex<State>, server: ChunkserverId, mut stream: TcpStream) {
     let _ = stream.write_all(&HelloReply::new(welcome).encode());
     let mut reader = FrameReader::default();
     let mut held: Vec<(CopysetId, RequestId, Reply)> = Vec::new();
+    let mut later: Vec<(Instant, CopysetId, RequestId, Reply)> = Vec::new();
     stream.set_read_timeout(Some(Duration::from_millis(1))).expect("settable");
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -237,6 +248,7 @@ fn serve(state: &Mutex<State>, server: ChunkserverId, mut stream: TcpStream) {
             let deed = state.lock().expect("sound").act(server, frame.copyset, &request);
             match deed {
                 Deed::Reply(reply) => held.push((frame.copyset, frame.request, reply)),
+                Deed::Later(reply, at) => later.push((at, frame.copyset, frame.request, reply)),
                 Deed::Nothing => {}
                 Deed::Cut => {
                     let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -244,6 +256,8 @@ fn serve(state: &Mutex<State>, server: ChunkserverId, mut stream: TcpStream) {
                 }
             }
         }
+        let due = later.extract_if(.., |(at, ..)| *at <= Instant::now());
+        held.extend(due.map(|(_, copyset, request, reply)| (copyset, request, reply)));
         let (many, turn) = {
             let mut state = state.lock().expect("sound");
             (state.fault(server).shuffle, state.random() as usize)
@@ -298,6 +312,7 @@ impl State {
             return refused(refusal);
         }
         let chaos = faults.chaos;
+        let slow = faults.slow;
         let unlucky = chaos > 0 && dice.is_multiple_of(chaos);
         if unlucky {
             match dice / chaos % 6 {
@@ -313,13 +328,43 @@ impl State {
             faults.cut_before -= 1;
             return Deed::Cut;
         }
-        let reply = self.apply(server, copyset, request);
+        let reply = match request {
+            Request::ReadAtLeast(ask) => self.follow(server, copyset, ask),
+            _ => self.apply(server, copyset, request),
+        };
+        if !slow.is_zero() && matches!(request, Request::Read(_)) {
+            return Deed::Later(reply, Instant::now() + slow);
+        }
         let faults = self.fault(server);
         if matches!(reply, Reply::Done(_)) && tag.is_some() && faults.cut_after > 0 {
             faults.cut_after -= 1;
             return Deed::Cut;
         }
         Deed::Reply(reply)
+    }
+
+    /// What a follower answers: from its own past if it is behind. A leader is never behind.
+    fn follow(&mut self, server: ChunkserverId, copyset: CopysetId, ask: &ReadAtLeast) -> Reply {
+        let faults = self.fault(server).clone();
+        let Some(group) = self.groups.get(&copyset) else {
+            return Reply::Refused(Refusal::NoSuchCopyset);
+        };
+        if ask.read.epoch < group.epoch {
+            return Reply::Refused(Refusal::Fenced { current: group.epoch });
+        }
+        let past = faults.behind.get(&copyset).or(faults.deposed.as_ref());
+        let past = past.filter(|_| group.leader != Some(server));
+        let applied = past.map_or(group.index, |past| past.index);
+        if applied < ask.index && !faults.careless {
+            self.refused_behind += 1;
+            return Reply::Refused(Refusal::Behind { applied });
+        }
+        let range = ask.read.range;
+        let sectors = past.map_or(&self.sectors, |past| &past.sectors);
+        let data = collect(sectors, ask.read.chunk.index, range.offset(), range.length());
+        let fresh = Freshness { term: group.term, index: applied };
+        *self.followed.entry(server).or_default() += 1;
+        data_reply(fresh, range.offset(), data)
     }
 
     fn apply(&mut self, server: ChunkserverId, copyset: CopysetId, request: &Request) -> Reply {
@@ -339,6 +384,7 @@ impl State {
             Request::Fence(fence) => fence.epoch,
             Request::Read(read) => read.epoch,
             Request::ChunkInfo(ask) => ask.epoch,
+            Request::ReadAtLeast(_) => unreachable!("followers' business"),
             _ => tag_of(request).expect("a change").epoch,
         };
         if epoch < group.epoch {
@@ -413,7 +459,7 @@ fn tag_of(request: &Request) -> Option<ChangeTag> {
         Request::Write(write) => Some(write.tag),
         Request::Discard(discard) => Some(discard.tag),
         Request::WriteZeroes(zeroes) => Some(zeroes.tag),
-        Request::Fence(_) | Request::Read(_) | Request::ChunkInfo(_) => None,
+        Request::Fence(_) | Request::Read(_) | Request::ReadAtLeast(_) | Request::ChunkInfo(_) => None,
     }
 }
 

@@ -3,6 +3,7 @@
 mod chaos;
 mod cluster;
 mod control;
+mod followers;
 mod rig;
 
 use std::collections::{HashMap, HashSet};

@@ -1,0 +1,185 @@
+//! The control plane's end of the control thread: which MDS to ask, how long, and what its answers mean.
+//!
+//! What always holds: a question is asked of one MDS after the other until one answers, for ever; only an answer that
+//! names its refusal ends it otherwise. A map that cannot be right is refused by name and never half believed.
+//!
+//! It does not know what is asked, nor what is remembered of the answers ([`super::control`]).
+
+use std::cell::Cell;
+use std::fmt;
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, SegmentIndex};
+use evolute_protocol::rpc::volumes_client::VolumesClient;
+use evolute_protocol::rpc::{ErrorWord, Segment, VolumeMap};
+use tonic::transport::{Channel, Endpoint};
+use tonic::{Response, Status};
+use tracing::{info, warn};
+
+use super::routing::{ChunkserverPlace, CopysetMembers, Map, SegmentCopysets};
+
+/// How long one question to one MDS may take before the next one is asked.
+const CALL_MAX: Duration = Duration::from_secs(5);
+const CONNECT_MAX: Duration = Duration::from_secs(1);
+/// The map of the largest volume, 64 Ki segments of 64 numbers, is some 20 MiB.
+const MAP_BYTES_MAX: usize = 64 << 20;
+/// Between rounds over all MDS that did not answer: first, and at most.
+const WAIT_MIN: Duration = Duration::from_millis(50);
+const WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// The addresses of all MDS, checked: each as it was given, and as it is called.
+pub type Endpoints = Vec<(String, Endpoint)>;
+
+/// This cannot be the address of an MDS; empty: none was given.
+#[derive(Debug)]
+pub struct BadAddress(pub String);
+
+pub fn endpoints(addresses: &[String]) -> Result<Endpoints, BadAddress> {
+    if addresses.is_empty() {
+        return Err(BadAddress(String::new()));
+    }
+    addresses.iter().map(|address| endpoint(address)).collect()
+}
+
+fn endpoint(address: &str) -> Result<(String, Endpoint), BadAddress> {
+    let bad = || BadAddress(address.to_owned());
+    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    if !has_port {
+        return Err(bad());
+    }
+    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| bad())?;
+    let endpoint = endpoint.connect_timeout(CONNECT_MAX).timeout(CALL_MAX).tcp_nodelay(true);
+    Ok((address.to_owned(), endpoint))
+}
+
+/// What the control plane refused, for good.
+pub struct Refusal {
+    pub word: ErrorWord,
+    pub message: String,
+}
+
+/// The MDS we know, and which of them answered last.
+pub struct Mds {
+    clients: Vec<(String, VolumesClient<Channel>)>,
+    current: Cell<usize>,
+    away_since: Cell<Option<Instant>>,
+}
+
+impl Mds {
+    /// Connects to nobody yet.
+    pub fn new(endpoints: Endpoints) -> Self {
+        let client =
+            |to: Endpoint| VolumesClient::new(to.connect_lazy()).max_decoding_message_size(MAP_BYTES_MAX);
+        Self {
+            clients: endpoints.into_iter().map(|(name, to)| (name, client(to))).collect(),
+            current: Cell::new(0),
+            away_since: Cell::new(None),
+        }
+    }
+
+    /// Asks one after the other until one answers, however long that takes.
+    pub async fn call<T, F>(
+        &self,
+        what: &str,
+        ask: impl Fn(VolumesClient<Channel>) -> F,
+    ) -> Result<T, Refusal>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let (mut wait, mut tried) = (WAIT_MIN, 0);
+        loop {
+            let at = self.current.get();
+            let (name, client) = &self.clients[at];
+            let status = match ask(client.clone()).await {
+                Ok(answer) => {
+                    self.answers();
+                    return Ok(answer.into_inner());
+                }
+                Err(status) => status,
+            };
+            match ErrorWord::of(&status) {
+                Some(ErrorWord::NotLeader) | None => {
+                    self.current.set((at + 1) % self.clients.len());
+                }
+                Some(ErrorWord::Busy) => {}
+                Some(word) => {
+                    self.answers();
+                    return Err(Refusal { word, message: status.message().to_owned() });
+                }
+            }
+            tried += 1;
+            if tried % self.clients.len() == 0 {
+                if self.away_since.get().is_none() && tried > self.clients.len() {
+                    self.away_since.set(Some(Instant::now()));
+                    warn!("waiting for the control plane to {what} ({name}: {})", status.message());
+                }
+                tokio::time::sleep(wait).await;
+                wait = (wait * 2).min(WAIT_MAX);
+            }
+        }
+    }
+
+    fn answers(&self) {
+        if let Some(since) = self.away_since.take() {
+            info!("the control plane answers again after {:.1} s", since.elapsed().as_secs_f64());
+        }
+    }
+}
+
+/// The control plane's answer cannot be right.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BadMap(pub &'static str);
+
+impl fmt::Display for BadMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0)
+    }
+}
+
+pub fn copysets_of(segment: &Segment) -> Result<SegmentCopysets, BadMap> {
+    let copysets: Vec<_> = segment.chunk_copysets.iter().map(|id| CopysetId(*id)).collect();
+    copysets.try_into().map_err(|_| BadMap("a segment has 64 chunks"))
+}
+
+/// A map as we keep it, checked and with addresses resolved.
+pub async fn map_of(from: VolumeMap) -> Result<Map, BadMap> {
+    let cluster: [u8; 16] =
+        from.cluster_id.as_slice().try_into().map_err(|_| BadMap("a cluster id has 16 bytes"))?;
+    let mut map = Map { cluster: ClusterId(cluster), ..Map::default() };
+    for route in from.copysets {
+        let replicas: Vec<_> =
+            route.replicas.iter().map(|replica| ChunkserverId(replica.chunkserver)).collect();
+        if replicas.is_empty() {
+            return Err(BadMap("a copyset without replicas"));
+        }
+        for replica in route.replicas {
+            let chunkserver = ChunkserverId(replica.chunkserver);
+            if !map.chunkservers.iter().any(|place| place.chunkserver == chunkserver) {
+                let place = ChunkserverPlace { chunkserver, address: replica.address, resolved: None };
+                map.chunkservers.push(place);
+            }
+        }
+        let leader = (route.leader_chunkserver != 0).then_some(ChunkserverId(route.leader_chunkserver));
+        map.copysets.push(CopysetMembers { copyset: CopysetId(route.copyset), replicas, leader });
+    }
+    for segment in from.segments {
+        let copysets = copysets_of(&segment)?;
+        if copysets.iter().any(|id| !map.copysets.iter().any(|of| of.copyset == *id)) {
+            return Err(BadMap("a chunk of a copyset that is not in the map"));
+        }
+        map.segments.push((SegmentIndex(segment.index), copysets));
+    }
+    resolve(&mut map).await;
+    Ok(map)
+}
+
+/// Looks up where each chunkserver is, here and now.
+pub async fn resolve(map: &mut Map) {
+    for place in &mut map.chunkservers {
+        place.resolved = match place.address.parse() {
+            Ok(address) => Some(address),
+            Err(_) => tokio::net::lookup_host(&place.address).await.ok().and_then(|mut found| found.next()),
+        };
+    }
+}
