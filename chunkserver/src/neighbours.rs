@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,7 +10,7 @@ use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Versio
 use evolute_protocol::wire::reply::{Freshness, Reply, data_is_intact};
 use evolute_protocol::wire::request::{ReadAtLeast, Request};
 use evolute_protocol::wire::{FrameReader, RequestId};
-use evolute_raft::{Dial, DialFuture, ProcessId};
+use evolute_raft::{Dial, DialFuture, LocalFuture, ProcessId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -71,7 +70,7 @@ impl Neighbours for Caller {
         of: ChunkserverId,
         copyset: CopysetId,
         ask: ReadAtLeast,
-    ) -> Pin<Box<dyn Future<Output = Option<(Freshness, Bytes)>>>> {
+    ) -> LocalFuture<'static, Option<(Freshness, Bytes)>> {
         let calling = self.call(of, Role::Client);
         Box::pin(async move {
             let reading = async move { read(calling.await?, copyset, ask).await };

@@ -202,6 +202,35 @@ fn a_record_from_before_the_installation_counts_for_nothing() {
     world.check();
 }
 
+/// A checkpoint was frozen and has not begun to drain: the installation waits for it, or the old replica's changes would
+/// be written over the new one.
+#[test]
+fn an_installation_waits_for_a_checkpoint_that_is_frozen() {
+    let mut world = World::new(false);
+    write(&mut world, 0, 0, 24);
+    world.checkpoint().unwrap();
+    write(&mut world, 0, 5, 2);
+    write(&mut world, 1, 0, 16);
+    let records = vec![record(COPYSET, world.log.len() as u64)];
+    let draining = world.store.as_mut().unwrap().begin_checkpoint(records);
+    let mut contents: Contents = [[0; SECTORS]; CHUNKS];
+    contents[0][0..32].fill(77);
+    let mut staging = world.store.as_ref().unwrap().stage(COPYSET);
+    world.stage(&mut staging, &contents).unwrap();
+    world.wait(staging.finish()).unwrap();
+    world.log.push(Change::Install { ranges: Vec::new() });
+    world.history.push(contents);
+    let installed = record(COPYSET, world.log.len() as u64);
+    let installing = world.store.as_ref().unwrap().install(staging, installed);
+    let (installed, drained) = world.wait(async { tokio::join!(installing, draining) });
+    installed.unwrap();
+    drained.unwrap();
+    world.check();
+    world.kill();
+    assert_eq!(world.open().unwrap(), world.log.len());
+    world.check();
+}
+
 /// What does not fit its checksum, its place or its order is refused, and the replica that is here lives on.
 #[test]
 fn garbage_is_refused_by_name() {
@@ -379,6 +408,7 @@ fn check_gone(world: &mut World) {
     world.checkpoint().unwrap();
     world.check();
     assert!(trashed.iter().all(|file| world.files().contains(file)), "it is not time yet");
+    assert_eq!(world.files().len(), trashed.len() + 2, "new chunks have files of their own");
     world.kill();
     let opened = world.open_all().unwrap();
     assert_eq!(opened.removed, []);

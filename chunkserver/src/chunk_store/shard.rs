@@ -131,6 +131,7 @@ impl Shard {
         let chunks = self.chunks_of(|_, of| of.copyset == copyset);
         self.catalog.delete_copyset(copyset, &chunks)?;
         self.admissions.remove(&copyset);
+        self.installed.remove(&copyset);
         for key in chunks {
             let below = self.is_below(key);
             self.active.drop_chunk(key, None, below);

@@ -6,8 +6,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
-use std::future::Future;
-use std::pin::Pin;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -16,6 +14,7 @@ use evolute_protocol::geometry::BLOCK_BYTES;
 use evolute_protocol::id::{BlockIndex, ChunkKey, ChunkserverId, CopysetId};
 use evolute_protocol::wire::reply::Freshness;
 use evolute_protocol::wire::request::{ChunkRange, Read, ReadAtLeast};
+use evolute_raft::LocalFuture;
 
 use super::{Copyset, chunkserver_of};
 use crate::chunk_store::{ReadData, ReadError};
@@ -28,7 +27,7 @@ pub trait Neighbours {
         of: ChunkserverId,
         copyset: CopysetId,
         ask: ReadAtLeast,
-    ) -> Pin<Box<dyn Future<Output = Option<(Freshness, Bytes)>>>>;
+    ) -> LocalFuture<'static, Option<(Freshness, Bytes)>>;
 }
 
 /// What became of bad blocks, since this process started, of all copysets.
