@@ -19,6 +19,8 @@
 //!   ([`spawn_thread`]), and a write crosses no other between socket and log.
 //! - Votes are on disk before they are answered, entries before they are acknowledged.
 //! - A log whose write or sync failed is dead ([`Log::failed`]); nothing is retried on it.
+//! - The log kept for members that lag is bounded ([`Limits`]). A replica that needs more than is left gets a raft
+//!   snapshot from the leader's owner, whole or not at all.
 //!
 //! It does not know what a command means, how processes find each other ([`Dial`]), or who decided on a group's
 //! members. openraft's types, its alpha version and its `!Send` handles stop at this crate's border.

@@ -28,6 +28,8 @@ mod message;
 mod network;
 mod serve;
 mod snapshot;
+#[cfg(test)]
+mod tests;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -129,11 +129,6 @@ struct Pump {
 impl Pump {
     fn send(&mut self, request: &AppendRequest) -> bool {
         let Some(session) = self.session.upgrade() else { return false };
-        if self.state.is_given_up(request.prev_log_id.as_ref().map(|id| id.index())) {
-            session.given_up.set(true);
-            session.moved.notify_one();
-            return false;
-        }
         // Every time: "nobody may purge anything", because a new member has nothing yet, must not come late.
         let floor = self.state.lowest_matched();
         let body = |out: &mut bytes::BytesMut| put_append(out, self.to, request, floor);
@@ -181,6 +176,14 @@ impl Pump {
                 continue;
             }
             first = false;
+            let prev = request.prev_log_id.as_ref().map(|id| id.index());
+            if !request.entries.is_empty() && self.state.is_given_up(prev) {
+                if let Some(session) = self.session.upgrade() {
+                    session.given_up.set(true);
+                    session.moved.notify_one();
+                }
+                return;
+            }
             if !(self.room().await && self.send(&request)) {
                 return;
             }

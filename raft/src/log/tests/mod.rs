@@ -221,3 +221,37 @@ fn an_append_is_told_durable_when_it_is() {
         assert!(log.core().durable().offset > 0);
     });
 }
+
+/// A crash in the midst of installing a raft snapshot may be found much later, when the file that said so is long gone.
+#[test]
+fn what_is_being_installed_is_remembered_however_far_the_log_goes() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = Position { term: 9, index: 900 };
+    let mut busy = Model::default();
+    for life in 0..4 {
+        run(async {
+            let log = open(dir.path()).await.unwrap();
+            let mut groups = groups(&log).await;
+            match life {
+                0 => groups[0].set_installing(at).await.unwrap(),
+                1 => assert_eq!(groups[0].installing(), Some(at)),
+                2 => groups[0].purge(log_id(at)).await.unwrap(),
+                _ => {
+                    assert_eq!(groups[0].installing(), None);
+                    assert_eq!(groups[0].bounds(), (Some(at), Some(at)));
+                }
+            }
+            // Through every file, several times.
+            for _ in 0..200 {
+                apply(&mut groups[1], &mut busy, &Op::Append(3000, 0)).await;
+                apply(&mut groups[1], &mut busy, &Op::Purge(1)).await;
+                log.synced().await.unwrap();
+            }
+            assert!(
+                log.usage().live_bytes <= 3 * options().file_bytes,
+                "the first file is gone: {:?}",
+                log.usage()
+            );
+        });
+    }
+}

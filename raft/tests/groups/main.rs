@@ -1,0 +1,6 @@
+//! What groups promise, checked with processes of several threads over real sockets, logs and files.
+
+mod cluster;
+mod members;
+mod processes;
+mod snapshots;
