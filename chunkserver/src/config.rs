@@ -62,6 +62,12 @@ pub struct Args {
     /// Seconds for which the data of a replica that was moved away are kept, unless space is short [default: 600]
     #[arg(long, value_name = "SECONDS")]
     pub trash_delay_s: Option<u64>,
+    /// What the scrubber reads in a second, in MiB, at most [default: 20]
+    #[arg(long, value_name = "MIB")]
+    pub scrub_mib_s: Option<u64>,
+    /// Hours from one round of the scrubber to the next [default: 168]
+    #[arg(long, value_name = "HOURS")]
+    pub scrub_period_h: Option<u64>,
     /// Written (by rename) once requests are served: {"pid":…,"address":"…","chunkserver":…}
     #[arg(long, value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
@@ -82,6 +88,8 @@ pub struct Config {
     pub log_file_mib: u64,
     pub log_retain_mib: u64,
     pub trash_delay_s: u64,
+    pub scrub_mib_s: u64,
+    pub scrub_period_h: u64,
     pub ready_file: Option<PathBuf>,
 }
 
@@ -113,6 +121,8 @@ impl Args {
             log_file_mib: self.log_file_mib.or(file.log_file_mib),
             log_retain_mib: self.log_retain_mib.or(file.log_retain_mib),
             trash_delay_s: self.trash_delay_s.or(file.trash_delay_s),
+            scrub_mib_s: self.scrub_mib_s.or(file.scrub_mib_s),
+            scrub_period_h: self.scrub_period_h.or(file.scrub_period_h),
             ready_file: self.ready_file.or(file.ready_file),
         }
     }
@@ -154,6 +164,14 @@ impl Args {
                 self.trash_delay_s.unwrap_or(600),
                 0,
                 30 * 24 * 3600,
+            )?,
+            scrub_mib_s: in_range("scrub-mib-s", "1 to 10240", self.scrub_mib_s.unwrap_or(20), 1, 10240)?,
+            scrub_period_h: in_range(
+                "scrub-period-h",
+                "1 to 8760",
+                self.scrub_period_h.unwrap_or(168),
+                1,
+                8760,
             )?,
             ready_file: self.ready_file,
         })

@@ -250,6 +250,10 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         trouble: report.trouble,
         write_latency_us_p50: micros(report.latency.p50),
         write_latency_us_p99: micros(report.latency.p99),
+        scrubbed_bytes: report.scrubbed_bytes,
+        last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
+        bad_blocks_found: report.bad_blocks_found,
+        bad_blocks_repaired: report.bad_blocks_repaired,
         ..Report::default()
     }
 }

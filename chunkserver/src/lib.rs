@@ -14,6 +14,8 @@ pub mod copyset;
 pub mod data_dir;
 pub mod disk;
 pub mod heartbeat;
+mod neighbours;
+pub mod scrub;
 mod server;
 pub mod shard;
 mod slow_disk;

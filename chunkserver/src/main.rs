@@ -11,6 +11,7 @@ use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
 use evolute_chunkserver::config::{Args, Config};
 use evolute_chunkserver::data_dir::DataDir;
 use evolute_chunkserver::heartbeat::{self, Introduction};
+use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
 use evolute_daemon::Stop;
 use evolute_protocol::geometry::MIB;
@@ -70,6 +71,10 @@ async fn serve(config: Config) -> Result<()> {
         store,
         log_file_mib: config.log_file_mib,
         log_retain_mib: config.log_retain_mib,
+        scrub: ScrubOptions {
+            bytes_per_second: config.scrub_mib_s * MIB,
+            period_ms: config.scrub_period_h * 3600 * 1000,
+        },
         trash_delay_ms: config.trash_delay_s * 1000,
         listener,
         addresses: addresses.clone(),

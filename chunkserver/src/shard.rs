@@ -10,19 +10,14 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use evolute_daemon::in_one_line;
 use evolute_protocol::geometry::MIB;
-use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
+use evolute_protocol::id::{CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::VolumeUse;
-use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Version};
 use evolute_raft::{
-    Dial, DialFuture, Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing,
-    WriteLatency,
+    Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::{JoinHandle as Task, spawn_local};
 
@@ -31,13 +26,13 @@ use crate::checkpoint;
 use crate::chunk_store::{ChunkStore, Identity, StoreError, StoreOptions, StoreUsage};
 use crate::copyset::members::{self, MemberChange};
 use crate::copyset::registry::{Registry, ReplicaError};
+use crate::copyset::repair::Repairs;
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
+use crate::neighbours::Caller;
+use crate::scrub::{Progress, ScrubOptions, Scrubber};
 use crate::server::Server;
 use crate::slow_disk;
-
-/// Peers answer a Hello at once, or are taken for gone.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What the shard is made of.
 pub struct ShardOptions {
@@ -47,6 +42,7 @@ pub struct ShardOptions {
     pub log_file_mib: u64,
     /// Log kept for members that lag, in MiB; those that lack more get a raft snapshot.
     pub log_retain_mib: u64,
+    pub scrub: ScrubOptions,
     /// How long a removed replica's data are kept, in milliseconds.
     pub trash_delay_ms: u64,
     pub listener: std::net::TcpListener,
@@ -107,6 +103,13 @@ pub struct ShardReport {
     pub volumes: Vec<VolumeUse>,
     /// How long the log's writes took, over the last second in which there were any.
     pub latency: WriteLatency,
+    /// Read without being asked, since this process started.
+    pub scrubbed_bytes: u64,
+    /// When all that is here had last been read once; 0: never.
+    pub last_full_scrub_unix_ms: u64,
+    /// Blocks that could not be read, since this process started, and how many of them were put right.
+    pub bad_blocks_found: u64,
+    pub bad_blocks_repaired: u64,
     /// Empty: healthy.
     pub trouble: String,
 }
@@ -177,6 +180,7 @@ async fn run(
         store,
         log_file_mib,
         log_retain_mib,
+        scrub,
         trash_delay_ms,
         listener,
         addresses,
@@ -188,10 +192,13 @@ async fn run(
     let (store, opened) =
         ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
     let store = Rc::new(RefCell::new(store));
-    let peers = Peers::new(me, Rc::new(Dialer { identity: identity.clone(), addresses }));
+    let neighbours = Rc::new(Caller { identity: identity.clone(), addresses });
+    let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));
+    let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
-    let registry = Rc::new(Registry::new(node, Rc::clone(&store)));
+    let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs)));
+    let scrubbed = Rc::<Progress>::default();
     let shard = Rc::new(Shard {
         registry: Rc::clone(&registry),
         store: Rc::clone(&store),
@@ -200,6 +207,8 @@ async fn run(
         latency: Cell::default(),
         slow: Cell::new(None),
         changing: RefCell::default(),
+        repairs,
+        scrubbed: Rc::clone(&scrubbed),
     });
     for removed in opened.removed {
         if let Err(error) = registry.forget(removed).await {
@@ -223,11 +232,14 @@ async fn run(
     spawn_local(slow_disk::watch(Rc::clone(&shard.registry), log.clone(), move |took, slow| {
         watched.disk_took(took, slow)
     }));
+    let registry = Rc::clone(&shard.registry);
+    let scrubber = Scrubber { registry, store: Rc::clone(&store), options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
     // The starter may have gone; then the thread ends with the first order, `Stop`.
     let _ = ready.send(());
     let ended = tokio::select! {
         error = checkpoints => Err(error),
+        error = scrubber.run() => Err(ShardError::Store(error)),
         () = async { while let Some(order) = inbox.recv().await { if shard.obey(order) { break } } } => Ok(()),
     };
     shard.registry.shutdown().await;
@@ -245,6 +257,8 @@ struct Shard {
     latency: Cell<WriteLatency>,
     /// How long one takes, when that is slow.
     slow: Cell<Option<Duration>>,
+    repairs: Rc<Repairs>,
+    scrubbed: Rc<Progress>,
 }
 
 impl Shard {
@@ -403,8 +417,18 @@ impl Shard {
         } else if usage.near_full {
             trouble.push("the disk is nearly full".into());
         }
-        let latency = self.latency.get();
-        ShardReport { usage, replicas, failed, volumes, latency, trouble: trouble.join("; ") }
+        ShardReport {
+            usage,
+            replicas,
+            failed,
+            volumes,
+            latency: self.latency.get(),
+            scrubbed_bytes: self.scrubbed.bytes.get(),
+            last_full_scrub_unix_ms: self.scrubbed.last_full_unix_ms.get(),
+            bad_blocks_found: self.repairs.found(),
+            bad_blocks_repaired: self.repairs.repaired(),
+            trouble: trouble.join("; "),
+        }
     }
 }
 
@@ -415,39 +439,4 @@ async fn initialize(copyset: Rc<Copyset>) {
     if let Err(error) = copyset.group().initialize(created.raft_members(), first).await {
         tracing::warn!(copyset = %copyset.id(), %error, "the group did not begin");
     }
-}
-
-/// Connects to other chunkservers for Raft.
-struct Dialer {
-    identity: Identity,
-    addresses: Addresses,
-}
-
-impl Dial for Dialer {
-    fn dial(&self, to: ProcessId) -> DialFuture {
-        let to = ChunkserverId(u32::try_from(to.0).expect("made from a chunkserver id"));
-        let address = self.addresses.get(to);
-        let hello = Hello {
-            version: Version::V1 as u16,
-            role: Role::Peer { chunkserver: self.identity.chunkserver },
-            cluster: self.identity.cluster,
-            to,
-        };
-        Box::pin(async move {
-            let address =
-                address.ok_or_else(|| io::Error::other(format!("the address of {to} is not known yet")))?;
-            tokio::time::timeout(DIAL_TIMEOUT, call(&address, hello)).await?
-        })
-    }
-}
-
-async fn call(address: &str, hello: Hello) -> io::Result<TcpStream> {
-    let mut stream = TcpStream::connect(address).await?;
-    stream.set_nodelay(true)?;
-    stream.write_all(&hello.encode()).await?;
-    let mut bytes = [0; HELLO_BYTES];
-    stream.read_exact(&mut bytes).await?;
-    let reply = HelloReply::decode(&bytes).map_err(io::Error::other)?;
-    reply.welcome.map_err(io::Error::other)?;
-    Ok(stream)
 }

@@ -9,7 +9,7 @@ use evolute_chunkserver::chunk_store::{Extent, StageError, StoreError};
 use evolute_chunkserver::disk::Disk;
 use evolute_chunkserver::disk::crash::Survives;
 use evolute_protocol::checksum::crc32c;
-use evolute_protocol::id::ChunkKey;
+use evolute_protocol::id::{BlockIndex, ChunkKey};
 
 fn write(world: &mut World, chunk: usize, sector: usize, count: usize) {
     world.change(Change::Write { chunk, sector, count });
@@ -202,6 +202,35 @@ fn a_record_from_before_the_installation_counts_for_nothing() {
     world.check();
 }
 
+/// A checkpoint was frozen and has not begun to drain: the installation waits for it, or the old replica's changes would
+/// be written over the new one.
+#[test]
+fn an_installation_waits_for_a_checkpoint_that_is_frozen() {
+    let mut world = World::new(false);
+    write(&mut world, 0, 0, 24);
+    world.checkpoint().unwrap();
+    write(&mut world, 0, 5, 2);
+    write(&mut world, 1, 0, 16);
+    let records = vec![record(COPYSET, world.log.len() as u64)];
+    let draining = world.store.as_mut().unwrap().begin_checkpoint(records);
+    let mut contents: Contents = [[0; SECTORS]; CHUNKS];
+    contents[0][0..32].fill(77);
+    let mut staging = world.store.as_ref().unwrap().stage(COPYSET);
+    world.stage(&mut staging, &contents).unwrap();
+    world.wait(staging.finish()).unwrap();
+    world.log.push(Change::Install { ranges: Vec::new() });
+    world.history.push(contents);
+    let installed = record(COPYSET, world.log.len() as u64);
+    let installing = world.store.as_ref().unwrap().install(staging, installed);
+    let (installed, drained) = world.wait(async { tokio::join!(installing, draining) });
+    installed.unwrap();
+    drained.unwrap();
+    world.check();
+    world.kill();
+    assert_eq!(world.open().unwrap(), world.log.len());
+    world.check();
+}
+
 /// What does not fit its checksum, its place or its order is refused, and the replica that is here lives on.
 #[test]
 fn garbage_is_refused_by_name() {
@@ -379,6 +408,7 @@ fn check_gone(world: &mut World) {
     world.checkpoint().unwrap();
     world.check();
     assert!(trashed.iter().all(|file| world.files().contains(file)), "it is not time yet");
+    assert_eq!(world.files().len(), trashed.len() + 2, "new chunks have files of their own");
     world.kill();
     let opened = world.open_all().unwrap();
     assert_eq!(opened.removed, []);
@@ -443,4 +473,71 @@ fn what_a_volume_uses_is_counted() {
     assert_eq!(uses(&world), [(first, 4 * 4096)]);
     world.wait(world.store.as_ref().unwrap().trash_copyset(COPYSET, 0)).unwrap();
     assert_eq!(uses(&world), []);
+}
+
+/// While another replica was asked for a block, the block was changed here: the answer is older and does not count.
+#[test]
+fn a_repair_never_undoes_a_change() {
+    let mut world = World::new(false);
+    write(&mut world, 0, 0, 24);
+    world.checkpoint().unwrap();
+    let block = BlockIndex(60);
+    let begin = |world: &World| {
+        let store = world.store.as_ref().unwrap();
+        store.begin_repair(COPYSET, chunk_key(0), block).expect("nobody is at it")
+    };
+    let changes: [fn(&mut World); 4] = [
+        |world| write(world, 0, 3, 1),
+        |world| world.change(Change::Zero { chunk: 0, sector: 7, count: 9 }),
+        |world| world.change(Change::DropVolume { chunk: 1 }),
+        |world| world.install(vec![(0, 0, 24)]).unwrap(),
+    ];
+    for change in changes {
+        let repair = begin(&world);
+        assert!(world.store.as_ref().unwrap().begin_repair(COPYSET, chunk_key(0), block).is_none());
+        change(&mut world);
+        assert!(!repair.finish(Bytes::from(vec![0xee; 4096])), "it was changed");
+        world.check();
+    }
+    // Changes of neighbours do not matter.
+    let repair = begin(&world);
+    let before = world.read(0, 60 * 4096, 4096).unwrap();
+    write(&mut world, 0, 8, 8);
+    write(&mut world, 1, 0, 8);
+    assert!(repair.finish(before));
+    world.check();
+    world.checkpoint().unwrap();
+    world.check();
+}
+
+/// The sender's disk has rotted: what it cannot read is an error at the receiver too, never zeroes and never older
+/// bytes; everything else arrives.
+#[test]
+fn what_the_sender_cannot_read_arrives_as_damage() {
+    let mut from = World::new(false);
+    write(&mut from, 0, 0, 40);
+    from.checkpoint().unwrap();
+    from.kill();
+    let file = from.disk.open("chunks/1/5.1".as_ref()).unwrap();
+    file.write(&mut [std::io::IoSlice::new(&[0xee; 512])], (64 << 10) + 61 * 4096).unwrap();
+    from.open().unwrap();
+    let mut into = World::new(false);
+    write(&mut into, 0, 0, 40);
+    into.checkpoint().unwrap();
+    let mut staging = into.store.as_ref().unwrap().stage(COPYSET);
+    let mut export = from.store.as_ref().unwrap().export(COPYSET);
+    while let Some((chunk, extents)) = from.wait(export.next()) {
+        into.wait(staging.put(chunk, extents)).unwrap();
+    }
+    into.finish_install(staging, 9).unwrap();
+    for again in [false, true] {
+        for block in 0..5 {
+            let (there, here) =
+                (from.read(0, (60 + block) * 4096, 4096), into.read(0, (60 + block) * 4096, 4096));
+            assert_eq!(there.is_none(), block == 1);
+            assert!(there == here, "block {block}, opened again: {again}");
+        }
+        into.kill();
+        into.open_all().unwrap();
+    }
 }

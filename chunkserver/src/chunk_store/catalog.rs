@@ -2,7 +2,7 @@
 //! checkpoint and at rare events, never one put per write (a put costs more than a whole log append).
 //!
 //! Keys: `i` identity, `n` numbers, `c` + copyset, `k` + volume + chunk, `r` + copyset being removed, `x` + admission
-//! in the trash, `t` + admission + volume + chunk there; numbers in keys are big-endian, in values little-endian.
+//! in the trash, `t` + admission + volume + chunk there, `s` the scrubber's position; numbers in keys are big-endian, in values little-endian.
 //! Values begin with their version. Drawn in `docs/chunk-format.md`.
 
 use std::collections::{BTreeMap, HashMap};
@@ -15,7 +15,7 @@ use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, Copys
 
 use super::error::StoreError;
 use super::format::{self, CHECKSUM_SECTORS};
-use super::options::{CopysetRecord, Identity};
+use super::options::{CopysetRecord, Identity, ScrubPosition};
 use super::overlay::Owner;
 use super::table::{ChunkRecord, Table};
 use super::trash::Trash;
@@ -230,6 +230,16 @@ impl Catalog {
         Ok(value.and_then(|value| decode_copyset(&key, &value)).map(|(record, _)| record))
     }
 
+    pub fn scrub_position(&self) -> Result<ScrubPosition, StoreError> {
+        let raw = self.kv.get(&[SCRUB])?;
+        // One that cannot be read only means that a round begins anew.
+        Ok(raw.and_then(|raw| decode_scrub(&raw)).unwrap_or_default())
+    }
+
+    pub fn put_scrub_position(&self, position: ScrubPosition) -> Result<(), StoreError> {
+        self.commit(vec![(vec![SCRUB], Some(encode_scrub(&position)))])
+    }
+
     pub fn commit_checkpoint(&self, batch: CheckpointBatch<'_>) -> Result<(), StoreError> {
         let mut inner = self.lock();
         let lives = |owner: Owner| inner.admissions.get(&owner.copyset) == Some(&owner.admission);
@@ -282,6 +292,7 @@ const CHUNK: u8 = b'k';
 const REMOVED: u8 = b'r';
 const TRASH: u8 = b'x';
 const TRASHED: u8 = b't';
+const SCRUB: u8 = b's';
 
 /// Of the values below; the store's own version is in the identity.
 const VALUE_VERSION: u8 = 1;
@@ -463,6 +474,29 @@ fn trashed_key(admission: u64, chunk: ChunkKey) -> Vec<u8> {
 fn decode_trashed(key: &[u8], raw: &[u8]) -> Option<(u64, (ChunkKey, ChunkRecord))> {
     let (admission, chunk) = key.get(1..)?.split_first_chunk()?;
     Some((u64::from_be_bytes(*admission), (decode_chunk_key(chunk)?, decode_chunk_value(raw)?)))
+}
+
+fn encode_scrub(position: &ScrubPosition) -> Vec<u8> {
+    let mut raw = vec![VALUE_VERSION];
+    raw.put_u64_le(position.began_unix_ms);
+    raw.put_u64_le(position.last_full_unix_ms);
+    if let Some((copyset, chunk)) = position.next {
+        raw.put_u32_le(copyset.0);
+        raw.extend_from_slice(&chunk_key(chunk)[1..]);
+    }
+    raw
+}
+
+fn decode_scrub(mut raw: &[u8]) -> Option<ScrubPosition> {
+    if raw.try_get_u8().ok()? != VALUE_VERSION {
+        return None;
+    }
+    let (began_unix_ms, last_full_unix_ms) = (raw.try_get_u64_le().ok()?, raw.try_get_u64_le().ok()?);
+    let next = match raw.try_get_u32_le() {
+        Ok(copyset) => Some((CopysetId(copyset), decode_chunk_key(raw)?)),
+        Err(_) => None,
+    };
+    Some(ScrubPosition { began_unix_ms, last_full_unix_ms, next })
 }
 
 /// `None`: unreadable.

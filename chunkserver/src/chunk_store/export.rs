@@ -31,6 +31,11 @@ impl Export {
         Self { store, chunks, at: 0 }
     }
 
+    /// Leaves out the chunks before this one.
+    pub fn skip_to(&mut self, chunk: ChunkKey) {
+        self.chunks.retain(|other| *other >= chunk);
+    }
+
     /// Some blocks of the next chunk that has any, in order; `None`: that was all. The caller decides how fast.
     pub async fn next(&mut self) -> Option<(ChunkKey, Vec<Extent>)> {
         loop {

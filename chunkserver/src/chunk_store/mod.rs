@@ -31,6 +31,7 @@ mod options;
 mod overlay;
 mod read;
 mod recover;
+mod repair;
 mod rescue;
 mod rocks;
 mod shard;
@@ -46,7 +47,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use evolute_protocol::id::{ChunkKey, CopysetId, VolumeId};
+use evolute_protocol::id::{BlockIndex, ChunkKey, CopysetId, VolumeId};
 
 use crate::disk::direct::Direct;
 
@@ -59,9 +60,11 @@ use self::shard::Shard;
 pub use error::{ReadError, StoreError};
 pub use export::{EXPORT_BLOCKS_MAX, Export};
 pub use options::{
-    CheckpointDone, ChunkInfo, CopysetRecord, Identity, Pressure, ReadData, StoreOptions, StoreUsage,
+    CheckpointDone, ChunkInfo, CopysetRecord, Identity, Pressure, ReadData, ScrubPosition, StoreOptions,
+    StoreUsage,
 };
 pub use recover::Opened;
+pub use repair::Repair;
 pub use stage::{Extent, StageError, Staging};
 
 /// What crash tests need to build a store on other disks than the real one.
@@ -197,8 +200,28 @@ impl ChunkStore {
         checksums: &[u32],
     ) {
         let shard = &mut *self.shard.borrow_mut();
+        shard.changed(chunk, offset, u32::try_from(data.len()).expect("inside a chunk"));
         let Shard { active, admissions, .. } = shard;
         active.write(chunk, || Shard::owner_in(admissions, copyset), offset, data, checksums);
+    }
+
+    /// Watches a block that cannot be read, before another replica is asked for it. `None`: somebody is at it already.
+    pub fn begin_repair(&self, copyset: CopysetId, chunk: ChunkKey, block: BlockIndex) -> Option<Repair> {
+        Repair::begin(self.shard.clone(), copyset, chunk, block)
+    }
+
+    /// Where a scrub of this store was when it was last noted.
+    pub fn scrub_position(&self) -> Result<ScrubPosition, StoreError> {
+        self.shard.borrow().catalog.scrub_position()
+    }
+
+    /// Durable when this returns.
+    pub fn put_scrub_position(
+        &self,
+        position: ScrubPosition,
+    ) -> impl Future<Output = Result<(), StoreError>> + use<> + 'static {
+        let catalog = self.shard.borrow().catalog.clone();
+        blocking(move || catalog.put_scrub_position(position))
     }
 
     /// The range reads as zeroes from now on; its space is freed by the checkpoint.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use evolute_protocol::checksum::Checksums;
 use evolute_protocol::geometry::{GIB, MIB};
-use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
+use evolute_protocol::id::{ChunkKey, ChunkserverId, ClusterId, CopysetId};
 use smallvec::SmallVec;
 
 #[derive(Debug, Clone)]
@@ -96,6 +96,17 @@ pub struct StoreUsage {
     /// Little space is left: the control plane should place nothing new here.
     pub near_full: bool,
     pub full: bool,
+}
+
+/// How far a reader of everything has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct ScrubPosition {
+    /// When this round began.
+    pub began_unix_ms: u64,
+    /// When a round last came to its end; 0: never.
+    pub last_full_unix_ms: u64,
+    /// `None`: the round is over.
+    pub next: Option<(CopysetId, ChunkKey)>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -126,6 +126,13 @@ impl Layer {
         }
     }
 
+    /// A whole block takes the place of whatever is known of it.
+    pub fn put_block(&mut self, key: ChunkKey, owner: impl FnOnce() -> Owner, block: u16, state: Block) {
+        let chunk = chunk_mut(&mut self.chunks, &mut self.bytes, key, owner);
+        chunk.blocks.insert(block, state);
+        self.bytes += BLOCK as u64 + BLOCK_OVERHEAD;
+    }
+
     /// Forgets what it knows of these chunks, as if nothing had been changed.
     pub fn forget(&mut self, these: impl Fn(ChunkKey, Option<Owner>) -> bool) {
         self.chunks.retain(|key, chunk| !these(*key, chunk.owner));

@@ -168,6 +168,7 @@ impl Parts {
             catalog,
             admissions,
             installed: HashMap::new(),
+            repairs: HashMap::new(),
             arriving: Vec::new(),
             generations,
             thread: CheckpointThread::start(drainer)?,

@@ -36,6 +36,8 @@ pub struct Shard {
     pub admissions: HashMap<CopysetId, u64>,
     /// What was applied of each replica that was installed here, then.
     pub installed: HashMap<CopysetId, u64>,
+    /// Blocks that are being repaired, and whether they were changed since that began.
+    pub repairs: HashMap<(ChunkKey, u16), bool>,
     /// How much is staged of replicas that are arriving.
     pub arriving: Vec<(CopysetId, Weak<AtomicU64>)>,
     /// The next generation that no file has or had.
@@ -96,6 +98,7 @@ impl Shard {
     }
 
     pub fn discard(&mut self, copyset: CopysetId, key: ChunkKey, offset: u32, len: u32) {
+        self.changed(key, offset, len);
         let below = self.is_below(key);
         if offset == 0 && u64::from(len) == CHUNK_BYTES {
             let owner = self.owner(copyset);
@@ -116,6 +119,7 @@ impl Shard {
     }
 
     pub fn drop_volume(&mut self, copyset: CopysetId, volume: VolumeId) {
+        self.changed_volume(volume);
         let owner = self.owner(copyset);
         for key in self.chunks_of(|key, of| key.volume == volume && of.copyset == copyset) {
             let below = self.is_below(key);
@@ -127,6 +131,7 @@ impl Shard {
         let chunks = self.chunks_of(|_, of| of.copyset == copyset);
         self.catalog.delete_copyset(copyset, &chunks)?;
         self.admissions.remove(&copyset);
+        self.installed.remove(&copyset);
         for key in chunks {
             let below = self.is_below(key);
             self.active.drop_chunk(key, None, below);

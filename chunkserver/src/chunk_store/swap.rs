@@ -143,6 +143,7 @@ impl Shard {
             }
             Swapped::Nothing => {}
         }
+        self.changed_all();
         self.version += 1;
         self.refresh_space();
     }

@@ -61,6 +61,11 @@ impl Writers {
         self.last_index
     }
 
+    /// The one that is served.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
     pub fn is_deleted(&self) -> bool {
         self.epoch == Epoch::DELETED
     }

@@ -30,6 +30,7 @@ pub mod fence;
 pub mod members;
 mod read;
 pub mod registry;
+pub mod repair;
 pub mod state;
 pub mod transfer;
 mod write;
@@ -46,6 +47,7 @@ use evolute_protocol::wire::request::Request;
 use evolute_raft::{Group, Member, Position};
 
 use self::command::Change;
+use self::repair::Repairs;
 use self::state::{Created, State};
 use self::write::Waiting;
 use crate::chunk_store::{ChunkStore, CopysetRecord};
@@ -71,8 +73,7 @@ pub struct Copyset {
     store: Rc<RefCell<ChunkStore>>,
     waiting: RefCell<Waiting>,
     entries_in_flight: Cell<usize>,
-    /// Below this index the chunks may be ahead of what is applied; `None`: not known yet ([`read`]).
-    consistent_from: Cell<Option<u64>>,
+    repairs: Rc<Repairs>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
 }
@@ -84,6 +85,7 @@ impl Copyset {
         group: Group,
         state: Rc<RefCell<State>>,
         store: Rc<RefCell<ChunkStore>>,
+        repairs: Rc<Repairs>,
     ) -> Self {
         Self {
             id,
@@ -93,7 +95,7 @@ impl Copyset {
             store,
             waiting: RefCell::default(),
             entries_in_flight: Cell::new(0),
-            consistent_from: Cell::new(None),
+            repairs,
             frozen: RefCell::default(),
         }
     }

@@ -19,57 +19,57 @@ use evolute_protocol::wire::request::{AskChunkInfo, Read, ReadAtLeast};
 
 use super::apply::refusal_of;
 use super::fence::{Verdict, Writers};
-use super::state::State;
 use super::{Caller, Copyset};
 use crate::chunk_store::{ReadData, ReadError};
 
 impl Copyset {
     pub(super) fn read(self: &Rc<Self>, read: Read, caller: Caller) {
         match self.may_read(read.chunk.volume, read.epoch) {
-            Ok(fresh) => self.read_data(read, caller, move |_| fresh),
+            Ok(fresh) => self.read_data(read, caller, Some(fresh)),
             Err(refused) => self.answer(&caller, &refused),
         }
     }
 
     pub(super) fn read_at_least(self: &Rc<Self>, ask: ReadAtLeast, caller: Caller) {
         match self.may_read_at_least(&ask) {
-            Ok(()) => {
-                self.read_data(ask.read, caller, move |copyset| copyset.applied_of(ask.read.chunk.volume))
-            }
+            Ok(()) => self.read_data(ask.read, caller, None),
             Err(refused) => self.answer(&caller, &refused),
         }
     }
 
-    /// Reads and answers; `fresh` is asked when all data has been read.
-    fn read_data(
-        self: &Rc<Self>,
-        read: Read,
-        caller: Caller,
-        fresh: impl FnOnce(&Self) -> Freshness + 'static,
-    ) {
+    /// Reads and answers. `fresh` is what a leader took before; others take it when all data has been read.
+    fn read_data(self: &Rc<Self>, read: Read, caller: Caller, fresh: Option<Freshness>) {
         let (offset, length) = (read.range.offset(), read.range.length());
         let store = self.store.borrow();
-        match store.try_read(read.chunk, offset, length) {
-            Ok(Some(data)) => {
-                drop(store);
-                self.answer(&caller, &data_reply(fresh(self), data));
-            }
-            Ok(None) => {
-                let reading = store.read(read.chunk, offset, length);
-                let copyset = Rc::clone(self);
-                tokio::task::spawn_local(async move {
-                    let reply = match reading.await {
-                        Ok(data) => data_reply(fresh(&copyset), data),
-                        Err(error) => copyset.unreadable(&read, &error),
-                    };
-                    copyset.answer(&caller, &reply);
-                });
-            }
-            Err(error) => {
-                drop(store);
-                self.answer(&caller, &self.unreadable(&read, &error));
-            }
+        let tried = store.try_read(read.chunk, offset, length);
+        if let Ok(Some(data)) = tried {
+            drop(store);
+            let fresh = fresh.unwrap_or_else(|| self.applied_of(read.chunk.volume));
+            return self.answer(&caller, &data_reply(fresh, data));
         }
+        let reading = store.read(read.chunk, offset, length);
+        let copyset = Rc::clone(self);
+        tokio::task::spawn_local(async move {
+            let reply = match reading.await {
+                Ok(data) => data_reply(fresh.unwrap_or_else(|| copyset.applied_of(read.chunk.volume)), data),
+                Err(error) => match fresh {
+                    Some(fresh) => match copyset.read_repaired(read.chunk, read.range).await {
+                        Ok(data) => data_reply(fresh, data),
+                        Err(error) => copyset.unreadable(&read, &error),
+                    },
+                    // Others may have it, and may be asking because they do not: never wait for them here.
+                    None => copyset.repair_later(&read, &error),
+                },
+            };
+            copyset.answer(&caller, &reply);
+        });
+    }
+
+    fn repair_later(self: &Rc<Self>, read: &Read, error: &ReadError) -> Reply {
+        let (chunk, ReadError::Unreadable { block }) = (read.chunk, *error);
+        let copyset = Rc::clone(self);
+        tokio::task::spawn_local(async move { copyset.repair(chunk, block).await });
+        Reply::Refused(Refusal::Behind { applied: self.applied_of(chunk.volume).index })
     }
 
     pub(super) fn chunk_info(&self, ask: AskChunkInfo, caller: &Caller) {
@@ -103,22 +103,11 @@ impl Copyset {
         let verdict = writers.map_or(Verdict::NotFenced, |writers| writers.judge_epoch(ask.read.epoch));
         let applied = writers.map_or(0, Writers::last_index);
         match verdict {
-            Verdict::Apply if applied >= ask.index && self.is_consistent(&state) => Ok(()),
+            Verdict::Apply if applied >= ask.index && self.group.consistent_from().is_none() => Ok(()),
             Verdict::Fenced { current } => Err(Reply::Refused(Refusal::Fenced { current })),
             // Its own fence may be on the way here.
             _ => Err(Reply::Refused(Refusal::Behind { applied })),
         }
-    }
-
-    /// Whether the chunks hold the effects of applied entries and of no others. A crash may leave those of entries that
-    /// this process has not applied yet in the chunk files: of nothing behind the log's end, which is not before
-    /// where it was then. (A leader need not ask: it has applied an entry behind all it began with.)
-    fn is_consistent(&self, state: &State) -> bool {
-        if self.consistent_from.get().is_none() {
-            self.consistent_from.set(self.group.status().last);
-        }
-        let from = self.consistent_from.get();
-        from.is_some() && state.applied().map(|at| at.index) >= from
     }
 
     /// How much of a volume is applied here, and the term of the replica's last applied entry.

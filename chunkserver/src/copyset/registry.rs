@@ -14,6 +14,7 @@ use evolute_raft::{GroupId, LogError, Node, StartError};
 
 use super::Copyset;
 use super::apply::Replica;
+use super::repair::Repairs;
 use super::state::{Created, DamagedState, State, created_of, restore};
 use crate::chunk_store::{ChunkStore, CopysetRecord, StoreError};
 
@@ -21,6 +22,7 @@ use crate::chunk_store::{ChunkStore, CopysetRecord, StoreError};
 pub struct Registry {
     node: Node,
     store: Rc<RefCell<ChunkStore>>,
+    repairs: Rc<Repairs>,
     copysets: RefCell<BTreeMap<CopysetId, Rc<Copyset>>>,
     /// Those that are here and cannot run, and why not.
     failed: RefCell<BTreeMap<CopysetId, (ReplicaId, String)>>,
@@ -45,10 +47,11 @@ pub enum ReplicaError {
 }
 
 impl Registry {
-    pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>) -> Self {
+    pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>, repairs: Rc<Repairs>) -> Self {
         Self {
             node,
             store,
+            repairs,
             copysets: RefCell::default(),
             failed: RefCell::default(),
             busy: RefCell::default(),
@@ -111,7 +114,8 @@ impl Registry {
             .start_group(group_id(id), me, replica)
             .await
             .map_err(|source| ReplicaError::Raft { copyset: id, source })?;
-        let copyset = Rc::new(Copyset::new(id, created, group, state, Rc::clone(&self.store)));
+        let (store, repairs) = (Rc::clone(&self.store), Rc::clone(&self.repairs));
+        let copyset = Rc::new(Copyset::new(id, created, group, state, store, repairs));
         self.copysets.borrow_mut().insert(id, Rc::clone(&copyset));
         Ok(copyset)
     }

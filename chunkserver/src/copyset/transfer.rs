@@ -41,13 +41,14 @@ const STATE_BYTES_MAX: usize = 256 << 20;
 const EXTENT_BYTES: usize = 5;
 const DATA: u8 = 0;
 const DAMAGED: u8 = 1;
+const BLOCK: usize = 4096;
+const _: () = assert!(BLOCK as u64 == BLOCK_BYTES);
 /// Volume, chunk, count of extents.
 const CHUNK_FIELDS_BYTES: usize = 14;
 
 const _: () = {
     // Every block an extent of its own.
-    let most =
-        PREAMBLE_BYTES + CHUNK_FIELDS_BYTES + EXPORT_BLOCKS_MAX * (EXTENT_BYTES + 4 + BLOCK_BYTES as usize);
+    let most = PREAMBLE_BYTES + CHUNK_FIELDS_BYTES + EXPORT_BLOCKS_MAX * (EXTENT_BYTES + 4 + BLOCK);
     assert!(
         most <= SNAPSHOT_FRAME_BYTES_MAX && PREAMBLE_BYTES + 8 + STATE_PART_BYTES <= SNAPSHOT_FRAME_BYTES_MAX
     );
@@ -320,7 +321,7 @@ fn get_extents(fields: &mut Bytes, mut data: Bytes) -> Option<(ChunkKey, Vec<Ext
         let (first, count) = (fields.try_get_u16_le().ok()?, fields.try_get_u16_le().ok()?);
         extents.push(match fields.try_get_u8().ok()? {
             DATA => {
-                let (crcs, bytes) = (usize::from(count) * 4, usize::from(count) * 4096);
+                let (crcs, bytes) = (usize::from(count) * 4, usize::from(count) * BLOCK);
                 if fields.len() < crcs || data.len() < bytes {
                     return None;
                 }

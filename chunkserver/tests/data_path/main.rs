@@ -13,6 +13,7 @@ use client::{Client, block, hello};
 use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::state::Created;
+use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::CHUNK_BYTES;
@@ -56,6 +57,7 @@ impl Running {
             store: StoreOptions::default(),
             log_file_mib: 8,
             log_retain_mib: 64,
+            scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: 3_600_000 },
             trash_delay_ms: 0,
             listener,
             addresses: Addresses::open(dir),

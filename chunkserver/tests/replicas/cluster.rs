@@ -9,6 +9,7 @@ use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::members::MemberChange;
 use evolute_chunkserver::copyset::state::Created;
+use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{
     self, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
 };
@@ -23,6 +24,7 @@ pub const COPYSET: CopysetId = CopysetId(3);
 /// Chunkservers 1, 2, …; replicas 11, 12, … of the copyset live on the first three.
 pub struct Cluster {
     servers: Vec<Server>,
+    scrub_period_ms: u64,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -39,6 +41,11 @@ struct Running {
 
 impl Cluster {
     pub fn start(count: usize) -> Self {
+        Self::scrubbed(count, 3_600_000)
+    }
+
+    /// With scrubbers that begin a new round that often.
+    pub fn scrubbed(count: usize, scrub_period_ms: u64) -> Self {
         let listeners: Vec<_> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
         let servers = listeners
@@ -50,7 +57,7 @@ impl Cluster {
             })
             .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let mut cluster = Self { servers, runtime };
+        let mut cluster = Self { servers, scrub_period_ms, runtime };
         for (n, listener) in (1..).zip(listeners) {
             cluster.start_with(n, listener);
         }
@@ -83,6 +90,7 @@ impl Cluster {
             },
             log_file_mib: 8,
             log_retain_mib: 64,
+            scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: self.scrub_period_ms },
             trash_delay_ms: 0,
             listener,
             addresses,
@@ -145,9 +153,12 @@ impl Cluster {
         members.iter().all(|m| m.voter).then(|| members.iter().map(|m| m.member.replica.0).collect())
     }
 
-    pub fn lead(&self, from: u32, to: u32, replica: u64) {
+    /// Has a replica lead, whoever does now.
+    pub fn lead(&self, to: u32, replica: u64) {
         self.until("the leader moved", || {
-            self.send(from, ToShard::TransferLeader { copyset: COPYSET, to: ReplicaId(replica) });
+            for n in (1..).zip(&self.servers).filter(|(_, server)| server.running.is_some()).map(|(n, _)| n) {
+                self.send(n, ToShard::TransferLeader { copyset: COPYSET, to: ReplicaId(replica) });
+            }
             self.leads(to)
         });
     }

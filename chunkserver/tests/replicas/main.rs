@@ -6,6 +6,7 @@
 #[allow(dead_code, reason = "each test program uses its own part of it")]
 mod client;
 mod cluster;
+mod damage;
 mod transfer;
 
 use bytes::Bytes;
@@ -74,7 +75,7 @@ fn a_replica_is_replaced_under_load_and_the_old_one_leaves_nothing() {
     });
     (0..50).for_each(|n| model.write(&mut client, n * 7));
     model.check(&mut client);
-    cluster.lead(1, 4, 14);
+    cluster.lead(4, 14);
     let mut client = cluster.client(4);
     client.epoch = FIRST;
     model.check(&mut client);
@@ -106,7 +107,7 @@ fn a_replica_is_replaced_under_load_and_the_old_one_leaves_nothing() {
         cluster.change(4, (15, 3), 12);
         cluster.voters(4) == Some(vec![11, 14, 15])
     });
-    cluster.lead(4, 3, 15);
+    cluster.lead(3, 15);
     let mut client = cluster.client(3);
     client.epoch = FIRST;
     model.check(&mut client);
@@ -132,7 +133,7 @@ fn a_joining_replica_survives_a_restart() {
     cluster.stop(4);
     model.write(&mut client, 5);
     cluster.start_again(4);
-    cluster.lead(1, 4, 14);
+    cluster.lead(4, 14);
     let mut client = cluster.client(4);
     client.epoch = FIRST;
     model.check(&mut client);
