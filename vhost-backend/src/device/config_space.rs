@@ -79,12 +79,13 @@ pub fn features_offered(config: &DeviceConfig) -> u64 {
 }
 
 /// Not offered: STATUS (the vhost crate does not parse its messages), DEVICE_STATE (we have none beyond the rings),
-/// GET_VRING_BASE_INFLIGHT (a disk moves between hosts by attaching, which drains).
+/// GET_VRING_BASE_INFLIGHT (a disk moves between hosts by attaching, which drains), BACKEND_REQ (its only message for a
+/// disk says that it grew, which no disk of ours does yet and the vhost crate cannot say; QEMU and cloud-hypervisor need
+/// the channel for nothing else without an IOMMU, and a channel nobody reads or writes is one more thing to get wrong).
 pub fn protocol_features_offered() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE

@@ -23,9 +23,7 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{
-    Backend as BackendChannel, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
-};
+use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::DeviceConfig;
 use super::command::{Command, Commands, IoThreadGone};
@@ -63,7 +61,6 @@ pub struct Session {
     rings: Vec<RingConfig>,
     inflight: Option<Arc<InflightRegion>>,
     log: Option<Arc<DirtyLog>>,
-    channel: Option<BackendChannel>,
 }
 
 /// The front end asked for something we do not do, or not now.
@@ -88,7 +85,6 @@ impl Session {
             rings: Vec::new(),
             inflight: None,
             log: None,
-            channel: None,
         }
     }
 
@@ -341,11 +337,6 @@ impl VhostUserBackendReqHandlerMut for Session {
             true => Ok(()),
             false => Err(refuse("only the write-cache byte may be written")),
         }
-    }
-
-    /// Kept open for the front end's sake. The crate's channel has no message to say that the disk grew.
-    fn set_backend_req_fd(&mut self, channel: BackendChannel) {
-        self.channel = Some(channel);
     }
 
     fn set_gpu_socket(&mut self, _gpu: GpuBackend) -> Result<()> {

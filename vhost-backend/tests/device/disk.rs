@@ -23,6 +23,8 @@ struct State {
     waiting: VecDeque<(Ticket, Request)>,
     /// How many of `waiting` may be answered; none: all.
     allowed: Option<usize>,
+    /// All is answered after so many more turns of the loop.
+    turns: Option<u32>,
     fail: Option<Failure>,
     ready: bool,
     waker: Option<WakerHandle>,
@@ -80,6 +82,12 @@ impl Disk {
         self.with(|state| state.allowed = None);
     }
 
+    /// From now on nothing is answered, until the loop has turned so often. The first turn is somebody else's doing.
+    pub fn release_after_turns(&self, turns: u32) {
+        let mut state = self.0.0.lock().expect("no test panics inside");
+        (state.allowed, state.turns) = (Some(0), Some(turns));
+    }
+
     pub fn fail_with(&self, failure: Option<Failure>) {
         self.with(|state| state.fail = failure);
     }
@@ -126,6 +134,16 @@ impl Backing for RecordingBacking {
 
     fn take_completed(&mut self, out: &mut Vec<(Ticket, Outcome)>) {
         let mut state = self.0.0.0.lock().expect("no test panics inside");
+        match state.turns {
+            Some(0) => (state.turns, state.allowed) = (None, None),
+            Some(turns) => {
+                state.turns = Some(turns - 1);
+                if let Some(waker) = &state.waker {
+                    waker.wake();
+                }
+            }
+            None => {}
+        }
         let count = state.allowed.unwrap_or(usize::MAX).min(state.waiting.len());
         if let Some(allowed) = &mut state.allowed {
             *allowed -= count;

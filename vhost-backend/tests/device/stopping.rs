@@ -75,13 +75,10 @@ fn a_stop_is_answered_only_after_everything_of_the_ring_was() {
     for slot in 0..3 {
         scene.submit(slot, OUT);
     }
-    std::thread::scope(|scope| {
-        let stopping = scope.spawn(|| scene.front_end.vhost_stop(0));
-        for _ in 0..3 {
-            scene.disk.release(1);
-        }
-        assert_eq!(stopping.join().unwrap(), 3);
-    });
+    // The answers come some turns after the one in which the stop begins.
+    scene.let_it_turn();
+    scene.disk.release_after_turns(5);
+    assert_eq!(scene.front_end.vhost_stop(0), 3);
     assert_eq!(scene.driver.used_idx(&scene.memory), 3);
     // And nothing is taken after it.
     let head = place(&scene.memory, &scene.driver, 9, IN, 0, Err(512));

@@ -7,8 +7,8 @@ use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::CopysetId;
 
 use super::cluster::{Cluster, SERVERS};
+use super::pattern;
 use super::rig::Rig;
-use super::{pattern, quick};
 use crate::backing::{Outcome, Request};
 use crate::volume::VolumeOptions;
 use crate::volume::control::Ask;
@@ -95,7 +95,9 @@ fn reads_go_on_while_nobody_leads_and_writes_wait() {
 #[test]
 fn a_volume_that_only_reads_finds_the_new_leader_too() {
     let cluster = Cluster::start(1);
-    let mut rig = written(&cluster, quick(), 8);
+    // Long enough that no read is ever silent for so long: a follower has answered it by then.
+    let options = VolumeOptions { silence: Duration::from_millis(400), ..patient() };
+    let mut rig = written(&cluster, options, 8);
     cluster.state().fault(SERVERS[0]).hung = true;
     cluster.state().lead(C1, Some(SERVERS[1]));
     let found = |cluster: &Cluster| cluster.state().requests.get(&SERVERS[1]).copied().unwrap_or(0) > 20;
