@@ -248,7 +248,7 @@ impl Shard {
             }
             // That copyset has one replica less until it is repaired; the others are served.
             Err(error) => {
-                let reason = chain(&error);
+                let reason = evolute_daemon::in_one_line(&error);
                 tracing::error!(reason, "a replica did not start");
                 self.trouble.borrow_mut().push(reason);
             }
@@ -323,15 +323,4 @@ async fn call(address: &str, hello: Hello) -> io::Result<TcpStream> {
     let reply = HelloReply::decode(&bytes).map_err(io::Error::other)?;
     reply.welcome.map_err(io::Error::other)?;
     Ok(stream)
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }

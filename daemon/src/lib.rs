@@ -102,6 +102,18 @@ pub fn die_with_parent() -> std::io::Result<()> {
     Ok(())
 }
 
+/// An error and its causes in one line.
+pub fn in_one_line(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use serde::Deserialize;

@@ -5,10 +5,11 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use evolute_daemon::in_one_line;
 use evolute_raft::{Applying, Position, Restored, StateMachine};
 
+use super::Shared;
 use super::store::Store;
-use super::{Shared, chain};
 use crate::state::{Changes, Command, outcome};
 
 /// The answer when the store has failed: the entry is committed, but not applied here. No outcome begins like that
@@ -68,7 +69,8 @@ impl StateMachine for Machine {
         // Whoever reads meanwhile sees what is committed and in the synced log: true, whether stored or not.
         drop(state);
         if let Err(error) = self.store.save(at, membership.as_ref(), records.into_iter()) {
-            self.shared.fail(format!("cannot store the state after the entry at {at}: {}", chain(&error)));
+            self.shared
+                .fail(format!("cannot store the state after the entry at {at}: {}", in_one_line(&error)));
             return Bytes::from_static(NOT_APPLIED);
         }
         let mut stored = self.stored.borrow_mut();

@@ -305,24 +305,12 @@ async fn open(
     let node = raft::Node::new(log, peers, raft::Timing::default());
     let stored = Rc::new(RefCell::new(Stored { at: restored.applied, membership: restored.membership }));
     let machine = Machine { store, shared, stored: stored.clone() };
-    let in_words = |error: &dyn std::error::Error| StartError::Group(chain(error));
+    let in_words = |error: &dyn std::error::Error| StartError::Group(evolute_daemon::in_one_line(error));
     let group = node.start_group(GROUP, me.replica, machine).await.map_err(|error| in_words(&error))?;
     group.initialize(vec![me], me.replica).await.map_err(|error| in_words(&error))?;
     // Nobody else could be elected: no need to wait for a timeout.
     group.elect().await.map_err(|error| in_words(&error))?;
     Ok(Running { node, group, stored })
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 fn log_options(dir: &DataDir, process: raft::ProcessId) -> raft::LogOptions {
