@@ -121,6 +121,41 @@ impl Round {
         checked
     }
 
+    /// The operations on this sector that wrote or showed one of these values, in time, one line each.
+    pub fn story(&self, sector: u32, values: [OpId; 2]) -> Vec<String> {
+        let mut lines = Vec::new();
+        for op in self.ops.iter().filter(|op| op.sectors.contains(&sector)) {
+            let shown = self.shown(op, sector);
+            let concerns = |value: OpId| match op.kind {
+                Kind::Read => shown == Some(value),
+                Kind::Write => op.id == value,
+                Kind::Zero => value == ZERO,
+                Kind::Flush => false,
+            };
+            if values.into_iter().any(concerns) {
+                let shows = shown.map_or(String::new(), |value| format!(" shows {value}"));
+                let answered = if op.status == Status::Unknown {
+                    "never".to_owned()
+                } else {
+                    format!("at {}", op.answered)
+                };
+                lines.push(format!(
+                    "{:?} {} of sectors {:?}{shows}: asked at {}, answered {answered}",
+                    op.kind, op.id, op.sectors, op.invoked
+                ));
+            }
+        }
+        lines
+    }
+
+    fn shown(&self, op: &Op, sector: u32) -> Option<OpId> {
+        let mut end = op.sectors.start;
+        self.seen[op.seen.start as usize..op.seen.end as usize].iter().find_map(|run| {
+            end += run.sectors;
+            (sector < end).then_some(run.value)
+        })
+    }
+
     fn scatter(&self, index: u32, gathered: &Range<u32>, events: &mut [Vec<Event>]) {
         let op = &self.ops[index as usize];
         let mut add = |sector: u32, value: OpId| {

@@ -16,14 +16,16 @@ use crate::driver::device::REQUEST_BYTES_MAX;
 use crate::driver::{Answer, Device, DriverError, Outcome, Request};
 use crate::history::{Checked, Kind, NOTHING, Op, Round, Status};
 use crate::random::Random;
-use crate::register::{NEVER, Time, ZERO};
+use crate::register::{NEVER, Time, Violation, ZERO};
 
 /// How long to sleep for answers at most: commands and reconnections are looked at in between.
 const NAP: Duration = Duration::from_millis(5);
 /// Sectors of one request of the reading pass.
 const PASS_SECTORS: u32 = 2048;
 const EXCLUSIVE: u16 = u16::MAX;
-const EXAMPLES_MAX: usize = 20;
+const EXAMPLES_MAX: usize = 30;
+/// Of the first violation's story, so many from its beginning and its end.
+const STORY_LINES: usize = 8;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -368,6 +370,15 @@ impl Run {
         totals.sector_operations += checked.sector_operations;
         totals.violations += checked.violations;
         totals.undecided_sectors += checked.undecided_sectors;
+        if let Some((sector, Violation::Stale { older, newer, .. })) = checked.examples.first() {
+            let story = round.story(*sector, [*older, *newer]);
+            let left_out = story.len().saturating_sub(2 * STORY_LINES);
+            for (i, line) in story.into_iter().enumerate() {
+                if i < STORY_LINES || i >= STORY_LINES + left_out {
+                    self.totals.examples.push(format!("sector {sector}: {line}"));
+                }
+            }
+        }
         for (sector, violation) in checked.examples {
             let touched = round.ops.iter().filter(|op| op.sectors.contains(&sector)).count();
             self.example(format!(

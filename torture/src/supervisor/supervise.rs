@@ -26,6 +26,10 @@ const ROUND_WITHIN: Duration = Duration::from_secs(150);
 /// With images everything written is kept in memory until the next power cut of that disk, so requests are shorter.
 const SIZE_MAX_KIB_WITH_IMAGES: u32 = 64;
 
+/// Between two faults so much is acknowledged, or so long passes: what nobody wrote cannot be lost.
+const ACKS_BETWEEN: u64 = 100;
+const PATIENCE_BETWEEN: Duration = Duration::from_secs(3);
+
 struct Run<'o> {
     options: &'o Options,
     listed: Vec<Fault>,
@@ -163,6 +167,7 @@ impl Run<'_> {
     fn torment(&mut self) -> Result<()> {
         let end = Instant::now() + Duration::from_secs(self.options.duration);
         let mut next_fault = Instant::now();
+        let mut acked_before = 0;
         let mut next_round = Instant::now() + Duration::from_secs(self.options.round);
         while Instant::now() < end && !self.must_end() {
             self.tick()?;
@@ -173,7 +178,11 @@ impl Run<'_> {
                 next_round = Instant::now() + Duration::from_secs(self.options.round);
                 next_fault = Instant::now();
             }
-            if Instant::now() >= next_fault && self.active.len() < self.options.overlap {
+            let acked = self.load.progress.acked_writes.load(Ordering::Relaxed);
+            let worth =
+                acked >= acked_before + ACKS_BETWEEN || Instant::now() >= next_fault + PATIENCE_BETWEEN;
+            if Instant::now() >= next_fault && worth && self.active.len() < self.options.overlap {
+                acked_before = acked;
                 let pause = self.options.every_ms;
                 next_fault = Instant::now() + Duration::from_millis(pause / 2 + self.random.below(pause));
                 self.break_something()?;
