@@ -254,7 +254,6 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
         bad_blocks_found: report.bad_blocks_found,
         bad_blocks_repaired: report.bad_blocks_repaired,
-        ..Report::default()
     }
 }
 

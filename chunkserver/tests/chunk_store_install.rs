@@ -18,7 +18,9 @@ fn write(world: &mut World, chunk: usize, sector: usize, count: usize) {
 type Ranges = &'static [(usize, usize, usize)];
 
 /// What is here before (in files, in memory, being drained), and what arrives.
-fn stories() -> Vec<(&'static str, fn(&mut World), Ranges)> {
+type Story = (&'static str, fn(&mut World), Ranges);
+
+fn stories() -> Vec<Story> {
     vec![
         ("an empty replica is filled", |_| {}, &[(0, 0, 24), (2, 8, 8)]),
         (

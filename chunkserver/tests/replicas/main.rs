@@ -9,7 +9,6 @@ mod cluster;
 mod damage;
 mod transfer;
 
-use bytes::Bytes;
 use client::{Client, block};
 use cluster::{COPYSET, Cluster};
 use evolute_chunkserver::shard::ToShard;
@@ -40,7 +39,7 @@ impl Model {
     fn check(&self, client: &mut Client) {
         for (at, byte) in self.blocks.iter().enumerate() {
             let found = client.read(u32::try_from(at * 4096).expect("small"), 4096);
-            assert!(found == Bytes::from(vec![*byte; 4096]), "block {at} is {}, not {byte}", found[0]);
+            assert!(found == vec![*byte; 4096], "block {at} is {}, not {byte}", found[0]);
         }
     }
 }

@@ -87,9 +87,12 @@ fn membership(id: CopysetId, copyset: &Copyset, reports: &Reports, now: Instant)
 mod tests {
     use super::plan;
     use crate::scheduler::world::World;
-    use crate::state::Command;
-    use crate::state::command::{CreateVolume, CreatedReplica, DeleteVolume, ReplicasCreated, VolumeDropped};
+    use crate::state::command::{
+        BeginReplace, CreateVolume, CreatedReplica, DeleteVolume, ReplaceDone, ReplicasCreated, VolumeDropped,
+    };
+    use crate::state::{Command, Reason};
     use evolute_protocol::id::{ChunkserverId, CopysetId};
+    use evolute_protocol::rpc::{MemberReport, ReplicaReport, Role};
 
     #[test]
     fn a_replica_that_was_seen_is_remembered() {
@@ -106,6 +109,54 @@ mod tests {
         let replicas = vec![CreatedReplica { copyset: 7, replica: one.id.0 }];
         let expected = Command::ReplicasCreated(ReplicasCreated { replicas });
         assert_eq!(plan(&world.state, &world.reports, world.now), [expected]);
+    }
+
+    /// A leader that is deposed before anybody else has it takes its membership along.
+    #[test]
+    fn a_membership_counts_when_two_of_its_three_members_have_it() {
+        let mut world = World::with_three_chunkservers();
+        let four = world.register("z3");
+        let copyset = world.state.copysets()[&CopysetId(1)].clone();
+        let [one, two, old] =
+            [1, 2, 3].map(|on| copyset.replica_on(ChunkserverId(on)).expect("a member").id.0);
+        let reason = Reason::Silent.into();
+        let begin = BeginReplace { copyset: 1, old_replica: old, chunkserver: four.0, reason };
+        world.apply(&Command::BeginReplace(begin)).expect("begun");
+        let new = world.state.replicas_given();
+        let say = |world: &mut World, on: u32, replica, role: Role, voters: &[(u64, u32)]| {
+            let member = |&(replica, chunkserver): &(u64, u32)| MemberReport {
+                replica,
+                chunkserver,
+                matched_index: 1000,
+                voter: true,
+            };
+            let report = ReplicaReport {
+                copyset: 1,
+                replica,
+                role: role.into(),
+                term: 3,
+                leader_chunkserver: 1,
+                members: voters.iter().map(member).collect(),
+                ..ReplicaReport::default()
+            };
+            world.take(ChunkserverId(on), vec![report]);
+        };
+        let before = [(one, 1), (two, 2), (old, 3)];
+        let half_way = [(one, 1), (two, 2), (old, 3), (new, 4)];
+        let after = [(one, 1), (two, 2), (new, 4)];
+        for (leader, follower, counts) in [
+            (&before[..], &before[..], false),
+            (&half_way, &half_way, false),
+            (&after, &half_way, false),
+            (&after, &after, true),
+        ] {
+            say(&mut world, 1, one, Role::Leader, leader);
+            say(&mut world, 2, two, Role::Follower, follower);
+            let (copyset, old_replica, new_replica) = (1, old, new);
+            let done = ReplaceDone { copyset, old_replica, new_replica, chunkserver: four.0 };
+            let expected = if counts { vec![Command::ReplaceDone(done)] } else { vec![] };
+            assert_eq!(plan(&world.state, &world.reports, world.now), expected, "{leader:?} {follower:?}");
+        }
     }
 
     #[test]
