@@ -230,9 +230,8 @@ async fn run(
     };
     spawn_local(Rc::new(server).run(listener));
     let watched = Rc::clone(&shard);
-    spawn_local(slow_disk::watch(Rc::clone(&shard.registry), log.clone(), move |took, slow| {
-        watched.disk_took(took, slow)
-    }));
+    let found = move |took: &WriteLatency, slow| watched.disk_took(took, slow);
+    spawn_local(slow_disk::watch(Rc::clone(&shard.registry), Rc::clone(&store), log.clone(), found));
     let registry = Rc::clone(&shard.registry);
     let scrubber = Scrubber { registry, store: Rc::clone(&store), options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);

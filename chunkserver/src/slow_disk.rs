@@ -1,10 +1,11 @@
-//! Notices a disk that became slow, and gets its leaders out of the way of those who write.
+//! Notices a disk that became slow or full, and gets its leaders out of the way of those who write.
 //!
 //! A slow disk does not fail: it answers everything, later. As a follower it harms nobody, because two others make a
 //! majority; as a leader it holds up its copysets (`reference/reliability.md`, P15). So a chunkserver compares its
 //! log's writes with what is usual for it, says so in its report (the control plane gives leaders to the healthy
-//! only), and hands its leaders over.
+//! only), and hands its leaders over. A full disk is no different: as a leader it refuses what the others have room for.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use evolute_protocol::id::CopysetId;
 use evolute_raft::{Log, Role, WriteLatency};
 
+use crate::chunk_store::ChunkStore;
 use crate::copyset::registry::Registry;
 
 /// How often it looks.
@@ -68,7 +70,12 @@ impl Detector {
 }
 
 /// Watches the log's disk for ever. `found` hears of every window: how long a write takes, if that is slow.
-pub async fn watch(registry: Rc<Registry>, log: Log, found: impl Fn(&WriteLatency, Option<Duration>)) {
+pub async fn watch(
+    registry: Rc<Registry>,
+    store: Rc<RefCell<ChunkStore>>,
+    log: Log,
+    found: impl Fn(&WriteLatency, Option<Duration>),
+) {
     let mut detector = Detector::default();
     let mut handed_over: BTreeMap<CopysetId, Instant> = BTreeMap::new();
     let mut was_slow = false;
@@ -84,7 +91,7 @@ pub async fn watch(registry: Rc<Registry>, log: Log, found: impl Fn(&WriteLatenc
                 None => tracing::info!("the disk is as quick as usual again"),
             }
         }
-        if slow.is_some() {
+        if slow.is_some() || store.borrow().usage().full {
             handed_over.retain(|_, at| at.elapsed() < LEFT_ALONE);
             hand_over(&registry, &mut handed_over);
         }
@@ -107,7 +114,7 @@ fn hand_over(registry: &Registry, handed_over: &mut BTreeMap<CopysetId, Instant>
         let to = to.member.replica;
         tokio::task::spawn_local(async move {
             if let Err(error) = copyset.group().transfer_leader(to).await {
-                tracing::info!(copyset = %copyset.id(), %error, "the leader stays on a slow disk for now");
+                tracing::info!(copyset = %copyset.id(), %error, "the leader stays on a slow or full disk for now");
             }
         });
     }

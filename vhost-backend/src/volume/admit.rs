@@ -9,6 +9,7 @@ use evolute_protocol::wire::reply::Freshness;
 use evolute_protocol::wire::request::{ChangeTag, Discard, Read, Request as WireRequest, Write, WriteZeroes};
 use smallvec::SmallVec;
 
+use super::changing::changed_by;
 use super::control::Ask;
 use super::inflight::{Key, Kind, Operation, Pending, Purpose};
 use super::routing::RouteIndex;
@@ -52,6 +53,10 @@ impl Volume {
             if !fits || (changes && self.sequences.is_full()) {
                 break;
             }
+            // In their order: what comes after it may be about the same bytes.
+            if changed_by(request).is_some_and(|range| self.changing.overlaps(&range)) {
+                break;
+            }
             let Some((ticket, request, since)) = self.waiting.pop_front() else { break };
             if changes && self.options.read_only {
                 self.complete(ticket, Outcome::Failed(Failure::ReadOnly));
@@ -65,6 +70,10 @@ impl Volume {
     }
 
     fn begin(&mut self, ticket: Ticket, request: Request, since: Instant, bytes: u64) {
+        let changes = changed_by(&request);
+        if let Some(range) = &changes {
+            self.changing.begin(range.clone());
+        }
         let (kind, rest) = match request {
             Request::Read { offset, len } => (Kind::Read, Split::new(offset, u64::from(len))),
             Request::Write { offset, data } => {
@@ -80,6 +89,7 @@ impl Volume {
         let key = self.requests.insert(Pending {
             ticket,
             kind,
+            changes,
             rest,
             since,
             out: 0,
@@ -234,6 +244,9 @@ impl Volume {
         }
         let Some(pending) = self.requests.remove(key) else { return };
         self.admitted.bytes -= pending.bytes;
+        if let Some(range) = &pending.changes {
+            self.changing.end(range);
+        }
         let outcome = match (pending.failure, pending.kind) {
             (Some(failure), _) => Outcome::Failed(failure),
             (None, Kind::Read) => {

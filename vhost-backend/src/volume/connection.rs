@@ -41,9 +41,10 @@ const CONNECT_QUICK: Duration = Duration::from_millis(100);
 /// A chunkserver that was asked and said nothing at all for this long is mute: its reads are asked elsewhere meanwhile.
 /// Twenty times what a read takes on a busy machine, half of what a reader may be kept waiting.
 const MUTE_AFTER: Duration = Duration::from_millis(50);
-/// How long sent bytes may stay unacknowledged before the kernel gives the connection up: bounds what waits in the
-/// out-buffer of a chunkserver that hangs. Far above any pause we would rather wait out.
-const UNACKNOWLEDGED_MS_MAX: u32 = 10_000;
+/// How long sent bytes may stay unacknowledged by the other kernel (a hung process's acknowledges until its buffers are
+/// full) before the connection is given up: a new one is there a second after a cut cable is whole again, while an
+/// old one waits out TCP's ever longer pauses.
+const UNACKNOWLEDGED_MS_MAX: u32 = 2_000;
 /// Reads of one turn, so that one busy chunkserver does not keep the loop from the others: 8 × 256 KiB.
 const READS_MAX: usize = 8;
 /// How long a chunkserver that does not want us is left alone: its address or its cluster is wrong, and the next map

@@ -9,6 +9,7 @@
 //! - Operations, bytes and sequences out are bounded. At the bound a request waits here, unsent.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -272,6 +273,8 @@ pub enum Kind {
 pub struct Pending {
     pub ticket: Ticket,
     pub kind: Kind,
+    /// The bytes it changes.
+    pub changes: Option<Range<u64>>,
     /// Pieces not made yet: a discard may be as long as the volume.
     pub rest: Split,
     /// When the guest asked.

@@ -28,6 +28,7 @@
 //! Start at [`Volume::settle`].
 
 pub mod attach;
+mod changing;
 pub mod client;
 pub mod connection;
 pub mod control;
@@ -58,6 +59,7 @@ use mio::Registry;
 use tracing::{error, info, warn};
 
 use self::attach::Attachment;
+use self::changing::Changing;
 use self::connection::Peers;
 use self::control::{Ask, ControlLink, News, SegmentRefused};
 use self::inflight::{Admitted, Bounds, Key, Operation, Pending, Sequences, Slab};
@@ -154,6 +156,7 @@ pub struct Volume {
     operations: Slab<Operation>,
     sequences: Sequences,
     admitted: Admitted,
+    changing: Changing,
     /// Requests with pieces left to make.
     long: VecDeque<Key>,
     /// Writes to space that is not allocated yet.
@@ -201,6 +204,7 @@ impl Volume {
             operations: Slab::default(),
             sequences: Sequences::default(),
             admitted: Admitted::default(),
+            changing: Changing::default(),
             long: VecDeque::new(),
             unallocated: HashMap::new(),
             delayed: Vec::new(),
@@ -352,6 +356,7 @@ impl Volume {
                 self.complete(request.ticket, Outcome::Failed(Failure::Io));
             }
         }
+        self.changing.clear();
         self.long.clear();
         self.unallocated.clear();
         self.delayed.clear();

@@ -437,6 +437,27 @@ fn the_floor_stays_at_a_stuck_write_while_others_go_on() {
     assert_eq!(cluster.state().received.last().map(|r| r.tag.floor), Some(Sequence(52)));
 }
 
+/// A request that dies with its backend is done again by the next one, and so must be the newest of its bytes.
+#[test]
+fn a_change_waits_for_one_of_the_same_bytes_that_is_not_answered() {
+    let cluster = Cluster::start(2);
+    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    assert_eq!(rig.write(0, pattern(9, 8192)), Outcome::Done);
+    cluster.state().lead(C1, None);
+    // Across the border: one half is answered, the other half's copyset has no leader.
+    let border = CHUNK_BYTES - 4096;
+    let stuck = rig.submit(Request::Write { offset: border, data: Bytes::from(pattern(1, 8192)) });
+    let later = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(2, 4096)) });
+    for _ in 0..50 {
+        rig.turn();
+    }
+    assert!(rig.outcomes.is_empty(), "the later one would be undone if the first were done again now");
+    cluster.state().lead(C1, Some(SERVERS[2]));
+    assert_eq!(rig.wait(stuck), Outcome::Done);
+    assert_eq!(rig.wait(later), Outcome::Done);
+    assert_eq!(rig.read(border + 4096, 4096), pattern(2, 4096));
+}
+
 /// Not a check: what this side of a 4 KiB request costs at depth 32, as CPU time of the volume's own thread. Run with
 /// `cargo test --release -p evolute-vhost-backend what_a_request_costs -- --ignored --nocapture`.
 #[test]
