@@ -38,6 +38,7 @@ mod write;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
@@ -73,6 +74,8 @@ pub struct Copyset {
     store: Rc<RefCell<ChunkStore>>,
     waiting: RefCell<Waiting>,
     entries_in_flight: Cell<usize>,
+    /// Since when this disk has had no room for what is asked here.
+    full_since: Cell<Option<Instant>>,
     repairs: Rc<Repairs>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
@@ -95,6 +98,7 @@ impl Copyset {
             store,
             waiting: RefCell::default(),
             entries_in_flight: Cell::new(0),
+            full_since: Cell::new(None),
             repairs,
             frozen: RefCell::default(),
         }

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
@@ -18,6 +19,9 @@ use crate::chunk_store::Pressure;
 /// way to the followers; more would only make entries smaller (a round costs the same whatever it holds:
 /// `reference/rust-stack.md` §2.2).
 const ENTRIES_IN_FLIGHT_MAX: usize = 2;
+/// How long a leader whose disk is full asks for patience before it refuses: the others may have room, and it hands its
+/// leadership to one of them meanwhile (`crate::slow_disk`).
+const FULL_ALONE: Duration = Duration::from_secs(3);
 /// Data of one entry: a few of the longest requests, so that a stream of large writes does not keep small ones out.
 const ENTRY_BYTES_MAX: usize = 2 << 20;
 /// Changes of one entry; their count fits 16 bits and their fields some tens of KiB.
@@ -55,8 +59,13 @@ impl Copyset {
         if let Change::Write(write) = &change {
             let store = self.store.borrow();
             let (offset, length) = (write.range.offset(), write.range.length());
-            if !store.has_room_for(write.chunk, offset, length) {
-                return self.answer(&caller, &Reply::Refused(Refusal::NoSpace));
+            if store.has_room_for(write.chunk, offset, length) {
+                self.full_since.set(None);
+            } else {
+                let since = self.full_since.get().unwrap_or_else(Instant::now);
+                self.full_since.set(Some(since));
+                let refusal = if since.elapsed() < FULL_ALONE { Refusal::Busy } else { Refusal::NoSpace };
+                return self.answer(&caller, &Reply::Refused(refusal));
             }
         }
         let mut waiting = self.waiting.borrow_mut();
