@@ -11,7 +11,7 @@ const SLOW_NS: Time = 20_000_000;
 /// Kept for attribution to faults, at most: 24 bytes each.
 const SLOW_MAX: usize = 4_000_000;
 
-/// An operation that took longer than [`SLOW_NS`].
+/// An operation that took longer than `SLOW_NS`.
 #[derive(Debug, Clone, Copy)]
 pub struct Slow {
     pub invoked: Time,
