@@ -105,11 +105,7 @@ fn hand_over(registry: &Registry, handed_over: &mut BTreeMap<CopysetId, Instant>
         if status.role != Role::Leader || handed_over.contains_key(&copyset.id()) {
             continue;
         }
-        let others = status.members.iter().filter(|member| member.voter && member.member != status.me);
-        let Some(to) = others.filter(|member| member.matched.is_some()).max_by_key(|member| member.matched)
-        else {
-            continue;
-        };
+        let Some(to) = status.furthest_other().filter(|member| member.matched.is_some()) else { continue };
         handed_over.insert(copyset.id(), Instant::now());
         let to = to.member.replica;
         tokio::task::spawn_local(async move {

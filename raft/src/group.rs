@@ -33,7 +33,7 @@ pub(crate) const PROPOSED_BYTES_MAX: usize = 64 << 20;
 
 /// A learner this far behind is not made a voter: while it caught up, the group would have a member less than it
 /// seems to. About what a busy group appends in a few milliseconds.
-pub(crate) const CAUGHT_UP: u64 = 256;
+pub const CAUGHT_UP: u64 = 256;
 
 /// How soon to ask openraft again to take note of a checkpoint.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
@@ -136,6 +136,15 @@ pub struct GroupStatus {
     /// The log up to here is gone.
     pub purged: Option<Position>,
     pub members: Vec<MemberStatus>,
+}
+
+impl GroupStatus {
+    /// The other voter whose log is furthest, as far as this replica knows: who should lead when it gives up leading.
+    pub fn furthest_other(&self) -> Option<&MemberStatus> {
+        let others =
+            self.members.iter().filter(|member| member.voter && member.member.replica != self.me.replica);
+        others.max_by_key(|member| member.matched)
+    }
 }
 
 /// The group has a leader of a new term.

@@ -43,7 +43,8 @@ use std::fmt;
 
 pub use command::{Command, Cursor};
 pub use group::{
-    Applied, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus, ProposeError, Role,
+    Applied, CAUGHT_UP, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus,
+    ProposeError, Role,
 };
 pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, WriteLatency};
 pub use machine::{

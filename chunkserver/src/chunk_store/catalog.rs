@@ -6,6 +6,7 @@
 //! Values begin with their version. Drawn in `docs/chunk-format.md`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -19,6 +20,7 @@ use super::options::{CopysetRecord, Identity, ScrubPosition};
 use super::overlay::Owner;
 use super::table::{ChunkRecord, Table};
 use super::trash::Trash;
+use crate::disk::Disk;
 
 /// An ordered key-value store with atomic, synced batches. RocksDB; in crash tests one whose commit can be cut off.
 pub trait KeyValue: Send + Sync {
@@ -131,6 +133,23 @@ impl Catalog {
     /// Remembers the first failure; from then on nothing is committed.
     pub fn fail(&self, error: StoreError) -> StoreError {
         self.failed.get_or_init(|| error).clone()
+    }
+
+    /// What a write to a chunk file that failed means. Out of space: try again later, nothing is lost. Anything else:
+    /// the store is dead.
+    pub fn write_failed(&self, disk: &dyn Disk, doing: &str, error: io::Error) -> StoreError {
+        match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                let available = disk.space().map_or(0, |space| space.available);
+                StoreError::NoSpace { needed: available + 1, available }
+            }
+            _ => self.sync_failed(doing, error),
+        }
+    }
+
+    /// After a failed sync nothing of the disk is trusted any more.
+    pub fn sync_failed(&self, doing: &str, error: io::Error) -> StoreError {
+        self.fail(StoreError::sync_failed(doing, error))
     }
 
     /// A copyset's record; one that is new here gets an admission of its own.

@@ -106,11 +106,12 @@ impl Drainer {
             let written = self.drain_chunk(key, chunk, number, &mut drained, &mut unsynced);
             written.map_err(|e| self.failed(&format!("writing {key}"), e))?;
             if unsynced.files.len() >= FILES_AT_ONCE {
-                sync_files(&mut unsynced.files).map_err(|e| self.dead("syncing chunk files", e))?;
+                sync_files(&mut unsynced.files)
+                    .map_err(|e| self.catalog.sync_failed("syncing chunk files", e))?;
             }
         }
-        sync_files(&mut unsynced.files).map_err(|e| self.dead("syncing chunk files", e))?;
-        self.sync_dirs(&unsynced.dirs).map_err(|e| self.dead("syncing directories", e))?;
+        sync_files(&mut unsynced.files).map_err(|e| self.catalog.sync_failed("syncing chunk files", e))?;
+        self.sync_dirs(&unsynced.dirs).map_err(|e| self.catalog.sync_failed("syncing directories", e))?;
         let chunks = drained.chunks.iter().map(|chunk| (chunk.key, chunk.record.as_ref())).collect();
         self.catalog.commit_checkpoint(CheckpointBatch { number, states: &frozen.states, chunks })?;
         Ok(drained)
@@ -185,7 +186,7 @@ impl Drainer {
         blocks.sort_unstable_by_key(|rescued| (rescued.key, rescued.block));
         rescue::write(&*self.rescue, self.cluster.0, number, &blocks)
             .map_err(|e| self.failed("writing the rescue file", e))?;
-        self.rescue.sync().map_err(|e| self.dead("syncing the rescue file", e))?;
+        self.rescue.sync().map_err(|e| self.catalog.sync_failed("syncing the rescue file", e))?;
         frozen.rescued.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -353,19 +354,8 @@ impl Drainer {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Out of space: try again later, nothing is lost. Anything else: the store is dead.
     fn failed(&self, doing: &str, error: io::Error) -> StoreError {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let available = self.disk.space().map_or(0, |space| space.available);
-                StoreError::NoSpace { needed: available + 1, available }
-            }
-            _ => self.dead(doing, error),
-        }
-    }
-
-    fn dead(&self, doing: &str, error: io::Error) -> StoreError {
-        self.catalog.fail(StoreError::sync_failed(doing, error))
+        self.catalog.write_failed(&*self.disk, doing, error)
     }
 }
 

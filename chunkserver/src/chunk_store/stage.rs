@@ -237,7 +237,7 @@ impl Staged {
         let number = self.catalog.checkpoint();
         let wrote = write_sectors(&*file, &id, number, &in_use);
         wrote.map_err(|e| self.failed(&format!("staging {}", id.key), e))?;
-        file.sync().map_err(|e| self.dead("syncing a staged chunk file", e))?;
+        file.sync().map_err(|e| self.catalog.sync_failed("syncing a staged chunk file", e))?;
         // One without any block has no record, and its file goes with what is given up.
         if !in_use.is_empty() {
             self.chunks.push((id.key, written));
@@ -268,7 +268,7 @@ impl Staged {
             }
             self.disk.sync_dir(Path::new(CHUNKS_DIR))
         };
-        sync().map_err(|e| self.dead("syncing directories", e))
+        sync().map_err(|e| self.catalog.sync_failed("syncing directories", e))
     }
 
     /// The store's records name these files, or are about to: they are not ours to remove any more.
@@ -284,17 +284,7 @@ impl Staged {
     }
 
     fn failed(&self, doing: &str, error: io::Error) -> StoreError {
-        match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                let available = self.disk.space().map_or(0, |space| space.available);
-                StoreError::NoSpace { needed: available + 1, available }
-            }
-            _ => self.dead(doing, error),
-        }
-    }
-
-    fn dead(&self, doing: &str, error: io::Error) -> StoreError {
-        self.catalog.fail(StoreError::sync_failed(doing, error))
+        self.catalog.write_failed(&*self.disk, doing, error)
     }
 }
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use evolute_protocol::id::{ChunkserverId, ReplicaId};
-use evolute_raft::{ChangeError, GroupStatus, Member, ProcessId, Role};
+use evolute_raft::{CAUGHT_UP, ChangeError, GroupStatus, Member, ProcessId, Role};
 
 use super::Copyset;
 
@@ -16,8 +16,6 @@ pub struct MemberChange {
     pub remove: Option<ReplicaId>,
 }
 
-/// A learner this close behind is given its vote: it is there within a few appends.
-const CAUGHT_UP_ENTRIES: u64 = 256;
 /// How often a learner is looked at, and how soon something refused is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -49,7 +47,7 @@ fn next(status: &GroupStatus, change: &MemberChange) -> Step {
             Some(there) if there.voter && leaving.is_none() => return Step::Done,
             Some(there) => {
                 let matched = there.matched.unwrap_or(0);
-                if !there.voter && matched + CAUGHT_UP_ENTRIES < status.last.unwrap_or(0) {
+                if !there.voter && matched + CAUGHT_UP < status.last.unwrap_or(0) {
                     return Step::Wait;
                 }
             }
@@ -59,8 +57,7 @@ fn next(status: &GroupStatus, change: &MemberChange) -> Step {
     }
     let stays = |replica: evolute_raft::ReplicaId| change.remove.is_none_or(|gone| gone.0 != replica.0);
     if !stays(status.me.replica) {
-        let others = status.members.iter().filter(|m| m.voter && stays(m.member.replica));
-        return match others.max_by_key(|m| m.matched) {
+        return match status.furthest_other() {
             Some(next) => Step::HandOver(next.member.replica),
             None => Step::Wait,
         };
