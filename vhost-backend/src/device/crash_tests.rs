@@ -69,7 +69,7 @@ fn pop_all(queue: &mut Queue) -> Vec<u16> {
 
 fn replayed(queue: &mut Queue) -> Vec<u16> {
     match std::mem::replace(&mut queue.replay, Replay::Done) {
-        Replay::All(heads) => heads,
+        Replay::All(left) => left.iter().map(|unanswered| unanswered.head).collect(),
         Replay::Reads(_) | Replay::Done => Vec::new(),
     }
 }

@@ -18,6 +18,8 @@
 //!   then `inflight = 0` and `used_idx`. Before the index moves, every request of the batch is done again, which the
 //!   guest cannot tell from a slow disk; after it, [`InflightQueue::recover`] unlinks exactly that batch.
 //! - `used_idx` starts as the used ring's own index, not as zero (a ring may have lived before the region did).
+//! - `counter` goes up over all queues of the region, not in each by itself: of two changes of the same bytes in
+//!   different queues, the one taken later is done again later.
 //!
 //! The region comes back from the front end's hands, so every index in it is checked before use.
 
@@ -26,7 +28,7 @@ use std::io;
 use std::num::Wrapping;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
@@ -65,6 +67,15 @@ pub struct InflightRegion {
     map: MmapRegion<()>,
     queues: u16,
     queue_size: u16,
+    /// The counter of what is taken next, from whichever queue.
+    next_counter: AtomicU64,
+}
+
+/// A head that was taken and not answered, and its place in the order in which all queues' heads were taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Unanswered {
+    pub counter: u64,
+    pub head: u16,
 }
 
 fn queue_bytes(queue_size: u16) -> usize {
@@ -109,7 +120,7 @@ impl InflightRegion {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), needed)
             .map_err(|e| InflightRefused::Map(io::Error::other(e)))?;
-        Ok(InflightRegion { map, queues, queue_size })
+        Ok(InflightRegion { map, queues, queue_size, next_counter: AtomicU64::new(0) })
     }
 
     /// One queue's block; none if the region was made for fewer queues or shorter rings.
@@ -123,7 +134,7 @@ impl InflightRegion {
         // SAFETY: `slice` covers `len` bytes from `at`, mapped for as long as the region lives, and the queue
         // keeps it alive. Everybody accesses it atomically.
         let slice = unsafe { VolatileSlice::new(at, len) };
-        Some(InflightQueue { slice, ring_size, next_counter: 0, _region: self.clone() })
+        Some(InflightQueue { slice, ring_size, region: self.clone() })
     }
 
     /// Queues in which something may be unanswered, as far as can be told without their rings.
@@ -142,8 +153,7 @@ impl InflightRegion {
 pub struct InflightQueue {
     slice: VolatileSlice<'static>,
     ring_size: u16,
-    next_counter: u64,
-    _region: Arc<InflightRegion>,
+    region: Arc<InflightRegion>,
 }
 
 impl InflightQueue {
@@ -181,7 +191,7 @@ impl InflightQueue {
 
     /// Settles what the last owner left, and returns the heads to be done again, oldest first. `ring_used_idx` is
     /// what the used ring itself says.
-    pub fn recover(&mut self, ring_used_idx: u16) -> Vec<u16> {
+    pub fn recover(&mut self, ring_used_idx: u16) -> Vec<Unanswered> {
         if self.version() != VERSION || self.load_u16(DESC_NUM_AT) != self.ring_size {
             // Nobody was here before, or it was a ring of another size, which only a reset in between can mean. The
             // version goes last: it vouches for the rest.
@@ -212,17 +222,20 @@ impl InflightQueue {
         }
         self.store_u16(USED_IDX_AT, ring_used_idx);
 
-        let mut heads: Vec<u16> = (0..self.ring_size).filter(|head| self.is_marked(*head)).collect();
-        heads.sort_by_key(|head| self.counter(*head));
-        self.next_counter = heads.last().map_or(0, |head| self.counter(*head).wrapping_add(1));
-        heads
+        let marked = (0..self.ring_size).filter(|head| self.is_marked(*head));
+        let mut left: Vec<_> = marked.map(|head| Unanswered { counter: self.counter(head), head }).collect();
+        left.sort_unstable();
+        if let Some(newest) = left.last() {
+            self.region.next_counter.fetch_max(newest.counter.wrapping_add(1), Ordering::Relaxed);
+        }
+        left
     }
 
     /// A head left the avail ring.
     pub fn taken(&mut self, head: u16) {
         let at = self.state_at(head) + STATE_COUNTER_AT;
-        self.slice.store(self.next_counter.to_le(), at, Ordering::Release).expect("inside the block");
-        self.next_counter = self.next_counter.wrapping_add(1);
+        let counter = self.region.next_counter.fetch_add(1, Ordering::Relaxed);
+        self.slice.store(counter.to_le(), at, Ordering::Release).expect("inside the block");
         self.set_mark(head, 1);
     }
 

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::time::Instant;
 
 use super::completion::Used;
-use super::inflight::InflightQueue;
+use super::inflight::{InflightQueue, Unanswered};
 use super::memory::DirtyLog;
 use super::ring::{Broken, Ring};
 
@@ -38,7 +38,7 @@ pub struct Queue {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Replay {
     /// Everything found, oldest first; nothing submitted yet.
-    All(Vec<u16>),
+    All(Vec<Unanswered>),
     /// What changes data has been submitted; these reads wait until all of that is answered, on every queue.
     Reads(Vec<u16>),
     /// Nothing left: new heads may be taken.
@@ -64,14 +64,14 @@ impl Queue {
         let mut in_flight = 0u16;
         match &mut inflight {
             Some(region) => {
-                let heads = region.recover(ring.used_idx());
-                for head in &heads {
-                    taken[usize::from(*head)] = true;
+                let left = region.recover(ring.used_idx());
+                for unanswered in &left {
+                    taken[usize::from(unanswered.head)] = true;
                 }
-                in_flight = u16::try_from(heads.len()).expect("at most one per entry");
+                in_flight = u16::try_from(left.len()).expect("at most one per entry");
                 ring.set_next_avail(ring.used_idx().wrapping_add(in_flight));
-                if !heads.is_empty() {
-                    replay = Replay::All(heads);
+                if !left.is_empty() {
+                    replay = Replay::All(left);
                 }
             }
             None => ring.set_next_avail(base),
@@ -98,7 +98,8 @@ impl Queue {
     /// Taken and not yet answered, without what is only waiting to be done again: what a stop waits for.
     pub fn out(&self) -> u16 {
         let waiting = match &self.replay {
-            Replay::All(heads) | Replay::Reads(heads) => heads.len(),
+            Replay::All(left) => left.len(),
+            Replay::Reads(heads) => heads.len(),
             Replay::Done => 0,
         };
         self.in_flight - u16::try_from(waiting).expect("at most one per entry")

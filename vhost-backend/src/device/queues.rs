@@ -28,7 +28,7 @@ use smallvec::SmallVec;
 
 use super::chain::Chain;
 use super::completion::{Completion, asked};
-use super::inflight::InflightRegion;
+use super::inflight::{InflightRegion, Unanswered};
 use super::memory::{DirtyLog, Memory};
 use super::queue::{Queue, Replay};
 use super::request::{Geometry, Parsed, STATUS_IOERR, STATUS_OK, parse};
@@ -292,23 +292,12 @@ impl Queues {
         if self.replaying == 0 && self.awaited.is_empty() && self.replayed_changes_out == 0 {
             return true;
         }
-        for index in self.replaying_queues() {
-            let Some(queue) = self.queue(index) else { continue };
-            let Replay::All(heads) = &mut queue.replay else { continue };
-            let heads = std::mem::take(heads);
-            queue.progress_at = now;
-            let mut reads = Vec::new();
-            for head in heads {
-                if let Taken::Later = self.take_up(index, head, true, backing, now) {
-                    reads.push(head);
-                }
-            }
-            self.awaited.retain(|awaited| *awaited != index);
-            if let Some(queue) = self.queue(index) {
-                queue.replay = Replay::Reads(reads);
-            }
+        let ready = self.replaying_queues();
+        let late = self.awaited_until.is_some_and(|until| now >= until);
+        if late || self.awaited.iter().all(|awaited| ready.contains(awaited)) {
+            self.replay_changes(&ready, backing, now);
         }
-        if self.awaited_until.is_some_and(|until| now >= until) {
+        if late {
             self.awaited.clear();
         }
         if self.replayed_changes_out > 0 || !self.awaited.is_empty() {
@@ -325,6 +314,28 @@ impl Queues {
             }
         }
         true
+    }
+
+    /// Submits what changes data, of all these queues in the order in which it was taken: of two changes of the same bytes
+    /// in different queues, the older one may have been applied and seen before the younger one was asked for.
+    fn replay_changes(&mut self, queues: &[u16], backing: &mut dyn Backing, now: Instant) {
+        let mut left = Vec::new();
+        for index in queues {
+            let Some(queue) = self.queue(*index) else { continue };
+            let Replay::All(all) = &mut queue.replay else { continue };
+            left.extend(std::mem::take(all).into_iter().map(|unanswered| (unanswered, *index)));
+            queue.replay = Replay::Reads(Vec::new());
+            queue.progress_at = now;
+            self.awaited.retain(|awaited| awaited != index);
+        }
+        left.sort_unstable();
+        for (Unanswered { head, .. }, index) in left {
+            if let Taken::Later = self.take_up(index, head, true, backing, now)
+                && let Some(Queue { replay: Replay::Reads(reads), .. }) = self.queue(index)
+            {
+                reads.push(head);
+            }
+        }
     }
 
     /// Queues that may do something again now.
