@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -162,6 +163,18 @@ impl<'a> Cluster<'a> {
         self.evolute(&["cluster", "status"])
     }
 
+    /// The data in a volume, as its owner is told.
+    pub fn used_bytes(&self, volume: &str) -> Result<u64> {
+        let shown = self.evolute(&["volume", "show", volume])?;
+        shown["used_bytes"].as_u64().context("no `used_bytes` in volume show")
+    }
+
+    /// What `du` says of each chunkserver's chunk files.
+    pub fn chunk_file_bytes(&self) -> Result<Vec<u64>> {
+        let folder = |number| self.scene.folder().join(format!("chunkserver{number}/store/chunks"));
+        (1..=self.chunkservers.len()).map(|number| disk_bytes(&folder(number))).collect()
+    }
+
     /// Runs the `evolute` tool and gives what it answers.
     pub fn evolute(&self, arguments: &[&str]) -> Result<Value> {
         let answer = Command::new(self.programs.join("evolute"))
@@ -272,6 +285,22 @@ fn folder(scene: &Scene, name: &str) -> Result<String> {
     let folder = scene.folder().join(name);
     std::fs::create_dir_all(&folder)?;
     Ok(folder.display().to_string())
+}
+
+/// Bytes that the files below a folder take up on their disk.
+fn disk_bytes(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(folder).with_context(|| format!("cannot list {}", folder.display()))? {
+        let entry = entry?;
+        // A file may go while we look: then it takes up nothing.
+        bytes += match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => disk_bytes(&entry.path())?,
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => 0,
+            Err(error) => return Err(error.into()),
+        };
+    }
+    Ok(bytes)
 }
 
 /// Where the programs are: `EVOLUTE_PROGRAMS`, or beside this test program, or cargo's release folder.

@@ -1,8 +1,14 @@
 //! A guest sees a disk it can use as any other: the right size, a serial, the features its kernel makes use of. It
 //! makes file systems on it, writes at depth and reads everything back, and after a power-off it is all there.
 
+use std::time::Duration;
+
 use anyhow::{Result, ensure};
-use evolute_guest_tests::{Boot, Cluster, Guest, Verify, story};
+use evolute_guest_tests::{Boot, Cluster, Guest, Verify, story, until};
+
+const MIB: u64 = 1 << 20;
+/// Until what was written or discarded is in the chunk files and has been reported.
+const REPORTED_WITHIN: Duration = Duration::from_secs(60);
 
 #[test]
 fn a_guest_uses_its_disks_and_finds_everything_after_a_power_off() {
@@ -46,9 +52,9 @@ fn a_guest_uses_its_disks_and_finds_everything_after_a_power_off() {
     });
 }
 
-/// Space that was never written, or was given back, reads as zeroes; what lies next to it is untouched.
+/// Space that was never written, or was given back, reads as zeroes and costs nothing; what lies next to it is untouched.
 #[test]
-fn discarded_and_unwritten_space_reads_as_zeroes() {
+fn discarded_and_unwritten_space_reads_as_zeroes_and_is_free() {
     story(|scene| {
         let mut cluster = Cluster::start(scene)?;
         cluster.create_volume("disk", "256M")?;
@@ -66,10 +72,23 @@ fn discarded_and_unwritten_space_reads_as_zeroes() {
         job.once(&mut guest, 1)?;
         ensure!(guest.run(&is_zero(8, 8))?.status != 0, "what was written reads as zeroes");
         guest.sh("dd if=/dev/vda of=/tmp/first bs=1M count=8 iflag=direct && dd if=/dev/vda of=/tmp/last bs=1M skip=16 count=8 iflag=direct")?;
+        let used = |bytes: std::ops::RangeInclusive<u64>| {
+            let what = format!("a volume that uses {bytes:?} bytes");
+            until(&what, REPORTED_WITHIN, || Ok(bytes.contains(&cluster.used_bytes("disk")?).then_some(())))
+        };
+        used(24 * MIB..=25 * MIB)?;
+        let on_disk = cluster.chunk_file_bytes()?;
         // By its path: busybox's shell prefers its own blkdiscard, which cannot zero.
         guest.sh("/usr/bin/blkdiscard --offset 8M --length 4M /dev/vda")?;
         guest.sh("/usr/bin/blkdiscard --zeroout --offset 12M --length 4M /dev/vda")?;
         guest.sh(&is_zero(8, 8))?;
+        used(16 * MIB..=17 * MIB)?;
+        for (before, after) in on_disk.iter().zip(cluster.chunk_file_bytes()?) {
+            ensure!(
+                after + 7 * MIB < *before,
+                "8 MiB were given back, and chunk files of {before} bytes take up {after}"
+            );
+        }
         guest.sh("dd if=/dev/vda bs=1M count=8 iflag=direct | cmp - /tmp/first")?;
         guest.sh("dd if=/dev/vda bs=1M skip=16 count=8 iflag=direct | cmp - /tmp/last")?;
         guest.expect_no_disk_trouble()?;

@@ -135,10 +135,11 @@ async fn register_again(
         capacity_bytes: request.capacity_bytes,
         version: request.version.clone(),
     };
-    wait_for_predecessor(mds, id, request).await;
-    let (token, same) = mds
-        .replicated
-        .read(|state| {
+    let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
+    let mut news = mds.news();
+    let (token, same) = loop {
+        news.mark_unchanged();
+        let answer = mds.replicated.read(|state| {
             let known = prove(mds, state, id, &request.token, &request.instance)?;
             if known.zone != request.zone {
                 return Err(invalid(format!(
@@ -151,26 +152,23 @@ async fn register_again(
                 && known.capacity_bytes == update.capacity_bytes
                 && known.version == update.version;
             Ok((known.token.clone(), same))
-        })
-        .await??;
+        });
+        match answer.await? {
+            // Whoever was killed a moment ago has closed its connection, but perhaps its stream's end has not been seen
+            // yet. If it is still there after that, it is alive.
+            Err(status) if ErrorWord::of(&status) == Some(ErrorWord::DuplicateChunkserver) => {
+                if tokio::time::timeout_at(deadline, news.changed()).await.is_err() {
+                    return Err(status);
+                }
+            }
+            answer => break answer?,
+        }
+    };
     if !same {
         mds.carry_out(Command::UpdateChunkserver(update)).await?;
     }
     tracing::info!(chunkserver = %id, address = request.address, "is back");
     Ok((id, token))
-}
-
-/// Whoever was killed a moment ago has closed its connection, but perhaps its stream's end has not been seen yet.
-async fn wait_for_predecessor(mds: &Mds, id: ChunkserverId, request: &RegisterRequest) {
-    let mut news = mds.news();
-    let gone = async {
-        while mds.reports().check_instance(id, &request.instance, Instant::now()).is_err() {
-            // The sender lives as long as we do.
-            let _ = news.changed().await;
-        }
-    };
-    // If it is still there after that, it is alive, and the caller says so.
-    let _ = tokio::time::timeout(PREDECESSOR_PATIENCE, gone).await;
 }
 
 /// Is this process that chunkserver, and nobody else?

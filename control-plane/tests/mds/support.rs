@@ -336,7 +336,10 @@ impl Seen {
             }
             order::What::ChangeMembers(change) => {
                 let replica = self.replicas.get_mut(&change.copyset).expect("its own replica");
-                assert_eq!(replica.role(), Role::Leader, "only leaders are told to change members");
+                // It may have handed over since it reported, and refuses then, as a chunkserver does.
+                if replica.role() != Role::Leader {
+                    return;
+                }
                 change_members(replica, &change, self.stalls);
                 agree(self.mds, replica);
             }
