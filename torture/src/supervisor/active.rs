@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::cluster::Cluster;
+use super::coverage::Led;
 use super::fault::Fault;
 use super::network::{Cut, Place};
 use super::process::{Process, State};
@@ -27,6 +28,10 @@ pub struct Active {
     pub heal_at: Instant,
     /// For the report: which, how long, what of the disk.
     pub detail: String,
+    /// Of the one chunkserver that was hit, just before.
+    pub led: Option<Led>,
+    /// Requests when it began.
+    pub under_way: u64,
     /// Known to have hit: cuts are so only once they dropped something.
     pub happened: bool,
 }
@@ -60,6 +65,10 @@ pub fn begin(
         return Ok(None);
     }
     let began = Instant::now();
+    let led = match places[..] {
+        [Place::Chunkserver(index)] => cluster.view().led_by(index),
+        _ => None,
+    };
     let mut detail = format!("{places:?}");
     let lasts = match fault {
         Fault::KillLeader | Fault::KillFollower | Fault::KillMds | Fault::KillBackend => {
@@ -106,7 +115,7 @@ pub fn begin(
     };
     let heal_at = Instant::now() + Duration::from_millis(lasts);
     let happened = !is_cut;
-    Ok(Some(Active { fault, places, cuts, began, heal_at, detail, happened }))
+    Ok(Some(Active { fault, places, cuts, began, heal_at, detail, led, under_way: 0, happened }))
 }
 
 /// Whether it is over: by time, or because a program asked to stop has stopped.

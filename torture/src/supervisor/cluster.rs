@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::coverage::Led;
 use super::disk::Disk;
 use super::network::{Network, Place};
 use super::options::Options;
@@ -24,6 +25,8 @@ const READY_WITHIN: Duration = Duration::from_secs(60);
 const VOLUME: &str = "disk";
 /// How often the control plane is asked.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
+/// An answer older than this says nothing about who leads now: an election may have been since.
+const FRESH: Duration = Duration::from_secs(2);
 
 /// What the control plane said last.
 #[derive(Debug, Clone, Default)]
@@ -34,6 +37,16 @@ pub struct View {
     pub words: String,
     pub leader_changes: u64,
     pub looks: u64,
+    /// When it was asked for what it answered.
+    pub asked: Option<Instant>,
+}
+
+impl View {
+    /// What this chunkserver led a moment ago; none: that is not known.
+    pub fn led_by(&self, index: usize) -> Option<Led> {
+        let fresh = self.asked.is_some_and(|asked| asked.elapsed() < FRESH);
+        fresh.then(|| Led { copysets: self.led[index], of: self.led.iter().sum() })
+    }
 }
 
 pub struct Cluster {
@@ -48,10 +61,7 @@ pub struct Cluster {
 
 impl Cluster {
     pub fn start(options: &Options, folder: &Path, with_images: bool) -> Result<Self> {
-        let programs = match &options.programs {
-            Some(programs) => programs.clone(),
-            None => std::env::current_exe()?.parent().context("a program is in a folder")?.to_owned(),
-        };
+        let programs = options.programs()?;
         let network = Network::new(options.chunkservers)?;
         let mds_address = SocketAddr::from((network.address(Place::Mds), PORT)).to_string();
         let process = |name: &str, program: &str, place, words: &str| {
@@ -199,10 +209,11 @@ impl Watcher {
         let thread = std::thread::Builder::new().name("watcher".into()).spawn(move || {
             let mut leaders: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
             while !stopped.load(Ordering::Relaxed) {
+                let asked = Instant::now();
                 let answer = evolute.ask(&["cluster", "status"]);
                 let mut view = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 match answer.and_then(|status| look(&status, &mut leaders, &mut view)) {
-                    Ok(()) => {}
+                    Ok(()) => view.asked = Some(asked),
                     Err(error) => {
                         view.is_whole = false;
                         view.words = format!("{error:#}");

@@ -13,8 +13,11 @@
 //!
 //! Start at [`supervise::run`].
 
+pub mod about;
+mod acks;
 mod active;
 mod cluster;
+pub mod coverage;
 mod disk;
 pub mod fault;
 mod image;

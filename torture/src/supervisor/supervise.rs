@@ -6,13 +6,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::about::About;
+use super::acks::Acks;
 use super::active::{self, Active, process};
 use super::cluster::Cluster;
+use super::coverage::{AFTERMATH_NS, Covered, window};
 use super::fault::Fault;
 use super::network::Place;
 use super::options::Options;
 use super::process::State;
-use super::report::{Happened, Report, by_fault};
+use super::report::{Happened, Report, attribute, by_fault};
 use crate::blkcheck::report::Verdict;
 use crate::blkcheck::{self, Handle};
 use crate::random::Random;
@@ -45,11 +48,13 @@ struct Run<'o> {
     said: Instant,
     checks_without_one: usize,
     led: Vec<bool>,
+    acks: Acks,
 }
 
 /// Does it all. An error is a run that could not be made; everything else is in the report.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     let began = Instant::now();
+    let about = About::gather(&options.programs()?, options.commit.as_deref());
     let listed = Fault::parse_list(&options.faults).map_err(anyhow::Error::msg)?;
     let with_images = listed.iter().any(|fault| fault.needs_images());
     let folder = options.work.join(format!("evolute-torture-{}", std::process::id()));
@@ -61,6 +66,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
             return Err(error.context(format!("logs are kept in {}", folder.display())));
         }
     };
+    report.about = Some(about);
     report.seconds = began.elapsed().as_secs_f64();
     if options.keep || report.verdict == Verdict::Fail {
         report.folder = Some(folder.display().to_string());
@@ -106,6 +112,7 @@ fn run_in(
         said: Instant::now(),
         checks_without_one: 0,
         led: vec![false; count],
+        acks: Acks::default(),
     };
     run.go()
 }
@@ -132,13 +139,16 @@ impl Run<'_> {
             self.unknowns.push("it was ended early".to_owned());
         }
         let slow = load.as_ref().map_or(&[][..], |load| &load.slow);
+        attribute(&mut self.history, slow);
         let of = |fault: Fault| self.history.iter().filter(|one| one.fault == fault && one.happened).count();
         let servers = self.options.chunkservers;
         let mut report = Report {
             verdict: Verdict::Unknown,
             seed: self.options.seed,
             seconds: 0.0,
-            faults: by_fault(&self.listed, &self.history, slow),
+            about: None,
+            window_acks: self.options.window_acks,
+            faults: by_fault(&self.listed, &self.history, self.options.window_acks),
             kills: of(Fault::KillLeader)
                 + of(Fault::KillFollower)
                 + of(Fault::KillMds)
@@ -210,8 +220,10 @@ impl Run<'_> {
         }
         for i in (0..self.deck.len()).rev() {
             let fault = self.deck[i];
+            let under_way = self.load.progress.under_way.load(Ordering::Relaxed);
             let begun = active::begin(fault, &mut self.cluster, &self.active, &mut self.random)?;
-            if let Some(begun) = begun {
+            if let Some(mut begun) = begun {
+                begun.under_way = under_way;
                 self.deck.remove(i);
                 self.tell(&format!("{fault}: {}", begun.detail));
                 self.active.push(begun);
@@ -224,6 +236,7 @@ impl Run<'_> {
     /// Looks after processes and heals what is due.
     fn tick(&mut self) -> Result<()> {
         self.look_after_processes()?;
+        self.close_windows();
         let mut i = 0;
         while i < self.active.len() {
             if active::is_due(&self.active[i], &mut self.cluster) {
@@ -243,21 +256,48 @@ impl Run<'_> {
         if let Some(failure) = active::heal(&mut over, &mut self.cluster)? {
             self.fail(failure);
         }
-        let since = |at: Instant| {
-            u64::try_from(at.saturating_duration_since(self.load.began).as_nanos()).expect("584 years")
-        };
         if !over.happened {
             // Nobody ran into it: once more.
             self.deck.push(over.fault);
         }
         self.history.push(Happened {
-            fault: over.fault,
-            began_ns: since(over.began),
-            healed_ns: since(Instant::now()),
             detail: over.detail,
             happened: over.happened,
+            led: over.led,
+            under_way: over.under_way,
+            ..Happened::new(
+                over.fault,
+                self.on_the_loads_clock(over.began),
+                self.on_the_loads_clock(Instant::now()),
+            )
         });
         Ok(())
+    }
+
+    fn on_the_loads_clock(&self, at: Instant) -> u64 {
+        u64::try_from(at.saturating_duration_since(self.load.began).as_nanos()).expect("584 years")
+    }
+
+    /// Counts what was acknowledged in windows that are over. A kind of fault that is not covered by now is tried again
+    /// as soon as it can be.
+    fn close_windows(&mut self) {
+        let now = self.on_the_loads_clock(Instant::now());
+        self.acks.note(now, self.load.progress.acked_writes.load(Ordering::Relaxed));
+        let mut closed = Vec::new();
+        for one in self.history.iter_mut().filter(|one| one.happened && one.acks.is_none()) {
+            let (from, until) = window(one);
+            if now >= until {
+                one.acks = Some(self.acks.between(from, until));
+                closed.push(one.fault);
+            }
+        }
+        for fault in closed {
+            let all = self.history.iter().filter(|one| one.fault == fault);
+            let least = self.options.window_acks;
+            if Covered::of(all, least).lacks(fault, least).is_some() && !self.deck.contains(&fault) {
+                self.deck.push(fault);
+            }
+        }
     }
 
     /// A program that ends without being asked to is a failure, except when its disk failed; it is started again.
@@ -310,7 +350,21 @@ impl Run<'_> {
                 return false;
             }
         }
+        self.wait_for_windows();
         self.check_all(when, true)
+    }
+
+    /// The load goes on until the windows of all faults are over, or nothing can be acknowledged any more.
+    fn wait_for_windows(&mut self) {
+        let deadline = Instant::now() + Duration::from_nanos(AFTERMATH_NS) + TICK;
+        while Instant::now() < deadline
+            && !self.must_end()
+            && self.history.iter().any(|one| one.happened && one.acks.is_none())
+        {
+            std::thread::sleep(TICK);
+            self.close_windows();
+        }
+        self.close_windows();
     }
 
     fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
