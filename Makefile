@@ -106,4 +106,4 @@ torture: deps
 
 # Every fault at least once; the same seed every time.
 torture-short:
-	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --window-acks 100 --faults $(FAULTS) $(COMMIT)
+	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --until-covered 90 --window-acks 100 --faults $(FAULTS) $(COMMIT)

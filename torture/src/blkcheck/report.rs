@@ -30,6 +30,9 @@ pub struct Report {
     pub failed: u64,
     /// Requests never answered.
     pub unanswered: u64,
+    /// Requests that a server had when the load went to its successor.
+    #[serde(default)]
+    pub left_behind: u64,
     /// One per sector and operation.
     pub sector_operations_checked: u64,
     /// Sectors whose history no register has, sectors that no write of ours can have left, and requests refused.

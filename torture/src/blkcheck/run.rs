@@ -1,6 +1,7 @@
 //! The loop: one thread, all queues.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -60,6 +61,10 @@ pub struct Run {
     last_answer: Time,
     /// Requests made by the load, for its rate.
     made: u64,
+    /// Where to go, until the server there is reached.
+    moving_to: Option<PathBuf>,
+    /// The device left behind: its server may still write to its memory.
+    left: Option<Device>,
     /// By sector, with --no-overlap: reads under way, or [`EXCLUSIVE`].
     claims: Vec<u16>,
     totals: Totals,
@@ -72,6 +77,7 @@ struct Totals {
     acked_changes: u64,
     failed: u64,
     refused: u64,
+    left_behind: u64,
     damaged: u64,
     checked: Checked,
     examples: Vec<String>,
@@ -102,6 +108,8 @@ impl Run {
             last_known: vec![ZERO; sectors],
             last_answer: 0,
             made: 0,
+            moving_to: None,
+            left: None,
             claims: if options.no_overlap { vec![0; sectors] } else { Vec::new() },
             totals: Totals::default(),
             work,
@@ -114,6 +122,7 @@ impl Run {
         let mut answers = Vec::new();
         while self.phase != Phase::Ended {
             self.obey(commands);
+            self.go_elsewhere()?;
             let now = Instant::now();
             if self.options.duration > 0 && now >= end {
                 self.stop_after = true;
@@ -156,10 +165,47 @@ impl Run {
                 }
                 Ok(Command::Round) => {}
                 Ok(Command::Finish) => self.stop_after = true,
+                Ok(Command::Move(socket)) => self.moving_to = Some(socket),
                 Ok(Command::Stop) => self.phase = Phase::Ended,
                 Err(_) => return,
             }
         }
+    }
+
+    /// What the old device was still asked has taken effect by now or not at all, whatever becomes of its server: the new
+    /// one has the volume. A server that is not there yet is tried again.
+    fn go_elsewhere(&mut self) -> Result<(), DriverError> {
+        let Some(socket) = self.moving_to.take() else { return Ok(()) };
+        let mut answers = Vec::new();
+        self.device.wait(Duration::ZERO, &mut answers)?;
+        let now = self.now();
+        for answer in answers {
+            self.settle(answer, now);
+        }
+        let other = match self.device.elsewhere(socket.clone()) {
+            Ok(other) => other,
+            Err(DriverError::Connect { .. } | DriverError::Gone { .. }) => {
+                self.moving_to = Some(socket);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        let now = self.now();
+        for token in self.device.tokens_under_way() {
+            let op = &mut self.round.ops[token];
+            op.answered = now;
+            op.status = Status::Failed;
+            self.totals.left_behind += 1;
+        }
+        self.left = Some(std::mem::replace(&mut self.device, other));
+        self.claims.fill(0);
+        if matches!(self.phase, Phase::Pass { .. }) {
+            // Some of what it asked for will never be answered.
+            self.phase = Phase::Pass { next: 0 };
+        }
+        self.last_answer = now;
+        self.progress.moves.fetch_add(1, Ordering::SeqCst);
+        Ok(())
     }
 
     fn now(&self) -> Time {
@@ -423,6 +469,7 @@ impl Run {
             acked_changes: self.totals.acked_changes,
             failed: self.totals.failed,
             unanswered,
+            left_behind: self.totals.left_behind,
             sector_operations_checked: self.totals.checked.sector_operations,
             violations: self.totals.checked.violations + self.totals.refused,
             damaged_sectors: self.totals.damaged,

@@ -51,6 +51,7 @@ pub struct Totals {
     /// What else went wrong, of programs that died or clusters that did not heal.
     pub failures: usize,
     pub checks_without_one: usize,
+    pub replicas_read_through: usize,
     pub passed: usize,
     pub failed_runs: usize,
     pub faults: BTreeMap<Fault, OfFault>,
@@ -84,6 +85,7 @@ impl Totals {
         self.leader_changes += run.leader_changes;
         self.failures += run.failures.len();
         self.checks_without_one += run.checks_without_one;
+        self.replicas_read_through += run.replicas_read_through;
         self.passed += usize::from(run.verdict == Verdict::Pass);
         self.failed_runs += usize::from(run.verdict == Verdict::Fail);
         self.with_stalls += usize::from(run.about.is_some());

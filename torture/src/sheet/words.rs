@@ -118,6 +118,7 @@ fn sums(text: &mut String, runs: &[Named], totals: &Totals) {
         ("sectors undecided", totals.undecided.to_string()),
         ("requests answered with an error", totals.failed.to_string()),
         ("other failures", totals.failures.to_string()),
+        ("replicas that led while everything was read at the end", totals.replicas_read_through.to_string()),
         ("complete last checks with one chunkserver dead", totals.checks_without_one.to_string()),
     ] {
         line!(text, "| {name} | {number} |");

@@ -61,7 +61,10 @@ impl Fault {
             | Fault::StopBackend
             | Fault::RestartMds
             | Fault::RestartBackend
-            | Fault::PowerAll => (false, false),
+            | Fault::PowerAll
+            | Fault::ZombieBackend
+            | Fault::DelayRequests
+            | Fault::DuplicateRequests => (false, false),
         };
         Wants { leader, follower }
     }
@@ -76,6 +79,7 @@ impl Fault {
                 | Fault::StopBackend
                 | Fault::RestartBackend
                 | Fault::PowerAll
+                | Fault::ZombieBackend
         )
     }
 }

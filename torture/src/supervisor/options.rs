@@ -36,6 +36,9 @@ pub struct Options {
     /// Seconds of faults; healing and the last checks come after
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub duration: u64,
+    /// Go on for so many seconds more, at most, with those kinds of faults that do not count yet
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub until_covered: u64,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Faults and groups of them, separated by commas; `-NAME` takes one away

@@ -102,6 +102,11 @@ pub struct Report {
     pub checks_without_one: usize,
     /// Chunkservers that led at least one copyset in a final check.
     pub leaders_read_through: usize,
+    /// Replicas, of all copysets together, that led while everything was read; and how many there are.
+    #[serde(default)]
+    pub replicas_read_through: usize,
+    #[serde(default)]
+    pub replicas: usize,
     /// 2 cores shared with a compiler say nothing about stalls.
     pub load_average_at_end: f64,
     pub load: Option<Load>,
@@ -171,6 +176,12 @@ impl Report {
                 self.unknowns.push(lacks);
             }
         }
+        if self.replicas_read_through < self.replicas || self.replicas == 0 {
+            self.unknowns.push(format!(
+                "only {} of {} replicas led while everything was read",
+                self.replicas_read_through, self.replicas
+            ));
+        }
         match &self.load {
             None => self.unknowns.push("there is no report of the load".to_owned()),
             Some(load) => {
@@ -216,13 +227,14 @@ impl Report {
             lines.push(load.words());
         }
         lines.push(format!(
-            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} leaders; load average {:.1}",
+            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} of {} replicas as leaders; load average {:.1}",
             self.kills,
             self.power_cuts_one,
             self.power_cuts_all,
             self.leader_changes,
             self.checks_without_one,
-            self.leaders_read_through,
+            self.replicas_read_through,
+            self.replicas,
             self.load_average_at_end
         ));
         lines.extend(self.failures.iter().map(|failure| format!("FAILURE: {failure}")));

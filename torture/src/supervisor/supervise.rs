@@ -1,5 +1,6 @@
 //! The run: start, break, heal, check; end clean.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use super::active::{self, Active, process};
 use super::cluster::Cluster;
 use super::coverage::{AFTERMATH_NS, Covered, window};
 use super::fault::Fault;
+use super::leaders::Leader;
 use super::network::Place;
 use super::options::Options;
 use super::process::State;
@@ -20,6 +22,8 @@ use crate::blkcheck::report::Verdict;
 use crate::blkcheck::{self, Handle};
 use crate::random::Random;
 
+/// A handshake with a server that is there.
+const MOVED_WITHIN: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(10);
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 /// A healed cluster is whole again by then, or never.
@@ -33,22 +37,23 @@ const SIZE_MAX_KIB_WITH_IMAGES: u32 = 64;
 const ACKS_BETWEEN: u64 = 100;
 const PATIENCE_BETWEEN: Duration = Duration::from_secs(3);
 
-struct Run<'o> {
-    options: &'o Options,
-    listed: Vec<Fault>,
-    random: Random,
-    cluster: Cluster,
-    load: Handle,
-    stop: &'o AtomicBool,
-    active: Vec<Active>,
-    history: Vec<Happened>,
-    deck: Vec<Fault>,
-    failures: Vec<String>,
-    unknowns: Vec<String>,
-    said: Instant,
-    checks_without_one: usize,
-    led: Vec<bool>,
-    acks: Acks,
+pub(super) struct Run<'o> {
+    pub(super) options: &'o Options,
+    pub(super) listed: Vec<Fault>,
+    pub(super) random: Random,
+    pub(super) cluster: Cluster,
+    pub(super) load: Handle,
+    pub(super) stop: &'o AtomicBool,
+    pub(super) active: Vec<Active>,
+    pub(super) history: Vec<Happened>,
+    pub(super) deck: Vec<Fault>,
+    pub(super) failures: Vec<String>,
+    pub(super) unknowns: Vec<String>,
+    pub(super) said: Instant,
+    pub(super) checks_without_one: usize,
+    pub(super) led: BTreeSet<Leader>,
+    pub(super) replicas: usize,
+    pub(super) acks: Acks,
 }
 
 /// Does it all. An error is a run that could not be made; everything else is in the report.
@@ -84,7 +89,8 @@ fn run_in(
     folder: &Path,
 ) -> Result<Report> {
     println!("starting a cluster in {}", folder.display());
-    let cluster = Cluster::start(options, folder, with_images)?;
+    let cluster =
+        Cluster::start(options, folder, with_images, listed.iter().any(|fault| fault.needs_proxy()))?;
     let load = blkcheck::start(blkcheck::options::Options {
         duration: 0,
         seed: options.seed,
@@ -96,7 +102,6 @@ fn run_in(
         ..blkcheck::options::Options::new(cluster.socket.clone())
     })?;
     let mut random = Random::new(options.seed);
-    let count = options.chunkservers;
     let run = Run {
         options,
         listed: listed.to_vec(),
@@ -111,7 +116,8 @@ fn run_in(
         unknowns: Vec::new(),
         said: Instant::now(),
         checks_without_one: 0,
-        led: vec![false; count],
+        led: BTreeSet::new(),
+        replicas: 0,
         acks: Acks::default(),
     };
     run.go()
@@ -122,6 +128,7 @@ impl Run<'_> {
         if self.settle("before the first fault") {
             self.torment()?;
             if self.settle("after the last fault") && !self.stop.load(Ordering::SeqCst) {
+                self.through_each_leader()?;
                 self.without_each()?;
             }
         }
@@ -163,7 +170,9 @@ impl Run<'_> {
             failures: self.failures,
             unknowns: self.unknowns,
             checks_without_one: self.checks_without_one,
-            leaders_read_through: self.led.iter().filter(|&&led| led).count(),
+            leaders_read_through: self.led.iter().map(|(_, on)| on).collect::<BTreeSet<_>>().len(),
+            replicas_read_through: self.led.len(),
+            replicas: self.replicas,
             load_average_at_end: load_average(),
             load,
             history: self.history,
@@ -179,7 +188,13 @@ impl Run<'_> {
         let mut next_fault = Instant::now();
         let mut acked_before = 0;
         let mut next_round = Instant::now() + Duration::from_secs(self.options.round);
-        while Instant::now() < end && !self.must_end() {
+        let last = end + Duration::from_secs(self.options.until_covered);
+        while !self.must_end() {
+            let over = Instant::now() >= end;
+            let lacking = if over { self.lacking() } else { Vec::new() };
+            if over && (lacking.is_empty() || Instant::now() >= last) {
+                break;
+            }
             self.tick()?;
             if Instant::now() >= next_round {
                 if !self.settle("at the end of a round") {
@@ -195,14 +210,35 @@ impl Run<'_> {
                 acked_before = acked;
                 let pause = self.options.every_ms;
                 next_fault = Instant::now() + Duration::from_millis(pause / 2 + self.random.below(pause));
-                self.break_something()?;
+                if over {
+                    self.deck = lacking.into_iter().filter(|&fault| !self.is_pending(fault)).collect();
+                }
+                self.break_something(!over)?;
             }
             std::thread::sleep(TICK);
         }
         Ok(())
     }
 
-    fn must_end(&self) -> bool {
+    /// Moves the load to a backend that has taken the volume, and looks after those that lost it.
+    fn go_to_successors(&mut self) -> Result<()> {
+        for failure in self.cluster.backends.bury()? {
+            self.fail(failure);
+        }
+        let Some(socket) = self.cluster.backends.has_succeeded() else { return Ok(()) };
+        if !self.load.move_to(socket, MOVED_WITHIN) {
+            self.fail(format!("the load could not go to another backend within {MOVED_WITHIN:?}"));
+        }
+        self.cluster.backends.replace(&mut self.cluster.backend)?;
+        let wakes = Instant::now() + Duration::from_millis(self.random.below(3000));
+        for active in self.active.iter_mut().filter(|active| active.fault == Fault::ZombieBackend) {
+            active.succeeded = true;
+            active.heal_at = wakes;
+        }
+        Ok(())
+    }
+
+    pub(super) fn must_end(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
             || self.load.is_finished()
             || self.load.progress.violations.load(Ordering::Relaxed) > 0
@@ -210,8 +246,8 @@ impl Run<'_> {
 
     /// The next card of a shuffled deck of all that were listed, so that all happen even in a short run. What cannot
     /// be done now is done as soon as it can.
-    fn break_something(&mut self) -> Result<()> {
-        if self.deck.is_empty() {
+    fn break_something(&mut self, anew: bool) -> Result<()> {
+        if self.deck.is_empty() && anew {
             self.deck.clone_from(&self.listed);
             for i in (1..self.deck.len()).rev() {
                 let other = self.random.index(i + 1);
@@ -237,6 +273,7 @@ impl Run<'_> {
     fn tick(&mut self) -> Result<()> {
         self.look_after_processes()?;
         self.close_windows();
+        self.go_to_successors()?;
         let mut i = 0;
         while i < self.active.len() {
             if active::is_due(&self.active[i], &mut self.cluster) {
@@ -278,6 +315,22 @@ impl Run<'_> {
         u64::try_from(at.saturating_duration_since(self.load.began).as_nanos()).expect("584 years")
     }
 
+    /// Kinds of faults that do not count so far.
+    fn lacking(&self) -> Vec<Fault> {
+        let least = self.options.window_acks;
+        let lacks = |fault: Fault| {
+            let all = self.history.iter().filter(|one| one.fault == fault);
+            Covered::of(all, least).lacks(fault, least).is_some()
+        };
+        self.listed.iter().copied().filter(|&fault| lacks(fault)).collect()
+    }
+
+    /// It is going on, or its window is.
+    fn is_pending(&self, fault: Fault) -> bool {
+        self.active.iter().any(|active| active.fault == fault)
+            || self.history.iter().any(|one| one.fault == fault && one.happened && one.acks.is_none())
+    }
+
     /// Counts what was acknowledged in windows that are over. A kind of fault that is not covered by now is tried again
     /// as soon as it can be.
     fn close_windows(&mut self) {
@@ -291,12 +344,10 @@ impl Run<'_> {
                 closed.push(one.fault);
             }
         }
-        for fault in closed {
-            let all = self.history.iter().filter(|one| one.fault == fault);
-            let least = self.options.window_acks;
-            if Covered::of(all, least).lacks(fault, least).is_some() && !self.deck.contains(&fault) {
-                self.deck.push(fault);
-            }
+        if !closed.is_empty() {
+            let lacking = self.lacking();
+            closed.retain(|fault| lacking.contains(fault) && !self.deck.contains(fault));
+            self.deck.extend(closed);
         }
     }
 
@@ -325,7 +376,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn fail(&mut self, failure: String) {
+    pub(super) fn fail(&mut self, failure: String) {
         self.tell(&format!("FAILURE: {failure}"));
         // One that repeats itself says no more the tenth time.
         if self.failures.len() < 50 {
@@ -335,7 +386,10 @@ impl Run<'_> {
 
     /// Heals everything, waits until the cluster is whole, and checks every sector.
     fn settle(&mut self, when: &str) -> bool {
-        for over in std::mem::take(&mut self.active) {
+        let (takeovers, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.active).into_iter().partition(|one| one.fault == Fault::ZombieBackend);
+        self.active = takeovers;
+        for over in others {
             // A program that was asked to stop gets its time.
             while !active::is_due(&over, &mut self.cluster)
                 && over.places.iter().any(|&p| process(&mut self.cluster, p).state() == State::Stopping)
@@ -349,6 +403,16 @@ impl Run<'_> {
                 self.unknowns.push(format!("a fault could not be healed: {error:#}"));
                 return false;
             }
+        }
+        // With everything else healed a takeover comes to its end, and so does a backend that lost its volume.
+        while (!self.active.is_empty() || self.cluster.backends.has_zombies())
+            && !self.stop.load(Ordering::SeqCst)
+        {
+            if let Err(error) = self.tick() {
+                self.unknowns.push(format!("a takeover did not end: {error:#}"));
+                return false;
+            }
+            std::thread::sleep(TICK);
         }
         self.wait_for_windows();
         self.check_all(when, true)
@@ -367,7 +431,7 @@ impl Run<'_> {
         self.close_windows();
     }
 
-    fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
+    pub(super) fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
         let (whole, words) = if must_be_whole { self.wait_whole() } else { (true, String::new()) };
         if !whole {
             self.fail(format!("the cluster is not whole {when}: {words}"));
@@ -383,7 +447,7 @@ impl Run<'_> {
     }
 
     /// As [`Cluster::wait_whole`], with an eye on processes that die meanwhile.
-    fn wait_whole(&mut self) -> (bool, String) {
+    pub(super) fn wait_whole(&mut self) -> (bool, String) {
         let deadline = Instant::now() + WHOLE_WITHIN;
         loop {
             let (whole, words) = self.cluster.wait_whole(Duration::from_secs(1));
@@ -396,31 +460,7 @@ impl Run<'_> {
         }
     }
 
-    /// Every sector is read again while each chunkserver in turn is dead: every majority must have everything.
-    fn without_each(&mut self) -> Result<()> {
-        for index in 0..self.cluster.chunkservers.len() {
-            if self.must_end() {
-                return Ok(());
-            }
-            self.cluster.chunkservers[index].kill9()?;
-            let checked = self.check_all(&format!("without chunkserver {index}"), false);
-            for (led, count) in self.led.iter_mut().zip(self.cluster.view().led) {
-                *led |= count > 0;
-            }
-            self.cluster.chunkservers[index].start()?;
-            if !checked {
-                return Ok(());
-            }
-            self.checks_without_one += 1;
-            let (whole, words) = self.wait_whole();
-            if !whole {
-                self.fail(format!("the cluster is not whole after chunkserver {index} came back: {words}"));
-            }
-        }
-        Ok(())
-    }
-
-    fn tell(&mut self, news: &str) {
+    pub(super) fn tell(&mut self, news: &str) {
         self.said = Instant::now();
         let progress = &self.load.progress;
         let now: Vec<&str> = self.active.iter().map(|active| active.fault.name()).collect();
