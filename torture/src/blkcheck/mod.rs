@@ -37,6 +37,7 @@ pub struct Progress {
     pub connections: AtomicU64,
     /// Times the load went to another server.
     pub moves: AtomicU64,
+    pub pauses: AtomicU64,
     /// Since the run began; when the last answer was seen.
     pub last_answer_ns: AtomicU64,
     /// No answer for the stall limit: given up.
@@ -51,6 +52,8 @@ enum Command {
     Finish,
     /// End at once, whatever is under way.
     Stop,
+    /// Drain, and wait for the next round to be asked for.
+    Pause,
     /// Go to another server, see [`Handle::move_to`].
     Move(PathBuf),
 }
@@ -85,6 +88,15 @@ impl Handle {
             return false;
         }
         self.wait_beyond(&self.progress.rounds, before, patience)
+    }
+
+    /// Nothing is under way and nothing new is asked from when this returns until the next [`Handle::round`].
+    pub fn pause(&self, patience: Duration) -> bool {
+        let before = self.progress.pauses.load(Ordering::SeqCst);
+        if self.commands.send(Command::Pause).is_err() {
+            return false;
+        }
+        self.wait_beyond(&self.progress.pauses, before, patience)
     }
 
     /// Leaves this server for another one that has the volume now, and waits until that is done: as a guest that is started

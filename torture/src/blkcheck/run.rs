@@ -33,6 +33,10 @@ enum Phase {
     Load,
     /// Nothing new; the round ends when nothing is under way.
     Drain,
+    /// Nothing new; the load stands still when nothing is under way.
+    Calm,
+    /// Nothing is under way, until a round is asked for.
+    Still,
     /// Every sector is read once; the next one to ask for.
     Pass {
         next: u32,
@@ -128,7 +132,8 @@ impl Run {
                 self.stop_after = true;
             }
             let round_over = self.round_began.elapsed() >= Duration::from_secs(self.options.round);
-            if self.phase == Phase::Load && (self.stop_after || round_over) {
+            let pausing = matches!(self.phase, Phase::Calm | Phase::Still);
+            if self.phase == Phase::Load && (self.stop_after || round_over) || pausing && self.stop_after {
                 self.phase = Phase::Drain;
             }
             self.make_requests();
@@ -158,7 +163,13 @@ impl Run {
     fn obey(&mut self, commands: &mpsc::Receiver<Command>) {
         loop {
             match commands.try_recv() {
+                Ok(Command::Round) if matches!(self.phase, Phase::Calm | Phase::Still) => {
+                    self.phase = Phase::Drain;
+                }
                 Ok(Command::Round) if self.phase == Phase::Load => self.phase = Phase::Drain,
+                Ok(Command::Pause) if self.phase == Phase::Load => self.phase = Phase::Calm,
+                // A round is on its way: the pause would come after it, and nobody waits for it then.
+                Ok(Command::Pause) => {}
                 // A pass that has begun before does not count as after the question: begin it again.
                 Ok(Command::Round) if matches!(self.phase, Phase::Pass { .. }) => {
                     self.phase = Phase::Pass { next: 0 };
@@ -258,7 +269,7 @@ impl Run {
                 }
                 self.phase = Phase::Pass { next };
             }
-            Phase::Drain | Phase::Ended => {}
+            Phase::Drain | Phase::Calm | Phase::Still | Phase::Ended => {}
         }
     }
 
@@ -391,6 +402,10 @@ impl Run {
         }
         match self.phase {
             Phase::Drain => self.phase = Phase::Pass { next: 0 },
+            Phase::Calm => {
+                self.phase = Phase::Still;
+                self.progress.pauses.fetch_add(1, Ordering::SeqCst);
+            }
             Phase::Pass { next } if next >= self.work.area_sectors() => self.end_round(),
             _ => {}
         }

@@ -40,9 +40,11 @@ impl Run<'_> {
     /// False: everything was not read in time, or it is not known through whom.
     fn read_while_muted(&mut self, muted: [usize; 2], wanted: &BTreeSet<Leader>) -> Result<bool> {
         self.wait_whole();
-        leaders::wait_at_rest(&self.cluster);
+        if !self.load.pause(leaders::DRAINED_WITHIN) {
+            return Ok(false);
+        }
         self.cluster.mds.signal(Signal::STOP)?;
-        std::thread::sleep(leaders::CARRIED_OUT_AFTER);
+        std::thread::sleep(leaders::EQUAL_AFTER);
         self.cluster.network.mute(&muted)?;
         std::thread::sleep(leaders::ELECTED_AFTER);
         let read = self.load.round(leaders::READ_WITHIN);

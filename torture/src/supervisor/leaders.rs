@@ -18,12 +18,12 @@ pub const ATTEMPTS: usize = 3;
 /// Elections are over by then, and what is read after it is read through those that were elected.
 pub const ELECTED_AFTER: Duration = Duration::from_secs(4);
 /// Longer, and the attempt is given up.
-pub const READ_WITHIN: Duration = Duration::from_secs(20);
-/// No leader has moved for so long: nothing is being handed over.
-const AT_REST: Duration = Duration::from_secs(3);
-const AT_REST_WITHIN: Duration = Duration::from_secs(20);
-/// For an order that was given in the very last moment.
-pub const CARRIED_OUT_AFTER: Duration = Duration::from_millis(500);
+pub const READ_WITHIN: Duration = Duration::from_secs(30);
+/// By then followers have what was written last, and a handover that was ordered is over. A replica that lacks something
+/// cannot be elected, and muted ones cannot send it what it lacks.
+pub const EQUAL_AFTER: Duration = Duration::from_millis(1500);
+/// A load that drains.
+pub const DRAINED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A copyset and the chunkserver, as we count, whose replica of it leads.
 pub type Leader = (u64, usize);
@@ -46,19 +46,6 @@ pub fn wanted(copysets: &[CopysetSeen], muted: [usize; 2]) -> BTreeSet<Leader> {
             copyset.replicas.iter().find(|on| !muted.contains(on)).map(|&on| (copyset.id, on))
         })
         .collect()
-}
-
-/// Waits until the control plane has moved leaders to where it wants them; or long enough.
-pub fn wait_at_rest(cluster: &Cluster) {
-    let deadline = Instant::now() + AT_REST_WITHIN;
-    let (mut since, mut changes) = (Instant::now(), cluster.view().leader_changes);
-    while since.elapsed() < AT_REST && Instant::now() < deadline {
-        let view = cluster.view();
-        if view.leader_changes != changes {
-            (since, changes) = (Instant::now(), view.leader_changes);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// Waits until the control plane, asked after now, says that these lead. Those that are muted cannot have led since they
