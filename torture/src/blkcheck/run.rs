@@ -1,5 +1,8 @@
 //! The loop: one thread, all queues.
 
+mod elsewhere;
+mod judge;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -8,7 +11,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::options::Options;
-use super::report::{Report, Verdict};
+use super::report::Report;
 use super::stalls::Stalls;
 use super::work::{Wish, Work};
 use super::{Command, Progress};
@@ -17,7 +20,7 @@ use crate::driver::device::REQUEST_BYTES_MAX;
 use crate::driver::{Answer, Device, DriverError, Outcome, Request};
 use crate::history::{Checked, Kind, NOTHING, Op, Round, Status};
 use crate::random::Random;
-use crate::register::{NEVER, Time, Violation, ZERO};
+use crate::register::{NEVER, Time, ZERO};
 
 /// How long to sleep for answers at most: commands and reconnections are looked at in between.
 const NAP: Duration = Duration::from_millis(5);
@@ -181,42 +184,6 @@ impl Run {
                 Err(_) => return,
             }
         }
-    }
-
-    /// What the old device was still asked has taken effect by now or not at all, whatever becomes of its server: the new
-    /// one has the volume. A server that is not there yet is tried again.
-    fn go_elsewhere(&mut self) -> Result<(), DriverError> {
-        let Some(socket) = self.moving_to.take() else { return Ok(()) };
-        let mut answers = Vec::new();
-        self.device.wait(Duration::ZERO, &mut answers)?;
-        let now = self.now();
-        for answer in answers {
-            self.settle(answer, now);
-        }
-        let other = match self.device.elsewhere(socket.clone()) {
-            Ok(other) => other,
-            Err(DriverError::Connect { .. } | DriverError::Gone { .. }) => {
-                self.moving_to = Some(socket);
-                return Ok(());
-            }
-            Err(error) => return Err(error),
-        };
-        let now = self.now();
-        for token in self.device.tokens_under_way() {
-            let op = &mut self.round.ops[token];
-            op.answered = now;
-            op.status = Status::Failed;
-            self.totals.left_behind += 1;
-        }
-        self.left = Some(std::mem::replace(&mut self.device, other));
-        self.claims.fill(0);
-        if matches!(self.phase, Phase::Pass { .. }) {
-            // Some of what it asked for will never be answered.
-            self.phase = Phase::Pass { next: 0 };
-        }
-        self.last_answer = now;
-        self.progress.moves.fetch_add(1, Ordering::SeqCst);
-        Ok(())
     }
 
     fn now(&self) -> Time {
@@ -424,31 +391,6 @@ impl Run {
         self.phase = if self.stop_after { Phase::Ended } else { Phase::Load };
     }
 
-    /// Here and now, with nothing under way: whoever asked for the round gets its verdict with it.
-    fn judge(&mut self, round: &Round) {
-        let checked = round.check();
-        let totals = &mut self.totals.checked;
-        totals.sector_operations += checked.sector_operations;
-        totals.violations += checked.violations;
-        totals.undecided_sectors += checked.undecided_sectors;
-        if let Some((sector, Violation::Stale { older, newer, .. })) = checked.examples.first() {
-            let story = round.story(*sector, [*older, *newer]);
-            let left_out = story.len().saturating_sub(2 * STORY_LINES);
-            for (i, line) in story.into_iter().enumerate() {
-                if i < STORY_LINES || i >= STORY_LINES + left_out {
-                    self.totals.examples.push(format!("sector {sector}: {line}"));
-                }
-            }
-        }
-        for (sector, violation) in checked.examples {
-            let touched = round.ops.iter().filter(|op| op.sectors.contains(&sector)).count();
-            self.example(format!(
-                "round {}, sector {sector}: {violation} ({touched} requests touched it in this round)",
-                self.totals.rounds
-            ));
-        }
-    }
-
     fn publish(&self) {
         let p = &self.progress;
         let answered: u64 = self.totals.counts.values().sum();
@@ -462,43 +404,5 @@ impl Run {
     fn is_hung(&self) -> bool {
         let waited = Duration::from_nanos(self.now() - self.last_answer);
         self.device.under_way() > 0 && waited >= Duration::from_secs(self.options.stall)
-    }
-
-    fn report(mut self) -> Report {
-        let complete = self.round.ops.is_empty() && self.totals.rounds > 0;
-        let unanswered = self.device.under_way() as u64;
-        // The last round may have been cut short: what was answered is checked all the same.
-        let round = std::mem::take(&mut self.round);
-        self.judge(&round);
-        let count = |name: &str| self.totals.counts.get(name).copied().unwrap_or(0);
-        let mut report = Report {
-            verdict: Verdict::Unknown,
-            seed: self.options.seed,
-            seconds: self.began.elapsed().as_secs_f64(),
-            rounds: self.totals.rounds,
-            answered: self.totals.counts.values().sum(),
-            reads: count("reads"),
-            writes: count("writes"),
-            zeroes: count("zeroes"),
-            flushes: count("flushes"),
-            acked_changes: self.totals.acked_changes,
-            failed: self.totals.failed,
-            unanswered,
-            left_behind: self.totals.left_behind,
-            sector_operations_checked: self.totals.checked.sector_operations,
-            violations: self.totals.checked.violations + self.totals.refused,
-            damaged_sectors: self.totals.damaged,
-            examples: self.totals.examples,
-            undecided_sectors: self.totals.checked.undecided_sectors,
-            complete,
-            connections: self.device.connections,
-            has_inflight: self.device.has_inflight(),
-            read_latency: self.stalls.reads(),
-            change_latency: self.stalls.changes(),
-            gap: self.stalls.gaps(),
-            slow: self.stalls.slow,
-        };
-        report.settle_verdict();
-        report
     }
 }
