@@ -371,6 +371,7 @@ impl Run {
             Phase::Drain => self.phase = Phase::Pass { next: 0 },
             Phase::Calm => {
                 self.phase = Phase::Still;
+                self.publish();
                 self.progress.pauses.fetch_add(1, Ordering::SeqCst);
             }
             Phase::Pass { next } if next >= self.work.area_sectors() => self.end_round(),
