@@ -270,7 +270,10 @@ fn a_load_stands_still_until_the_next_round() {
     until("writes", || run.progress.acked_writes.load(Ordering::SeqCst) > 100);
     assert!(run.pause(PATIENCE), "it drains");
     let answered = run.progress.answered.load(Ordering::SeqCst);
+    // Time to do what it must not.
+    std::thread::sleep(Duration::from_millis(100));
     assert_eq!(run.progress.under_way.load(Ordering::SeqCst), 0);
+    assert_eq!(run.progress.answered.load(Ordering::SeqCst), answered);
     assert!(run.round(PATIENCE), "a round ends");
     until("it goes on", || run.progress.answered.load(Ordering::SeqCst) > answered + 100);
     assert!(run.pause(PATIENCE), "and stands still again");

@@ -9,8 +9,8 @@
 //!
 //! What always holds: nothing inside the programs helps with a fault; every fault is recorded with the moment it began
 //! and was healed, on the load's clock; a fault that was listed and did not happen, or does not count
-//! ([`coverage`]), makes the result unknown; whatever
-//! was started, mounted or made is taken away, except the folder of a failed run.
+//! ([`coverage`]), makes the result unknown; whatever was started, mounted or made is taken away, except the folder of
+//! a failed run.
 //!
 //! Start at [`supervise::run`].
 
