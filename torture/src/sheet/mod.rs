@@ -183,7 +183,10 @@ mod tests {
         assert_eq!(totals.faults[&Fault::KillLeader].happened, 40);
         let sheet = words::sheet(&runs, &totals);
         assert!(sheet.contains("None of them was lost"), "{sheet}");
-        assert!(sheet.contains("a kill -9 in fewer than one of 13"), "{sheet}");
+        assert!(
+            sheet.contains("a kill -9, of one or of several at one moment, in fewer than one of 13"),
+            "{sheet}"
+        );
     }
 
     /// A request that failed is no lost write, and a lost write is not hidden among many good runs.

@@ -48,9 +48,12 @@ fn meaning(text: &mut String, runs: &[Named], totals: &Totals) {
     );
     if totals.nothing_lost() {
         line!(text, "**None of them was lost, came back, was doubled or mixed with another.**\n");
+        // Five programs killed at one moment are one trial.
+        let kill_events = totals.faults.iter().filter(|(fault, _)| fault.name().starts_with("kill-"));
+        let kill_events = kill_events.map(|(_, of)| of.happened).sum::<usize>();
         let mut bounds = Vec::new();
         for (name, trials) in [
-            ("a kill -9", totals.kills),
+            ("a kill -9, of one or of several at one moment,", kill_events),
             ("a power cut of one machine", totals.power_cuts_one),
             ("a power cut of all machines", totals.power_cuts_all),
         ] {
