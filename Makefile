@@ -15,6 +15,8 @@ FAULTS ?= all,-full-disk
 QUICK ?=
 RUN := $(CARGO_TARGET_DIR)/evolute-run
 STEP := .ci/step
+# Into the report of a run: the programs do not know their commit.
+COMMIT = --commit '$(shell git describe --always --dirty 2>/dev/null || echo unknown)'
 # Named, because make runs lines that name MAKE itself even under `make -n`.
 SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
@@ -100,8 +102,8 @@ mutants:
 
 torture: deps
 	@$(STEP) 'programs' $(BINARIES)
-	@$(STEP) 'torture' $(CARGO_TARGET_DIR)/release/torture --duration $(DURATION) --seed $(SEED) --faults $(FAULTS) $(if $(OUT),--json $(OUT))
+	@$(STEP) 'torture' $(CARGO_TARGET_DIR)/release/torture --duration $(DURATION) --until-covered 300 --seed $(SEED) --faults $(FAULTS) $(COMMIT) $(if $(OUT),--json $(OUT))
 
-# Every fault at least once; the same seed every time.
+# Every fault at least once with something at stake; the same seed every time. Three minutes, five at most.
 torture-short:
-	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --faults $(FAULTS)
+	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --until-covered 90 --window-acks 100 --faults $(FAULTS) $(COMMIT)

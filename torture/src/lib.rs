@@ -13,6 +13,7 @@
 //! - [`driver`]: a guest's driver over the real socket, which survives its backend as QEMU does.
 //! - [`blkcheck`]: the load, its rounds, its report. The program `blkcheck` is its command line.
 //! - [`supervisor`]: a cluster of real processes, faults by seed, the coverage gate. The program `torture`.
+//! - [`sheet`]: what several runs together say. `torture report`.
 //!
 //! What always holds: a run says `pass` only if every check was made, nothing was undecided and every listed fault
 //! happened; it says `fail` only with a violation one can read; everything else is `unknown`. Programs under test
@@ -24,4 +25,5 @@ pub mod driver;
 pub mod history;
 pub mod random;
 pub mod register;
+pub mod sheet;
 pub mod supervisor;

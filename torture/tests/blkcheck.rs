@@ -6,13 +6,16 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use evolute_torture::blkcheck::{
     self, Handle, options::Discard, options::Options, report::Report, report::Verdict,
 };
+use rustix::process::{Pid, Signal, kill_process};
 
 const AREA_MIB: u64 = 4;
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -27,7 +30,7 @@ impl Server {
         let folder = tempfile::tempdir().expect("a folder");
         let file = File::create(folder.path().join("disk")).expect("a file");
         file.set_len(16 << 20).expect("room");
-        let child = spawn(folder.path());
+        let child = spawn(folder.path(), "socket");
         let mut server = Server { folder, child };
         server.wait_listening();
         server
@@ -35,7 +38,7 @@ impl Server {
 
     fn wait_listening(&mut self) {
         let deadline = Instant::now() + PATIENCE;
-        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+        while UnixStream::connect(self.socket()).is_err() {
             assert!(self.child.try_wait().expect("a child").is_none(), "qemu-storage-daemon ended");
             assert!(Instant::now() < deadline, "qemu-storage-daemon does not listen");
             std::thread::sleep(Duration::from_millis(10));
@@ -78,11 +81,11 @@ impl Drop for Server {
     }
 }
 
-fn spawn(folder: &Path) -> Child {
-    let (disk, socket) = (folder.join("disk"), folder.join("socket"));
+fn spawn(folder: &Path, socket: &str) -> Child {
+    let (disk, socket) = (folder.join("disk"), folder.join(socket));
     Command::new("qemu-storage-daemon")
         .arg("--blockdev")
-        .arg(format!("driver=file,node-name=f,filename={}", disk.display()))
+        .arg(format!("driver=file,node-name=f,locking=off,filename={}", disk.display()))
         .arg("--export")
         .arg(format!(
             "type=vhost-user-blk,id=e,node-name=f,addr.type=unix,addr.path={},writable=on,num-queues=4",
@@ -220,4 +223,72 @@ fn requests_that_are_never_answered_are_no_pass() {
     let report = run.join().expect("the server kept the protocol");
     assert_eq!(report.verdict, Verdict::Unknown, "{}", report.words());
     assert!(report.unanswered > 0, "{}", report.words());
+}
+
+/// A server hangs with requests in its hands, and the load goes to another one with the same disk.
+fn replaced(seed: u64, then: impl FnOnce(&mut Server, &Handle)) -> Report {
+    let mut server = Server::start();
+    let run = server.check(seed);
+    until("writes", || run.progress.acked_writes.load(Ordering::SeqCst) > 100);
+    signal(&server.child, Signal::STOP);
+    until("every slot is taken", || run.progress.under_way.load(Ordering::SeqCst) == 16);
+    let mut successor = spawn(server.folder.path(), "socket2");
+    let socket = server.folder.path().join("socket2");
+    until("the successor listens", || UnixStream::connect(&socket).is_ok());
+    assert!(run.move_to(socket, PATIENCE), "the load goes to the successor");
+    assert!(run.round(PATIENCE), "what was left behind counts as done or never to be");
+    then(&mut server, &run);
+    assert!(run.round(PATIENCE), "a round ends");
+    let report = finish(run);
+    assert_eq!(report.left_behind, 16, "{}", report.words());
+    successor.kill().expect("a child of ours");
+    successor.wait().expect("a child of ours");
+    report
+}
+
+#[test]
+fn a_load_goes_to_another_server() {
+    let report = replaced(7, |server, _| server.kill());
+    assert_eq!(report.verdict, Verdict::Pass, "{}", report.words());
+}
+
+#[test]
+fn what_a_replaced_server_still_writes_is_found() {
+    let report = replaced(8, |server, run| {
+        let before = run.progress.acked_writes.load(Ordering::SeqCst);
+        signal(&server.child, Signal::CONT);
+        until("it had time", || run.progress.acked_writes.load(Ordering::SeqCst) > before + 200);
+    });
+    assert_fails(&report, "which nobody ever wrote here since the round began");
+}
+
+/// While the load stands still nothing is asked; a round goes on from there.
+#[test]
+fn a_load_stands_still_until_the_next_round() {
+    let server = Server::start();
+    let run = server.check(9);
+    until("writes", || run.progress.acked_writes.load(Ordering::SeqCst) > 100);
+    assert!(run.pause(PATIENCE), "it drains");
+    let answered = run.progress.answered.load(Ordering::SeqCst);
+    // Time to do what it must not.
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(run.progress.under_way.load(Ordering::SeqCst), 0);
+    assert_eq!(run.progress.answered.load(Ordering::SeqCst), answered);
+    assert!(run.round(PATIENCE), "a round ends");
+    until("it goes on", || run.progress.answered.load(Ordering::SeqCst) > answered + 100);
+    assert!(run.pause(PATIENCE), "and stands still again");
+    let report = finish(run);
+    assert_eq!(report.verdict, Verdict::Pass, "{}", report.words());
+}
+
+fn signal(child: &Child, signal: Signal) {
+    kill_process(Pid::from_child(child), signal).expect("a child of ours");
+}
+
+fn until(what: &str, done: impl Fn() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
 use evolute_torture::blkcheck::report::Verdict;
-use evolute_torture::supervisor::options::Options;
+use evolute_torture::sheet;
+use evolute_torture::supervisor::options::{Options, Task};
 use evolute_torture::supervisor::supervise;
 use rustix::process::Signal;
 
@@ -21,6 +22,18 @@ extern "C" fn stop(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void
 
 fn main() -> ExitCode {
     let options = Options::parse();
+    if let Some(Task::Report { files, out }) = &options.task {
+        return match sheet::write(files, out) {
+            Ok(words) => {
+                println!("{words}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("torture: {error:#}");
+                ExitCode::from(COULD_NOT_RUN)
+            }
+        };
+    }
     if let Some(wrong) = options.wrong() {
         eprintln!("torture: {wrong}");
         return ExitCode::from(WRONG_USAGE);

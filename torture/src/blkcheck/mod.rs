@@ -15,6 +15,7 @@ mod run;
 pub mod stalls;
 mod work;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
@@ -34,13 +35,16 @@ pub struct Progress {
     pub rounds: AtomicU64,
     pub under_way: AtomicU64,
     pub connections: AtomicU64,
+    /// Times the load went to another server.
+    pub moves: AtomicU64,
+    pub pauses: AtomicU64,
     /// Since the run began; when the last answer was seen.
     pub last_answer_ns: AtomicU64,
     /// No answer for the stall limit: given up.
     pub hung: AtomicBool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Command {
     /// End the round now: drain, read everything, check.
     Round,
@@ -48,6 +52,10 @@ enum Command {
     Finish,
     /// End at once, whatever is under way.
     Stop,
+    /// Drain, and wait for the next round to be asked for.
+    Pause,
+    /// Go to another server, see [`Handle::move_to`].
+    Move(PathBuf),
 }
 
 pub struct Handle {
@@ -79,8 +87,32 @@ impl Handle {
         if self.commands.send(Command::Round).is_err() {
             return false;
         }
+        self.wait_beyond(&self.progress.rounds, before, patience)
+    }
+
+    /// Nothing is under way and nothing new is asked from when this returns until the next [`Handle::round`].
+    pub fn pause(&self, patience: Duration) -> bool {
+        let before = self.progress.pauses.load(Ordering::SeqCst);
+        if self.commands.send(Command::Pause).is_err() {
+            return false;
+        }
+        self.wait_beyond(&self.progress.pauses, before, patience)
+    }
+
+    /// Leaves this server for another one that has the volume now, and waits until that is done: as a guest that is started
+    /// again elsewhere, while the machine it was on does not answer. What was under way has happened by now or never
+    /// will; that is checked.
+    pub fn move_to(&self, socket: PathBuf, patience: Duration) -> bool {
+        let before = self.progress.moves.load(Ordering::SeqCst);
+        if self.commands.send(Command::Move(socket)).is_err() {
+            return false;
+        }
+        self.wait_beyond(&self.progress.moves, before, patience)
+    }
+
+    fn wait_beyond(&self, counter: &AtomicU64, before: u64, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
-        while self.progress.rounds.load(Ordering::SeqCst) == before {
+        while counter.load(Ordering::SeqCst) == before {
             if Instant::now() >= deadline || self.thread.is_finished() {
                 return false;
             }

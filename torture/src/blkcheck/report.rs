@@ -1,10 +1,10 @@
 //! What a run found, for people and for programs.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::stalls::{Slow, Spread};
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     Pass,
@@ -13,7 +13,7 @@ pub enum Verdict {
     Unknown,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Report {
     pub verdict: Verdict,
     pub seed: u64,
@@ -30,6 +30,9 @@ pub struct Report {
     pub failed: u64,
     /// Requests never answered.
     pub unanswered: u64,
+    /// Requests that a server had when the load went to its successor.
+    #[serde(default)]
+    pub left_behind: u64,
     /// One per sector and operation.
     pub sector_operations_checked: u64,
     /// Sectors whose history no register has, sectors that no write of ours can have left, and requests refused.

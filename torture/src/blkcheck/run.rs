@@ -1,13 +1,17 @@
 //! The loop: one thread, all queues.
 
+mod elsewhere;
+mod judge;
+
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::options::Options;
-use super::report::{Report, Verdict};
+use super::report::Report;
 use super::stalls::Stalls;
 use super::work::{Wish, Work};
 use super::{Command, Progress};
@@ -16,7 +20,7 @@ use crate::driver::device::REQUEST_BYTES_MAX;
 use crate::driver::{Answer, Device, DriverError, Outcome, Request};
 use crate::history::{Checked, Kind, NOTHING, Op, Round, Status};
 use crate::random::Random;
-use crate::register::{NEVER, Time, Violation, ZERO};
+use crate::register::{NEVER, Time, ZERO};
 
 /// How long to sleep for answers at most: commands and reconnections are looked at in between.
 const NAP: Duration = Duration::from_millis(5);
@@ -32,6 +36,10 @@ enum Phase {
     Load,
     /// Nothing new; the round ends when nothing is under way.
     Drain,
+    /// Nothing new; the load stands still when nothing is under way.
+    Calm,
+    /// Nothing is under way, until a round is asked for.
+    Still,
     /// Every sector is read once; the next one to ask for.
     Pass {
         next: u32,
@@ -60,6 +68,10 @@ pub struct Run {
     last_answer: Time,
     /// Requests made by the load, for its rate.
     made: u64,
+    /// Where to go, until the server there is reached.
+    moving_to: Option<PathBuf>,
+    /// The device left behind: its server may still write to its memory.
+    left: Option<Device>,
     /// By sector, with --no-overlap: reads under way, or [`EXCLUSIVE`].
     claims: Vec<u16>,
     totals: Totals,
@@ -72,6 +84,7 @@ struct Totals {
     acked_changes: u64,
     failed: u64,
     refused: u64,
+    left_behind: u64,
     damaged: u64,
     checked: Checked,
     examples: Vec<String>,
@@ -102,6 +115,8 @@ impl Run {
             last_known: vec![ZERO; sectors],
             last_answer: 0,
             made: 0,
+            moving_to: None,
+            left: None,
             claims: if options.no_overlap { vec![0; sectors] } else { Vec::new() },
             totals: Totals::default(),
             work,
@@ -114,12 +129,14 @@ impl Run {
         let mut answers = Vec::new();
         while self.phase != Phase::Ended {
             self.obey(commands);
+            self.go_elsewhere()?;
             let now = Instant::now();
             if self.options.duration > 0 && now >= end {
                 self.stop_after = true;
             }
             let round_over = self.round_began.elapsed() >= Duration::from_secs(self.options.round);
-            if self.phase == Phase::Load && (self.stop_after || round_over) {
+            let pausing = matches!(self.phase, Phase::Calm | Phase::Still);
+            if self.phase == Phase::Load && (self.stop_after || round_over) || pausing && self.stop_after {
                 self.phase = Phase::Drain;
             }
             self.make_requests();
@@ -149,13 +166,20 @@ impl Run {
     fn obey(&mut self, commands: &mpsc::Receiver<Command>) {
         loop {
             match commands.try_recv() {
+                Ok(Command::Round) if matches!(self.phase, Phase::Calm | Phase::Still) => {
+                    self.phase = Phase::Drain;
+                }
                 Ok(Command::Round) if self.phase == Phase::Load => self.phase = Phase::Drain,
+                Ok(Command::Pause) if self.phase == Phase::Load => self.phase = Phase::Calm,
+                // A round is on its way: the pause would come after it, and nobody waits for it then.
+                Ok(Command::Pause) => {}
                 // A pass that has begun before does not count as after the question: begin it again.
                 Ok(Command::Round) if matches!(self.phase, Phase::Pass { .. }) => {
                     self.phase = Phase::Pass { next: 0 };
                 }
                 Ok(Command::Round) => {}
                 Ok(Command::Finish) => self.stop_after = true,
+                Ok(Command::Move(socket)) => self.moving_to = Some(socket),
                 Ok(Command::Stop) => self.phase = Phase::Ended,
                 Err(_) => return,
             }
@@ -212,7 +236,7 @@ impl Run {
                 }
                 self.phase = Phase::Pass { next };
             }
-            Phase::Drain | Phase::Ended => {}
+            Phase::Drain | Phase::Calm | Phase::Still | Phase::Ended => {}
         }
     }
 
@@ -345,6 +369,11 @@ impl Run {
         }
         match self.phase {
             Phase::Drain => self.phase = Phase::Pass { next: 0 },
+            Phase::Calm => {
+                self.phase = Phase::Still;
+                self.publish();
+                self.progress.pauses.fetch_add(1, Ordering::SeqCst);
+            }
             Phase::Pass { next } if next >= self.work.area_sectors() => self.end_round(),
             _ => {}
         }
@@ -363,31 +392,6 @@ impl Run {
         self.phase = if self.stop_after { Phase::Ended } else { Phase::Load };
     }
 
-    /// Here and now, with nothing under way: whoever asked for the round gets its verdict with it.
-    fn judge(&mut self, round: &Round) {
-        let checked = round.check();
-        let totals = &mut self.totals.checked;
-        totals.sector_operations += checked.sector_operations;
-        totals.violations += checked.violations;
-        totals.undecided_sectors += checked.undecided_sectors;
-        if let Some((sector, Violation::Stale { older, newer, .. })) = checked.examples.first() {
-            let story = round.story(*sector, [*older, *newer]);
-            let left_out = story.len().saturating_sub(2 * STORY_LINES);
-            for (i, line) in story.into_iter().enumerate() {
-                if i < STORY_LINES || i >= STORY_LINES + left_out {
-                    self.totals.examples.push(format!("sector {sector}: {line}"));
-                }
-            }
-        }
-        for (sector, violation) in checked.examples {
-            let touched = round.ops.iter().filter(|op| op.sectors.contains(&sector)).count();
-            self.example(format!(
-                "round {}, sector {sector}: {violation} ({touched} requests touched it in this round)",
-                self.totals.rounds
-            ));
-        }
-    }
-
     fn publish(&self) {
         let p = &self.progress;
         let answered: u64 = self.totals.counts.values().sum();
@@ -401,42 +405,5 @@ impl Run {
     fn is_hung(&self) -> bool {
         let waited = Duration::from_nanos(self.now() - self.last_answer);
         self.device.under_way() > 0 && waited >= Duration::from_secs(self.options.stall)
-    }
-
-    fn report(mut self) -> Report {
-        let complete = self.round.ops.is_empty() && self.totals.rounds > 0;
-        let unanswered = self.device.under_way() as u64;
-        // The last round may have been cut short: what was answered is checked all the same.
-        let round = std::mem::take(&mut self.round);
-        self.judge(&round);
-        let count = |name: &str| self.totals.counts.get(name).copied().unwrap_or(0);
-        let mut report = Report {
-            verdict: Verdict::Unknown,
-            seed: self.options.seed,
-            seconds: self.began.elapsed().as_secs_f64(),
-            rounds: self.totals.rounds,
-            answered: self.totals.counts.values().sum(),
-            reads: count("reads"),
-            writes: count("writes"),
-            zeroes: count("zeroes"),
-            flushes: count("flushes"),
-            acked_changes: self.totals.acked_changes,
-            failed: self.totals.failed,
-            unanswered,
-            sector_operations_checked: self.totals.checked.sector_operations,
-            violations: self.totals.checked.violations + self.totals.refused,
-            damaged_sectors: self.totals.damaged,
-            examples: self.totals.examples,
-            undecided_sectors: self.totals.checked.undecided_sectors,
-            complete,
-            connections: self.device.connections,
-            has_inflight: self.device.has_inflight(),
-            read_latency: self.stalls.reads(),
-            change_latency: self.stalls.changes(),
-            gap: self.stalls.gaps(),
-            slow: self.stalls.slow,
-        };
-        report.settle_verdict();
-        report
     }
 }

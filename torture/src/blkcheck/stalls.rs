@@ -1,7 +1,7 @@
 //! How long answers were waited for.
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::history::Kind;
 use crate::register::Time;
@@ -27,7 +27,7 @@ pub struct Stalls {
 }
 
 /// Milliseconds.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Spread {
     pub count: u64,
     pub p50_ms: f64,

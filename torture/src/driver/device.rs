@@ -178,6 +178,18 @@ impl Device {
         })
     }
 
+    /// Another device, at another server: what was under way here stays so for ever.
+    pub fn elsewhere(&self, socket: PathBuf) -> Result<Self, DriverError> {
+        let mut other = Self::connect(DeviceOptions { socket, ..self.options.clone() })?;
+        other.connections += self.connections;
+        Ok(other)
+    }
+
+    /// Requests that are not answered.
+    pub fn tokens_under_way(&self) -> Vec<usize> {
+        self.slots.iter().flatten().map(|slot| slot.token).collect()
+    }
+
     pub fn is_connected(&self) -> bool {
         self.session.is_some()
     }

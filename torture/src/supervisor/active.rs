@@ -6,13 +6,18 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::cluster::Cluster;
+use super::coverage::Led;
 use super::fault::Fault;
 use super::network::{Cut, Place};
 use super::process::{Process, State};
+use super::proxy::Proxy;
 use crate::random::Random;
 
 /// A program that was asked to stop must have ended by then.
 const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// A control plane that is stopped or killed meanwhile comes back within half of it.
+const SUCCEEDED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Moments looked at for one with unflushed writes; each costs a few milliseconds.
 const POWER_ATTEMPTS: u32 = 40;
@@ -27,6 +32,12 @@ pub struct Active {
     pub heal_at: Instant,
     /// For the report: which, how long, what of the disk.
     pub detail: String,
+    /// Of the one chunkserver that was hit, just before.
+    pub led: Option<Led>,
+    /// A backend that was called has the volume.
+    pub succeeded: bool,
+    /// Requests when it began.
+    pub under_way: u64,
     /// Known to have hit: cuts are so only once they dropped something.
     pub happened: bool,
 }
@@ -60,6 +71,10 @@ pub fn begin(
         return Ok(None);
     }
     let began = Instant::now();
+    let led = match places[..] {
+        [Place::Chunkserver(index)] => cluster.view().led_by(index),
+        _ => None,
+    };
     let mut detail = format!("{places:?}");
     let lasts = match fault {
         Fault::KillLeader | Fault::KillFollower | Fault::KillMds | Fault::KillBackend => {
@@ -103,10 +118,34 @@ pub fn begin(
             image(cluster, places[0])?.fill()?;
             2000 + random.below(6000)
         }
+        Fault::ZombieBackend => {
+            process(cluster, Place::Backend).signal(Signal::STOP)?;
+            cluster.backends.call_successor()?;
+            u64::try_from(SUCCEEDED_WITHIN.as_millis()).unwrap_or(u64::MAX)
+        }
+        Fault::DelayRequests => {
+            proxy(cluster)?.hold(true);
+            3000 + random.below(5000)
+        }
+        Fault::DuplicateRequests => {
+            proxy(cluster)?.repeat(true);
+            4000 + random.below(8000)
+        }
     };
     let heal_at = Instant::now() + Duration::from_millis(lasts);
     let happened = !is_cut;
-    Ok(Some(Active { fault, places, cuts, began, heal_at, detail, happened }))
+    Ok(Some(Active {
+        fault,
+        places,
+        cuts,
+        began,
+        heal_at,
+        detail,
+        led,
+        succeeded: false,
+        under_way: 0,
+        happened,
+    }))
 }
 
 /// Whether it is over: by time, or because a program asked to stop has stopped.
@@ -174,6 +213,28 @@ pub fn heal(active: &mut Active, cluster: &mut Cluster) -> Result<Option<String>
             image(cluster, active.places[0])?.empty()?;
             return Ok(None);
         }
+        Fault::ZombieBackend if active.succeeded => {
+            cluster.backends.wake()?;
+            return Ok(None);
+        }
+        Fault::ZombieBackend => {
+            cluster.backends.give_up();
+            process(cluster, Place::Backend).signal(Signal::CONT)?;
+            active.happened = false;
+            return Ok(Some(format!("nobody could take over the volume within {SUCCEEDED_WITHIN:?}")));
+        }
+        Fault::DelayRequests => {
+            let held = proxy(cluster)?.hold(false);
+            active.happened = held > 0;
+            active.detail = format!("{held} requests held");
+            return Ok(None);
+        }
+        Fault::DuplicateRequests => {
+            let (done, refused) = proxy(cluster)?.repeat(false);
+            active.happened = done > 0;
+            active.detail = format!("{done} old changes said again and answered as done, {refused} refused");
+            return Ok(None);
+        }
     }
     for &place in &active.places {
         process(cluster, place).start()?;
@@ -201,7 +262,16 @@ fn targets(fault: Fault, cluster: &Cluster, active: &[Active], random: &mut Rand
         Fault::KillChunkservers | Fault::PowerAll => (servers().collect(), Vec::new()),
         Fault::KillEverything => (servers().chain([Place::Mds, Place::Backend]).collect(), Vec::new()),
         Fault::KillMds | Fault::StopMds | Fault::RestartMds => (vec![Place::Mds], Vec::new()),
-        Fault::KillBackend | Fault::StopBackend | Fault::RestartBackend => (vec![Place::Backend], Vec::new()),
+        Fault::KillBackend | Fault::StopBackend | Fault::RestartBackend | Fault::ZombieBackend => {
+            (vec![Place::Backend], Vec::new())
+        }
+        // These hit nobody in particular; one of each at a time.
+        Fault::DelayRequests | Fault::DuplicateRequests => {
+            if active.iter().any(|other| other.fault == fault) {
+                return None;
+            }
+            (Vec::new(), Vec::new())
+        }
         Fault::RestartChunkserver
         | Fault::PowerOne
         | Fault::SlowDisk
@@ -286,6 +356,10 @@ pub fn process(cluster: &mut Cluster, place: Place) -> &mut Process {
         Place::Backend => &mut cluster.backend,
         Place::Chunkserver(index) => &mut cluster.chunkservers[index],
     }
+}
+
+fn proxy(cluster: &Cluster) -> Result<&Proxy> {
+    cluster.proxy.as_ref().context("there is a proxy when such faults are listed")
 }
 
 fn image(cluster: &mut Cluster, place: Place) -> Result<&mut super::image::Image> {

@@ -14,26 +14,50 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::coverage::Led;
 use super::disk::Disk;
 use super::network::{Network, Place};
 use super::options::Options;
 use super::process::{Process, enter, run};
+use super::proxy::{self, Proxy};
+use super::takeover::Backends;
 
 const PORT: u16 = 7700;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const VOLUME: &str = "disk";
 /// How often the control plane is asked.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
+/// An answer older than this says nothing about who leads now: an election may have been since.
+const FRESH: Duration = Duration::from_secs(2);
 
 /// What the control plane said last.
 #[derive(Debug, Clone, Default)]
 pub struct View {
     /// Copysets led, by chunkserver as we count.
     pub led: Vec<u64>,
+    pub copysets: Vec<CopysetSeen>,
     pub is_whole: bool,
     pub words: String,
     pub leader_changes: u64,
     pub looks: u64,
+    /// When it was asked for what it answered.
+    pub asked: Option<Instant>,
+}
+
+impl View {
+    /// What this chunkserver led a moment ago; none: that is not known.
+    pub fn led_by(&self, index: usize) -> Option<Led> {
+        let fresh = self.asked.is_some_and(|asked| asked.elapsed() < FRESH);
+        fresh.then(|| Led { copysets: self.led[index], of: self.led.iter().sum() })
+    }
+}
+
+/// Chunkservers as we count.
+#[derive(Debug, Clone)]
+pub struct CopysetSeen {
+    pub id: u64,
+    pub replicas: Vec<usize>,
+    pub leader: Option<usize>,
 }
 
 pub struct Cluster {
@@ -41,18 +65,18 @@ pub struct Cluster {
     pub backend: Process,
     pub chunkservers: Vec<Process>,
     pub disks: Vec<Disk>,
+    /// Of the first backend.
     pub socket: PathBuf,
+    pub backends: Backends,
+    pub proxy: Option<Proxy>,
     watcher: Option<Watcher>,
     pub network: Network,
 }
 
 impl Cluster {
-    pub fn start(options: &Options, folder: &Path, with_images: bool) -> Result<Self> {
-        let programs = match &options.programs {
-            Some(programs) => programs.clone(),
-            None => std::env::current_exe()?.parent().context("a program is in a folder")?.to_owned(),
-        };
-        let network = Network::new(options.chunkservers)?;
+    pub fn start(options: &Options, folder: &Path, with_images: bool, with_proxy: bool) -> Result<Self> {
+        let programs = options.programs()?;
+        let network = Network::new(options.chunkservers, PORT)?;
         let mds_address = SocketAddr::from((network.address(Place::Mds), PORT)).to_string();
         let process = |name: &str, program: &str, place, words: &str| {
             let arguments: Vec<OsString> = words.split_whitespace().map(OsString::from).collect();
@@ -65,17 +89,11 @@ impl Cluster {
             Place::Mds,
             &format!("--data-dir {} --listen {mds_address} --report-interval-s 0.5", dir("mds")),
         );
-        let socket = folder.join("disk.sock");
-        let backend = process(
-            "backend",
-            "evolute-vhost",
-            Place::Backend,
-            &format!(
-                "--socket-path {} --volume {VOLUME} --mds {mds_address} --queues 4 --state-dir {}",
-                socket.display(),
-                dir("backend")
-            ),
-        );
+        let network_of_backends = network.namespace(Place::Backend);
+        let program = programs.join("evolute-vhost");
+        let mut backends =
+            Backends::new(program, folder.to_owned(), VOLUME, mds_address.clone(), network_of_backends);
+        let (backend, socket) = backends.make(&[]);
         let mut disks = Vec::new();
         let mut chunkservers = Vec::new();
         for index in 0..options.chunkservers {
@@ -95,7 +113,8 @@ impl Cluster {
             chunkservers.push(process(&name, "evolute-chunkserver", Place::Chunkserver(index), &words));
         }
         let evolute = Evolute { program: programs.join("evolute"), mds: mds_address, hub: network.hub() };
-        let mut cluster = Self { mds, backend, chunkservers, disks, socket, watcher: None, network };
+        let mut cluster =
+            Self { mds, backend, chunkservers, disks, socket, backends, proxy: None, watcher: None, network };
         cluster.mds.start()?;
         cluster.mds.wait_ready(READY_WITHIN)?;
         for chunkserver in &mut cluster.chunkservers {
@@ -111,10 +130,21 @@ impl Cluster {
             }
             std::thread::sleep(Duration::from_millis(200));
         }
+        if with_proxy {
+            cluster.start_proxy(options.seed)?;
+        }
         cluster.backend.start()?;
         cluster.backend.wait_ready(READY_WITHIN)?;
         cluster.watcher = Some(Watcher::start(evolute, options.chunkservers)?);
         Ok(cluster)
+    }
+
+    /// Between every backend and the chunkservers, from its first connection on.
+    fn start_proxy(&mut self, seed: u64) -> Result<()> {
+        let places: Vec<Place> = (0..self.chunkservers.len()).map(Place::Chunkserver).collect();
+        let addresses: Vec<_> = places.iter().map(|&place| self.network.address(place)).collect();
+        self.proxy = Some(Proxy::start(self.network.namespace(Place::Backend), &addresses, PORT, seed)?);
+        self.network.redirect(Place::Backend, &places, proxy::PORT, proxy::MARK)
     }
 
     pub fn view(&self) -> View {
@@ -197,12 +227,13 @@ impl Watcher {
         let stop = Arc::new(AtomicBool::new(false));
         let (seen, stopped) = (view.clone(), stop.clone());
         let thread = std::thread::Builder::new().name("watcher".into()).spawn(move || {
-            let mut leaders: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+            let mut leaders: BTreeMap<u64, (usize, u64)> = BTreeMap::new();
             while !stopped.load(Ordering::Relaxed) {
+                let asked = Instant::now();
                 let answer = evolute.ask(&["cluster", "status"]);
                 let mut view = seen.lock().unwrap_or_else(PoisonError::into_inner);
                 match answer.and_then(|status| look(&status, &mut leaders, &mut view)) {
-                    Ok(()) => {}
+                    Ok(()) => view.asked = Some(asked),
                     Err(error) => {
                         view.is_whole = false;
                         view.words = format!("{error:#}");
@@ -226,24 +257,33 @@ impl Drop for Watcher {
     }
 }
 
-fn look(status: &Value, leaders: &mut BTreeMap<u64, (u64, u64)>, view: &mut View) -> Result<()> {
+fn look(status: &Value, leaders: &mut BTreeMap<u64, (usize, u64)>, view: &mut View) -> Result<()> {
     let copysets = status["copysets"].as_array().context("no `copysets` in cluster status")?;
     let servers = status["chunkservers"].as_array().context("no `chunkservers` in cluster status")?;
     let online = servers.iter().filter(|server| server["online"] == true).count();
     let mut led = vec![0; view.led.len()];
+    let mut seen = Vec::new();
+    // The control plane counts from 1.
+    let index = |id: &Value| {
+        let index = usize::try_from(id.as_u64()?).ok()?.checked_sub(1)?;
+        (index < view.led.len()).then_some(index)
+    };
     for copyset in copysets {
         let (Some(id), Some(term)) = (copyset["id"].as_u64(), copyset["term"].as_u64()) else {
             bail!("a copyset without id or term");
         };
-        let Some(leader) = copyset["leader_chunkserver"].as_u64() else { continue };
-        if let Some(count) = usize::try_from(leader).ok().and_then(|id| led.get_mut(id.wrapping_sub(1))) {
-            *count += 1;
-        }
+        let replicas = copyset["replicas"].as_array().context("a copyset without replicas")?;
+        let replicas = replicas.iter().filter_map(|replica| index(&replica["chunkserver"])).collect();
+        let leader = index(&copyset["leader_chunkserver"]);
+        seen.push(CopysetSeen { id, replicas, leader });
+        let Some(leader) = leader else { continue };
+        led[leader] += 1;
         let known = leaders.insert(id, (leader, term));
         if known.is_some_and(|known| known != (leader, term)) {
             view.leader_changes += 1;
         }
     }
+    view.copysets = seen;
     view.led = led;
     view.is_whole = status["health"] == "ok" && online == view.led.len();
     view.words = format!("health {}, {online} online, {}", status["health"], status["reasons"]);

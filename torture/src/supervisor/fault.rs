@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Fault {
@@ -29,10 +29,13 @@ pub enum Fault {
     SlowDisk,
     FailingSync,
     FullDisk,
+    ZombieBackend,
+    DelayRequests,
+    DuplicateRequests,
 }
 
 /// Name, group, what it does. The order is the order of reports.
-const ALL: [(Fault, &str, &str, &str); 23] = [
+const ALL: [(Fault, &str, &str, &str); 26] = [
     (Fault::KillLeader, "kill-leader", "kills", "kill -9 of the chunkserver that leads most copysets"),
     (Fault::KillFollower, "kill-follower", "kills", "kill -9 of the one that leads fewest"),
     (Fault::KillChunkservers, "kill-chunkservers", "kills", "kill -9 of all chunkservers at one moment"),
@@ -81,6 +84,24 @@ const ALL: [(Fault, &str, &str, &str); 23] = [
         "a chunkserver's disk fails flushes; then the process is started again",
     ),
     (Fault::FullDisk, "full-disk", "disks", "a chunkserver's file system has no room"),
+    (
+        Fault::ZombieBackend,
+        "zombie-backend",
+        "stale",
+        "the backend hangs, another takes the volume and the load goes there; then the first wakes up",
+    ),
+    (
+        Fault::DelayRequests,
+        "delay-requests",
+        "stale",
+        "some requests of the backend are held for 0.1 to 5 s, each with what comes behind it on its connection",
+    ),
+    (
+        Fault::DuplicateRequests,
+        "duplicate-requests",
+        "stale",
+        "changes of the backend arrive again, after newer ones of the same sectors were acknowledged",
+    ),
 ];
 
 impl Fault {
@@ -98,6 +119,10 @@ impl Fault {
 
     pub fn needs_images(self) -> bool {
         matches!(self.row().2, "power" | "disks")
+    }
+
+    pub fn needs_proxy(self) -> bool {
+        matches!(self, Fault::DelayRequests | Fault::DuplicateRequests)
     }
 
     /// Names, groups, `all`, separated by commas; a leading `-` takes away.
@@ -141,6 +166,15 @@ impl fmt::Display for Fault {
 impl Serialize for Fault {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(self.name())
+    }
+}
+
+impl<'de> Deserialize<'de> for Fault {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let word = String::deserialize(deserializer)?;
+        let row = ALL.iter().find(|row| row.1 == word);
+        row.map(|row| row.0)
+            .ok_or_else(|| de::Error::custom(format!("{word:?} is no fault this program knows")))
     }
 }
 

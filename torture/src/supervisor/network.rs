@@ -1,7 +1,8 @@
 //! A network per process: namespaces on one bridge, and which of them may hear which.
 //!
 //! A cut is a pair (from, to): what `from` sends, `to` does not hear. It is a packet filter rule in the namespace of the
-//! hearer, silent as a pulled cable. The rules count what they drop, so that a cut nobody ran into is known.
+//! hearer, silent as a pulled cable. Who is muted asks nothing of other chunkservers that they hear, and answers
+//! them: a rule for what comes to their port. The rules count what they drop, so that a cut nobody ran into is known.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -36,6 +37,9 @@ pub struct Network {
     hub_namespace: Arc<File>,
     nodes: Vec<Node>,
     cuts: BTreeSet<Cut>,
+    muted: BTreeSet<usize>,
+    /// Where chunkservers listen.
+    port: u16,
 }
 
 /// Names of ours: `evt`, the process id, a number.
@@ -43,14 +47,20 @@ const PREFIX: &str = "evt";
 
 impl Network {
     /// Needs root.
-    pub fn new(chunkservers: usize) -> Result<Self> {
+    pub fn new(chunkservers: usize, port: u16) -> Result<Self> {
         clear_leftovers();
         let pid = std::process::id();
         let hub = format!("{PREFIX}{pid}-hub");
         tool("ip", &["netns", "add", &hub])?;
         // From here on drop takes down what exists.
-        let mut network =
-            Self { hub_namespace: open(&hub)?, hub: hub.clone(), nodes: Vec::new(), cuts: BTreeSet::new() };
+        let mut network = Self {
+            hub_namespace: open(&hub)?,
+            hub: hub.clone(),
+            nodes: Vec::new(),
+            cuts: BTreeSet::new(),
+            muted: BTreeSet::new(),
+            port,
+        };
         for words in ["link set lo up", "link add br0 type bridge", "link set br0 up"] {
             inside(&hub, words)?;
         }
@@ -85,46 +95,72 @@ impl Network {
         self.hub_namespace.clone()
     }
 
+    /// What this place sends to these goes to ports of its own instead, unless it is marked.
+    pub fn redirect(&self, place: Place, to: &[Place], first_port: u16, mark: u32) -> Result<()> {
+        let mut rules = format!(
+            "add table ip evolute_proxy\nadd chain ip evolute_proxy out {{ type nat hook output priority -100; }}\n\
+             add rule ip evolute_proxy out meta mark {mark} accept\n"
+        );
+        for (&to, port) in to.iter().zip(first_port..) {
+            rules.push_str(&format!(
+                "add rule ip evolute_proxy out ip daddr {} tcp dport {} redirect to :{port}\n",
+                self.address(to),
+                self.port
+            ));
+        }
+        nft(self.node(place), &["-f", "-"], &rules).map(drop)
+    }
+
     pub fn cut(&mut self, cuts: impl IntoIterator<Item = Cut>) -> Result<()> {
-        let before = self.cuts.clone();
-        self.cuts.extend(cuts);
-        self.apply(&before)
+        self.change(|network| network.cuts.extend(cuts))
+    }
+
+    /// These chunkservers and no others, until the next call.
+    pub fn mute(&mut self, chunkservers: &[usize]) -> Result<()> {
+        self.change(|network| network.muted = chunkservers.iter().copied().collect())
     }
 
     /// Mends, and gives how many packets the rules of the hearers had dropped.
     pub fn mend(&mut self, cuts: &[Cut]) -> Result<u64> {
-        let before = self.cuts.clone();
         let mut dropped = 0;
         for node in &self.nodes {
             if cuts.iter().any(|(_, to)| *to == node.place) {
                 dropped += self.dropped(node)?;
             }
         }
-        self.cuts.retain(|cut| !cuts.contains(cut));
-        self.apply(&before)?;
+        self.change(|network| network.cuts.retain(|cut| !cuts.contains(cut)))?;
         Ok(dropped)
     }
 
-    fn apply(&self, before: &BTreeSet<Cut>) -> Result<()> {
-        for node in &self.nodes {
-            let heard = |cuts: &BTreeSet<Cut>| -> Vec<Ipv4Addr> {
-                let from = cuts.iter().filter(|(_, to)| *to == node.place);
-                from.map(|(from, _)| self.address(*from)).collect()
-            };
-            let (old, new) = (heard(before), heard(&self.cuts));
-            if old == new {
-                continue;
+    fn change(&mut self, how: impl FnOnce(&mut Self)) -> Result<()> {
+        let before: Vec<String> = self.nodes.iter().map(|node| self.rules(node)).collect();
+        how(self);
+        for (node, before) in self.nodes.iter().zip(before) {
+            let rules = self.rules(node);
+            if rules != before {
+                nft(node, &["-f", "-"], &rules)?;
             }
-            // One file is one transaction: there is no moment without the rules that stay.
-            let mut rules = "add table inet evolute\ndelete table inet evolute\nadd table inet evolute\n\
-                 add chain inet evolute heard { type filter hook input priority 0; }\n"
-                .to_owned();
-            for address in new {
-                rules.push_str(&format!("add rule inet evolute heard ip saddr {address} counter drop\n"));
-            }
-            nft(node, &["-f", "-"], &rules)?;
         }
         Ok(())
+    }
+
+    /// One file is one transaction: there is no moment without the rules that stay.
+    fn rules(&self, node: &Node) -> String {
+        let mut rules = "add table inet evolute\ndelete table inet evolute\nadd table inet evolute\n\
+             add chain inet evolute heard { type filter hook input priority 0; }\n"
+            .to_owned();
+        let mut drop = |what: String| {
+            rules.push_str(&format!("add rule inet evolute heard {what} counter drop\n"));
+        };
+        for (from, _) in self.cuts.iter().filter(|(_, to)| *to == node.place) {
+            drop(format!("ip saddr {}", self.address(*from)));
+        }
+        if matches!(node.place, Place::Chunkserver(_)) {
+            for &muted in &self.muted {
+                drop(format!("ip saddr {} tcp dport {}", self.address(Place::Chunkserver(muted)), self.port));
+            }
+        }
+        rules
     }
 
     fn dropped(&self, node: &Node) -> Result<u64> {

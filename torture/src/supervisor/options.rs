@@ -1,8 +1,8 @@
 //! What to do to which cluster. The fields are the command line of `torture`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 use super::fault::Fault;
 
@@ -25,13 +25,20 @@ Examples:
   torture --duration 60 --seed 7
   torture --duration 3600 --faults kills,stops,partitions --json report.json
   torture --duration 600 --faults power-one,power-all --every-ms 4000
-  torture --faults all,-full-disk --chunkservers 4 --work /var/tmp/torture"
+  torture --faults all,-full-disk --chunkservers 4 --work /var/tmp/torture
+  torture report monday.json tuesday.json --out docs/torture-report.md",
+    args_conflicts_with_subcommands = true
 )]
 #[command(before_long_help = Fault::table())]
 pub struct Options {
+    #[command(subcommand)]
+    pub task: Option<Task>,
     /// Seconds of faults; healing and the last checks come after
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub duration: u64,
+    /// Go on for so many seconds more, at most, with those kinds of faults that do not count yet
+    #[arg(long, value_name = "SECONDS", default_value_t = 0)]
+    pub until_covered: u64,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Faults and groups of them, separated by commas; `-NAME` takes one away
@@ -54,6 +61,13 @@ pub struct Options {
     /// Seconds between two complete checks, with everything healed
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     pub round: u64,
+    /// A fault counts with so many acknowledged changes from its beginning until 3 s after it was healed; without one
+    /// that counts, of each kind, the result is unknown
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub window_acks: u64,
+    /// Of which commit the programs are, for the report
+    #[arg(long, value_name = "WORDS", env = "EVOLUTE_COMMIT")]
+    pub commit: Option<String>,
     /// Folder for data and logs; a new one in it is used, and removed after a pass
     #[arg(long, value_name = "DIR", default_value = "/dev/shm")]
     pub work: PathBuf,
@@ -71,7 +85,25 @@ pub struct Options {
     pub json: Option<PathBuf>,
 }
 
+/// What else this program does than to break clusters.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Task {
+    /// Makes one sheet of the JSON reports of one or several runs
+    Report {
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+        #[arg(long, value_name = "FILE", default_value = "docs/torture-report.md")]
+        out: PathBuf,
+    },
+}
+
 impl Options {
+    /// Where the programs are.
+    pub fn programs(&self) -> std::io::Result<PathBuf> {
+        let beside = || Ok(std::env::current_exe()?.parent().unwrap_or(Path::new(".")).to_owned());
+        self.programs.clone().map_or_else(beside, Ok)
+    }
+
     pub fn wrong(&self) -> Option<String> {
         let between = |name: &str, value: u64, min: u64, max: u64| {
             (value < min || value > max).then(|| format!("--{name} {value} is not between {min} and {max}"))

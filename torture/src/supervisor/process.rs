@@ -62,6 +62,11 @@ impl Process {
         }
     }
 
+    /// From the next start on it is started without this flag.
+    pub fn forget(&mut self, argument: &str) {
+        self.arguments.retain(|one| one != argument);
+    }
+
     pub fn state(&self) -> State {
         self.state
     }

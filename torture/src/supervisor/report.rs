@@ -1,25 +1,62 @@
 //! What a run did and found.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
+use super::about::About;
+use super::coverage::{AFTERMATH_NS, Covered, Led};
 use super::fault::Fault;
 use crate::blkcheck::report::{Report as Load, Verdict};
 use crate::blkcheck::stalls::Slow;
 
 /// One fault, on the load's clock.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Happened {
     pub fault: Fault,
     pub began_ns: u64,
     pub healed_ns: u64,
     pub detail: String,
     pub happened: bool,
+    /// Of the chunkserver that was hit; none: several were or none was, or the control plane had not said it lately.
+    #[serde(default)]
+    pub led: Option<Led>,
+    /// Requests when it began.
+    #[serde(default)]
+    pub under_way: u64,
+    /// Changes acknowledged in its window; none: not counted.
+    #[serde(default)]
+    pub acks: Option<u64>,
+    /// No other fault's window meets its own, so that what stalled stalled because of it.
+    #[serde(default)]
+    pub alone: bool,
+    /// The longest change and the longest read that were under way in its window.
+    #[serde(default)]
+    pub change_ms: f64,
+    #[serde(default)]
+    pub read_ms: f64,
+}
+
+impl Happened {
+    pub fn new(fault: Fault, began_ns: u64, healed_ns: u64) -> Self {
+        Self {
+            fault,
+            began_ns,
+            healed_ns,
+            detail: String::new(),
+            happened: true,
+            led: None,
+            under_way: 0,
+            acks: None,
+            alone: false,
+            change_ms: 0.0,
+            read_ms: 0.0,
+        }
+    }
 }
 
 /// Over the faults of one kind that met no other: the longest request that was under way meanwhile, of each.
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct Stall {
     pub faults: usize,
     pub p50_ms: f64,
@@ -27,21 +64,29 @@ pub struct Stall {
     pub max_ms: f64,
 }
 
-#[derive(Debug, Clone, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct OfFault {
     pub happened: usize,
     pub missed: usize,
+    #[serde(default)]
+    pub covered: Covered,
     pub changes_alone: Stall,
     pub reads_alone: Stall,
     /// Of all, those that met others included.
     pub max_ms: f64,
 }
 
-#[derive(Debug, Serialize)]
+/// Read again by `torture report`: a new field has a default, so that reports of older runs stay readable.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     pub verdict: Verdict,
     pub seed: u64,
     pub seconds: f64,
+    #[serde(default)]
+    pub about: Option<About>,
+    /// A fault with fewer acknowledged changes in its window does not count; 0: not looked at.
+    #[serde(default)]
+    pub window_acks: u64,
     pub faults: BTreeMap<Fault, OfFault>,
     pub kills: usize,
     pub power_cuts_one: usize,
@@ -57,6 +102,11 @@ pub struct Report {
     pub checks_without_one: usize,
     /// Chunkservers that led at least one copyset in a final check.
     pub leaders_read_through: usize,
+    /// Replicas, of all copysets together, that led while everything was read; and how many there are.
+    #[serde(default)]
+    pub replicas_read_through: usize,
+    #[serde(default)]
+    pub replicas: usize,
     /// 2 cores shared with a compiler say nothing about stalls.
     pub load_average_at_end: f64,
     pub load: Option<Load>,
@@ -64,47 +114,57 @@ pub struct Report {
     pub folder: Option<String>,
 }
 
-/// After a fault is healed, elections and reconnections may still be going on.
-const AFTERMATH_NS: u64 = 3_000_000_000;
-
-pub fn by_fault(listed: &[Fault], history: &[Happened], slow: &[Slow]) -> BTreeMap<Fault, OfFault> {
-    let mut kinds: BTreeMap<Fault, OfFault> =
-        listed.iter().map(|&fault| (fault, OfFault::default())).collect();
-    let mut alone: BTreeMap<(Fault, bool), Vec<f64>> = BTreeMap::new();
-    for (i, one) in history.iter().enumerate() {
-        let of = kinds.entry(one.fault).or_default();
-        if !one.happened {
-            of.missed += 1;
-            continue;
-        }
-        of.happened += 1;
-        let until = one.healed_ns + AFTERMATH_NS;
-        let met_another = history.iter().enumerate().any(|(j, other)| {
-            i != j && other.began_ns < until && one.began_ns < other.healed_ns + AFTERMATH_NS
-        });
-        for is_read in [true, false] {
-            let longest = slow
-                .iter()
-                .filter(|op| op.is_read == is_read && op.invoked < until && op.answered > one.began_ns)
-                .map(|op| op.answered - op.invoked)
-                .max()
-                .unwrap_or(0);
+/// Fills in what is known of each fault only when all of them and all that was slow is.
+pub fn attribute(history: &mut [Happened], slow: &[Slow]) {
+    let spans: Vec<(u64, u64)> =
+        history.iter().map(|one| (one.began_ns, one.healed_ns + AFTERMATH_NS)).collect();
+    for (i, one) in history.iter_mut().enumerate() {
+        let (from, until) = spans[i];
+        one.alone = spans.iter().enumerate().all(|(j, other)| i == j || other.0 >= until || from >= other.1);
+        let longest = |is_read: bool| {
+            let met =
+                slow.iter().filter(|op| op.is_read == is_read && op.invoked < until && op.answered > from);
             #[allow(clippy::cast_precision_loss)]
-            let ms = longest as f64 / 1e6;
-            of.max_ms = of.max_ms.max(ms);
-            if !met_another {
-                alone.entry((one.fault, is_read)).or_default().push(ms);
-            }
-        }
+            let ms = met.map(|op| op.answered - op.invoked).max().unwrap_or(0) as f64 / 1e6;
+            ms
+        };
+        (one.change_ms, one.read_ms) = (longest(false), longest(true));
     }
-    for ((fault, is_read), mut all) in alone {
+}
+
+pub fn by_fault(listed: &[Fault], history: &[Happened], least_acks: u64) -> BTreeMap<Fault, OfFault> {
+    let kinds: BTreeSet<Fault> = listed.iter().copied().chain(history.iter().map(|one| one.fault)).collect();
+    let of = |fault: Fault| {
+        let all = || history.iter().filter(move |one| one.fault == fault && one.happened);
+        let alone = |ms: fn(&Happened) -> f64| Stall::of(all().filter(|one| one.alone).map(ms).collect());
+        OfFault {
+            happened: all().count(),
+            missed: history.iter().filter(|one| one.fault == fault && !one.happened).count(),
+            covered: Covered::of(all(), least_acks),
+            changes_alone: alone(|one| one.change_ms),
+            reads_alone: alone(|one| one.read_ms),
+            max_ms: all().map(|one| one.change_ms.max(one.read_ms)).fold(0.0, f64::max),
+        }
+    };
+    kinds.into_iter().map(|fault| (fault, of(fault))).collect()
+}
+
+impl Stall {
+    pub fn of(mut all: Vec<f64>) -> Self {
+        if all.is_empty() {
+            return Self::default();
+        }
         all.sort_by(f64::total_cmp);
         let rank = |percent: usize| all[(all.len() * percent).div_ceil(100).clamp(1, all.len()) - 1];
-        let stall = Stall { faults: all.len(), p50_ms: rank(50), p99_ms: rank(99), max_ms: rank(100) };
-        let of = kinds.entry(fault).or_default();
-        *(if is_read { &mut of.reads_alone } else { &mut of.changes_alone }) = stall;
+        Self { faults: all.len(), p50_ms: rank(50), p99_ms: rank(99), max_ms: rank(100) }
     }
-    kinds
+
+    pub fn words(&self) -> String {
+        if self.faults == 0 {
+            return "-".to_owned();
+        }
+        format!("{:.0}/{:.0}/{:.0} ({})", self.p50_ms, self.p99_ms, self.max_ms, self.faults)
+    }
 }
 
 impl Report {
@@ -112,7 +172,15 @@ impl Report {
         for (fault, of) in &self.faults {
             if of.happened == 0 {
                 self.unknowns.push(format!("{fault} was listed and did not happen"));
+            } else if let Some(lacks) = of.covered.lacks(*fault, self.window_acks) {
+                self.unknowns.push(lacks);
             }
+        }
+        if self.replicas_read_through < self.replicas || self.replicas == 0 {
+            self.unknowns.push(format!(
+                "only {} of {} replicas led while everything was read",
+                self.replicas_read_through, self.replicas
+            ));
         }
         match &self.load {
             None => self.unknowns.push("there is no report of the load".to_owned()),
@@ -134,40 +202,39 @@ impl Report {
 
     pub fn words(&self) -> String {
         let mut lines = vec![format!(
-            "\n{:<20} {:>5} {:>28} {:>28} {:>9}",
-            "fault", "times", "changes p50/p99/max ms", "reads p50/p99/max ms", "all max"
+            "\n{:<20} {:>5} {:>7} {:>28} {:>28} {:>9}",
+            "fault", "times", "covered", "changes p50/p99/max ms", "reads p50/p99/max ms", "all max"
         )];
         for (fault, of) in &self.faults {
-            let stall = |s: &Stall| {
-                if s.faults == 0 {
-                    "-".to_owned()
-                } else {
-                    format!("{:.0}/{:.0}/{:.0} ({})", s.p50_ms, s.p99_ms, s.max_ms, s.faults)
-                }
-            };
             lines.push(format!(
-                "{:<20} {:>5} {:>28} {:>28} {:>9.0}",
+                "{:<20} {:>5} {:>7} {:>28} {:>28} {:>9.0}",
                 fault.name(),
                 of.happened,
-                stall(&of.changes_alone),
-                stall(&of.reads_alone),
+                of.covered.faults,
+                of.changes_alone.words(),
+                of.reads_alone.words(),
                 of.max_ms
             ));
         }
         lines.push(
-            "(stalls: the longest request of each fault that met no other; in brackets, how many)".to_owned(),
+            format!(
+                "(covered: with at least {} acknowledged changes in its window; stalls: the longest request of each fault \
+                 that met no other; in brackets, how many)",
+                self.window_acks
+            ),
         );
         if let Some(load) = &self.load {
             lines.push(load.words());
         }
         lines.push(format!(
-            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} leaders; load average {:.1}",
+            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} of {} replicas as leaders; load average {:.1}",
             self.kills,
             self.power_cuts_one,
             self.power_cuts_all,
             self.leader_changes,
             self.checks_without_one,
-            self.leaders_read_through,
+            self.replicas_read_through,
+            self.replicas,
             self.load_average_at_end
         ));
         lines.extend(self.failures.iter().map(|failure| format!("FAILURE: {failure}")));
@@ -180,24 +247,18 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::{Happened, by_fault};
+    use super::{Happened, attribute, by_fault};
     use crate::blkcheck::stalls::Slow;
     use crate::supervisor::fault::Fault;
 
     fn at(fault: Fault, began_s: u64, healed_s: u64) -> Happened {
         let ns = |s: u64| s * 1_000_000_000;
-        Happened {
-            fault,
-            began_ns: ns(began_s),
-            healed_ns: ns(healed_s),
-            detail: String::new(),
-            happened: true,
-        }
+        Happened::new(fault, ns(began_s), ns(healed_s))
     }
 
     #[test]
     fn a_stall_belongs_to_the_fault_that_met_no_other() {
-        let history =
+        let mut history =
             [at(Fault::KillLeader, 10, 11), at(Fault::KillMds, 40, 41), at(Fault::KillLeader, 42, 43)];
         let ms = |ms: u64| ms * 1_000_000;
         let slow = [
@@ -205,7 +266,8 @@ mod tests {
             Slow { invoked: ms(41_500), answered: ms(43_500), is_read: false },
             Slow { invoked: ms(70_000), answered: ms(79_000), is_read: false },
         ];
-        let kinds = by_fault(&[Fault::KillLeader, Fault::SlowDisk], &history, &slow);
+        attribute(&mut history, &slow);
+        let kinds = by_fault(&[Fault::KillLeader, Fault::SlowDisk], &history, 0);
         let leader = &kinds[&Fault::KillLeader];
         assert_eq!((leader.happened, leader.changes_alone.faults), (2, 1));
         assert!((leader.changes_alone.max_ms - 800.0).abs() < 1.0);

@@ -1,23 +1,29 @@
 //! The run: start, break, heal, check; end clean.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use super::about::About;
+use super::acks::Acks;
 use super::active::{self, Active, process};
 use super::cluster::Cluster;
 use super::fault::Fault;
+use super::leaders::Leader;
 use super::network::Place;
 use super::options::Options;
 use super::process::State;
-use super::report::{Happened, Report, by_fault};
+use super::report::{Happened, Report, attribute, by_fault};
 use crate::blkcheck::report::Verdict;
 use crate::blkcheck::{self, Handle};
 use crate::random::Random;
 
-const TICK: Duration = Duration::from_millis(10);
+/// A handshake with a server that is there.
+const MOVED_WITHIN: Duration = Duration::from_secs(30);
+pub(super) const TICK: Duration = Duration::from_millis(10);
 const PROGRESS_EVERY: Duration = Duration::from_secs(2);
 /// A healed cluster is whole again by then, or never.
 const WHOLE_WITHIN: Duration = Duration::from_secs(90);
@@ -30,26 +36,29 @@ const SIZE_MAX_KIB_WITH_IMAGES: u32 = 64;
 const ACKS_BETWEEN: u64 = 100;
 const PATIENCE_BETWEEN: Duration = Duration::from_secs(3);
 
-struct Run<'o> {
-    options: &'o Options,
-    listed: Vec<Fault>,
-    random: Random,
-    cluster: Cluster,
-    load: Handle,
-    stop: &'o AtomicBool,
-    active: Vec<Active>,
-    history: Vec<Happened>,
-    deck: Vec<Fault>,
-    failures: Vec<String>,
-    unknowns: Vec<String>,
-    said: Instant,
-    checks_without_one: usize,
-    led: Vec<bool>,
+pub(super) struct Run<'o> {
+    pub(super) options: &'o Options,
+    pub(super) listed: Vec<Fault>,
+    pub(super) random: Random,
+    pub(super) cluster: Cluster,
+    pub(super) load: Handle,
+    pub(super) stop: &'o AtomicBool,
+    pub(super) active: Vec<Active>,
+    pub(super) history: Vec<Happened>,
+    pub(super) deck: Vec<Fault>,
+    pub(super) failures: Vec<String>,
+    pub(super) unknowns: Vec<String>,
+    pub(super) said: Instant,
+    pub(super) checks_without_one: usize,
+    pub(super) led: BTreeSet<Leader>,
+    pub(super) replicas: usize,
+    pub(super) acks: Acks,
 }
 
 /// Does it all. An error is a run that could not be made; everything else is in the report.
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
     let began = Instant::now();
+    let about = About::gather(&options.programs()?, options.commit.as_deref());
     let listed = Fault::parse_list(&options.faults).map_err(anyhow::Error::msg)?;
     let with_images = listed.iter().any(|fault| fault.needs_images());
     let folder = options.work.join(format!("evolute-torture-{}", std::process::id()));
@@ -61,6 +70,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Report> {
             return Err(error.context(format!("logs are kept in {}", folder.display())));
         }
     };
+    report.about = Some(about);
     report.seconds = began.elapsed().as_secs_f64();
     if options.keep || report.verdict == Verdict::Fail {
         report.folder = Some(folder.display().to_string());
@@ -78,7 +88,8 @@ fn run_in(
     folder: &Path,
 ) -> Result<Report> {
     println!("starting a cluster in {}", folder.display());
-    let cluster = Cluster::start(options, folder, with_images)?;
+    let cluster =
+        Cluster::start(options, folder, with_images, listed.iter().any(|fault| fault.needs_proxy()))?;
     let load = blkcheck::start(blkcheck::options::Options {
         duration: 0,
         seed: options.seed,
@@ -90,7 +101,6 @@ fn run_in(
         ..blkcheck::options::Options::new(cluster.socket.clone())
     })?;
     let mut random = Random::new(options.seed);
-    let count = options.chunkservers;
     let run = Run {
         options,
         listed: listed.to_vec(),
@@ -105,7 +115,9 @@ fn run_in(
         unknowns: Vec::new(),
         said: Instant::now(),
         checks_without_one: 0,
-        led: vec![false; count],
+        led: BTreeSet::new(),
+        replicas: 0,
+        acks: Acks::default(),
     };
     run.go()
 }
@@ -115,6 +127,7 @@ impl Run<'_> {
         if self.settle("before the first fault") {
             self.torment()?;
             if self.settle("after the last fault") && !self.stop.load(Ordering::SeqCst) {
+                self.through_each_leader()?;
                 self.without_each()?;
             }
         }
@@ -132,13 +145,16 @@ impl Run<'_> {
             self.unknowns.push("it was ended early".to_owned());
         }
         let slow = load.as_ref().map_or(&[][..], |load| &load.slow);
+        attribute(&mut self.history, slow);
         let of = |fault: Fault| self.history.iter().filter(|one| one.fault == fault && one.happened).count();
         let servers = self.options.chunkservers;
         let mut report = Report {
             verdict: Verdict::Unknown,
             seed: self.options.seed,
             seconds: 0.0,
-            faults: by_fault(&self.listed, &self.history, slow),
+            about: None,
+            window_acks: self.options.window_acks,
+            faults: by_fault(&self.listed, &self.history, self.options.window_acks),
             kills: of(Fault::KillLeader)
                 + of(Fault::KillFollower)
                 + of(Fault::KillMds)
@@ -153,7 +169,9 @@ impl Run<'_> {
             failures: self.failures,
             unknowns: self.unknowns,
             checks_without_one: self.checks_without_one,
-            leaders_read_through: self.led.iter().filter(|&&led| led).count(),
+            leaders_read_through: self.led.iter().map(|(_, on)| on).collect::<BTreeSet<_>>().len(),
+            replicas_read_through: self.led.len(),
+            replicas: self.replicas,
             load_average_at_end: load_average(),
             load,
             history: self.history,
@@ -169,7 +187,13 @@ impl Run<'_> {
         let mut next_fault = Instant::now();
         let mut acked_before = 0;
         let mut next_round = Instant::now() + Duration::from_secs(self.options.round);
-        while Instant::now() < end && !self.must_end() {
+        let last = end + Duration::from_secs(self.options.until_covered);
+        while !self.must_end() {
+            let over = Instant::now() >= end;
+            let lacking = if over { self.lacking() } else { Vec::new() };
+            if over && (lacking.is_empty() || Instant::now() >= last) {
+                break;
+            }
             self.tick()?;
             if Instant::now() >= next_round {
                 if !self.settle("at the end of a round") {
@@ -185,14 +209,35 @@ impl Run<'_> {
                 acked_before = acked;
                 let pause = self.options.every_ms;
                 next_fault = Instant::now() + Duration::from_millis(pause / 2 + self.random.below(pause));
-                self.break_something()?;
+                if over {
+                    self.deck = lacking.into_iter().filter(|&fault| !self.is_pending(fault)).collect();
+                }
+                self.break_something(!over)?;
             }
             std::thread::sleep(TICK);
         }
         Ok(())
     }
 
-    fn must_end(&self) -> bool {
+    /// Moves the load to a backend that has taken the volume, and looks after those that lost it.
+    fn go_to_successors(&mut self) -> Result<()> {
+        for failure in self.cluster.backends.bury()? {
+            self.fail(failure);
+        }
+        let Some(socket) = self.cluster.backends.has_succeeded() else { return Ok(()) };
+        if !self.load.move_to(socket, MOVED_WITHIN) {
+            self.fail(format!("the load could not go to another backend within {MOVED_WITHIN:?}"));
+        }
+        self.cluster.backends.replace(&mut self.cluster.backend)?;
+        let wakes = Instant::now() + Duration::from_millis(self.random.below(3000));
+        for active in self.active.iter_mut().filter(|active| active.fault == Fault::ZombieBackend) {
+            active.succeeded = true;
+            active.heal_at = wakes;
+        }
+        Ok(())
+    }
+
+    pub(super) fn must_end(&self) -> bool {
         self.stop.load(Ordering::SeqCst)
             || self.load.is_finished()
             || self.load.progress.violations.load(Ordering::Relaxed) > 0
@@ -200,8 +245,8 @@ impl Run<'_> {
 
     /// The next card of a shuffled deck of all that were listed, so that all happen even in a short run. What cannot
     /// be done now is done as soon as it can.
-    fn break_something(&mut self) -> Result<()> {
-        if self.deck.is_empty() {
+    fn break_something(&mut self, anew: bool) -> Result<()> {
+        if self.deck.is_empty() && anew {
             self.deck.clone_from(&self.listed);
             for i in (1..self.deck.len()).rev() {
                 let other = self.random.index(i + 1);
@@ -210,8 +255,10 @@ impl Run<'_> {
         }
         for i in (0..self.deck.len()).rev() {
             let fault = self.deck[i];
+            let under_way = self.load.progress.under_way.load(Ordering::Relaxed);
             let begun = active::begin(fault, &mut self.cluster, &self.active, &mut self.random)?;
-            if let Some(begun) = begun {
+            if let Some(mut begun) = begun {
+                begun.under_way = under_way;
                 self.deck.remove(i);
                 self.tell(&format!("{fault}: {}", begun.detail));
                 self.active.push(begun);
@@ -224,6 +271,8 @@ impl Run<'_> {
     /// Looks after processes and heals what is due.
     fn tick(&mut self) -> Result<()> {
         self.look_after_processes()?;
+        self.close_windows();
+        self.go_to_successors()?;
         let mut i = 0;
         while i < self.active.len() {
             if active::is_due(&self.active[i], &mut self.cluster) {
@@ -243,19 +292,20 @@ impl Run<'_> {
         if let Some(failure) = active::heal(&mut over, &mut self.cluster)? {
             self.fail(failure);
         }
-        let since = |at: Instant| {
-            u64::try_from(at.saturating_duration_since(self.load.began).as_nanos()).expect("584 years")
-        };
         if !over.happened {
             // Nobody ran into it: once more.
             self.deck.push(over.fault);
         }
         self.history.push(Happened {
-            fault: over.fault,
-            began_ns: since(over.began),
-            healed_ns: since(Instant::now()),
             detail: over.detail,
             happened: over.happened,
+            led: over.led,
+            under_way: over.under_way,
+            ..Happened::new(
+                over.fault,
+                self.on_the_loads_clock(over.began),
+                self.on_the_loads_clock(Instant::now()),
+            )
         });
         Ok(())
     }
@@ -285,7 +335,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    fn fail(&mut self, failure: String) {
+    pub(super) fn fail(&mut self, failure: String) {
         self.tell(&format!("FAILURE: {failure}"));
         // One that repeats itself says no more the tenth time.
         if self.failures.len() < 50 {
@@ -295,7 +345,10 @@ impl Run<'_> {
 
     /// Heals everything, waits until the cluster is whole, and checks every sector.
     fn settle(&mut self, when: &str) -> bool {
-        for over in std::mem::take(&mut self.active) {
+        let (takeovers, others): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.active).into_iter().partition(|one| one.fault == Fault::ZombieBackend);
+        self.active = takeovers;
+        for over in others {
             // A program that was asked to stop gets its time.
             while !active::is_due(&over, &mut self.cluster)
                 && over.places.iter().any(|&p| process(&mut self.cluster, p).state() == State::Stopping)
@@ -310,10 +363,21 @@ impl Run<'_> {
                 return false;
             }
         }
+        // With everything else healed a takeover comes to its end, and so does a backend that lost its volume.
+        while (!self.active.is_empty() || self.cluster.backends.has_zombies())
+            && !self.stop.load(Ordering::SeqCst)
+        {
+            if let Err(error) = self.tick() {
+                self.unknowns.push(format!("a takeover did not end: {error:#}"));
+                return false;
+            }
+            std::thread::sleep(TICK);
+        }
+        self.wait_for_windows();
         self.check_all(when, true)
     }
 
-    fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
+    pub(super) fn check_all(&mut self, when: &str, must_be_whole: bool) -> bool {
         let (whole, words) = if must_be_whole { self.wait_whole() } else { (true, String::new()) };
         if !whole {
             self.fail(format!("the cluster is not whole {when}: {words}"));
@@ -329,7 +393,7 @@ impl Run<'_> {
     }
 
     /// As [`Cluster::wait_whole`], with an eye on processes that die meanwhile.
-    fn wait_whole(&mut self) -> (bool, String) {
+    pub(super) fn wait_whole(&mut self) -> (bool, String) {
         let deadline = Instant::now() + WHOLE_WITHIN;
         loop {
             let (whole, words) = self.cluster.wait_whole(Duration::from_secs(1));
@@ -342,31 +406,7 @@ impl Run<'_> {
         }
     }
 
-    /// Every sector is read again while each chunkserver in turn is dead: every majority must have everything.
-    fn without_each(&mut self) -> Result<()> {
-        for index in 0..self.cluster.chunkservers.len() {
-            if self.must_end() {
-                return Ok(());
-            }
-            self.cluster.chunkservers[index].kill9()?;
-            let checked = self.check_all(&format!("without chunkserver {index}"), false);
-            for (led, count) in self.led.iter_mut().zip(self.cluster.view().led) {
-                *led |= count > 0;
-            }
-            self.cluster.chunkservers[index].start()?;
-            if !checked {
-                return Ok(());
-            }
-            self.checks_without_one += 1;
-            let (whole, words) = self.wait_whole();
-            if !whole {
-                self.fail(format!("the cluster is not whole after chunkserver {index} came back: {words}"));
-            }
-        }
-        Ok(())
-    }
-
-    fn tell(&mut self, news: &str) {
+    pub(super) fn tell(&mut self, news: &str) {
         self.said = Instant::now();
         let progress = &self.load.progress;
         let now: Vec<&str> = self.active.iter().map(|active| active.fault.name()).collect();
