@@ -8,7 +8,8 @@ use std::time::Duration;
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
 use evolute_protocol::rpc::{
-    ErrorWord, MemberReport, Order, RegisterRequest, RegisterResponse, ReplicaReport, Report, Role, order,
+    ChunkserverAddress, ErrorWord, MemberReport, Order, Orders, RegisterRequest, RegisterResponse,
+    ReplicaReport, Report, Role, order,
 };
 use evolute_raft::GroupStatus;
 use tokio::sync::mpsc;
@@ -22,6 +23,7 @@ use crate::chunk_store::Identity;
 use crate::copyset::chunkserver_of;
 use crate::copyset::members::MemberChange;
 use crate::copyset::state::Created;
+use crate::others::{Told, Trouble};
 use crate::shard::{ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
 /// A control plane that does not answer within this is asked elsewhere.
@@ -169,6 +171,7 @@ async fn stream(
                 None => return Ok(()),
                 Some(orders) => {
                     let orders = orders?;
+                    shard.send(ToShard::Hear(told(&orders)));
                     addresses.learn(orders.addresses.into_iter().map(|a| (a.chunkserver, a.address)).collect());
                     for order in orders.orders {
                         obey(shard, order);
@@ -184,6 +187,13 @@ async fn stream(
             return Ok(());
         }
     }
+}
+
+fn told(orders: &Orders) -> Told {
+    let disk =
+        |of: &ChunkserverAddress| (ChunkserverId(of.chunkserver), Trouble { full: of.full, slow: of.slow });
+    let usual = Some(orders.usual_write_latency_us).filter(|us| *us > 0);
+    Told { disks: orders.addresses.iter().map(disk).collect(), usual_write: usual.map(Duration::from_micros) }
 }
 
 fn obey(shard: &ShardHandle, order: Order) {
@@ -254,6 +264,8 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
         bad_blocks_found: report.bad_blocks_found,
         bad_blocks_repaired: report.bad_blocks_repaired,
+        full: report.usage.full,
+        slow: report.slow,
     }
 }
 

@@ -31,6 +31,7 @@ use crate::copyset::repair::Repairs;
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
 use crate::neighbours::Caller;
+use crate::others::{Others, Told};
 use crate::scrub::{Progress, ScrubOptions, Scrubber};
 use crate::server::Server;
 use crate::slow_disk;
@@ -89,6 +90,8 @@ pub enum ToShard {
         copyset: CopysetId,
         replica: ReplicaId,
     },
+    /// What the control plane says of the others' disks.
+    Hear(Told),
     Report(oneshot::Sender<ShardReport>),
     /// Close everything; the thread ends.
     Stop,
@@ -111,6 +114,8 @@ pub struct ShardReport {
     /// Blocks that could not be read, since this process started, and how many of them were put right.
     pub bad_blocks_found: u64,
     pub bad_blocks_repaired: u64,
+    /// Its disk takes far longer than usual.
+    pub slow: bool,
     /// Empty: healthy.
     pub trouble: String,
 }
@@ -198,7 +203,8 @@ async fn run(
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
-    let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs)));
+    let (others, led) = (Rc::<Others>::default(), Rc::<Notify>::default());
+    let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs), Rc::clone(&others)));
     let scrubbed = Rc::<Progress>::default();
     let shard = Rc::new(Shard {
         registry: Rc::clone(&registry),
@@ -207,6 +213,9 @@ async fn run(
         trouble: RefCell::default(),
         latency: Cell::default(),
         slow: Cell::new(None),
+        full: Cell::new(false),
+        others: Rc::clone(&others),
+        led: Rc::clone(&led),
         changing: RefCell::default(),
         repairs,
         scrubbed: Rc::clone(&scrubbed),
@@ -230,8 +239,9 @@ async fn run(
     };
     spawn_local(Rc::new(server).run(listener));
     let watched = Rc::clone(&shard);
-    let found = move |took: &WriteLatency, slow| watched.disk_took(took, slow);
-    spawn_local(slow_disk::watch(Rc::clone(&shard.registry), Rc::clone(&store), log.clone(), found));
+    let found = move |found: &slow_disk::Found| watched.disk_found(found);
+    let watched = (Rc::clone(&shard.registry), Rc::clone(&store), log.clone());
+    spawn_local(slow_disk::watch(watched.0, watched.1, watched.2, others, led, found));
     let registry = Rc::clone(&shard.registry);
     let scrubber = Scrubber { registry, store: Rc::clone(&store), options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
@@ -257,6 +267,10 @@ struct Shard {
     latency: Cell<WriteLatency>,
     /// How long one takes, when that is slow.
     slow: Cell<Option<Duration>>,
+    full: Cell<bool>,
+    others: Rc<Others>,
+    /// A copyset is led here from now on.
+    led: Rc<Notify>,
     repairs: Rc<Repairs>,
     scrubbed: Rc<Progress>,
 }
@@ -295,6 +309,7 @@ impl Shard {
                 let shard = Rc::clone(self);
                 spawn_local(async move { shard.remove(copyset, replica).await });
             }
+            ToShard::Hear(told) => self.others.hear(told),
             ToShard::Report(answer) => {
                 // Whoever asked may have given up.
                 let _ = answer.send(self.report());
@@ -307,12 +322,15 @@ impl Shard {
     fn started(self: &Rc<Self>, id: CopysetId, started: Result<Rc<Copyset>, ReplicaError>) {
         match started {
             Ok(copyset) => {
-                let changed = Arc::clone(&self.changed);
+                let (changed, led) = (Arc::clone(&self.changed), Rc::clone(&self.led));
                 // Weak: the copyset has the group, which has this.
                 let watched = Rc::downgrade(&copyset);
                 copyset.group().on_leader_change(move |change| {
                     if let (false, Some(copyset)) = (change.me, watched.upgrade()) {
                         copyset.refuse_waiting();
+                    }
+                    if change.me {
+                        led.notify_one();
                     }
                     changed.notify_one();
                 });
@@ -370,11 +388,12 @@ impl Shard {
         self.changed.notify_one();
     }
 
-    fn disk_took(&self, latency: &WriteLatency, slow: Option<Duration>) {
-        if latency.count > 0 {
-            self.latency.set(*latency);
+    fn disk_found(&self, found: &slow_disk::Found) {
+        if found.window.count > 0 {
+            self.latency.set(found.window);
         }
-        if self.slow.replace(slow).is_some() != slow.is_some() {
+        let was = (self.slow.replace(found.slow).is_some(), self.full.replace(found.full));
+        if was != (found.slow.is_some(), found.full) {
             self.changed.notify_one();
         }
     }
@@ -427,6 +446,7 @@ impl Shard {
             last_full_scrub_unix_ms: self.scrubbed.last_full_unix_ms.get(),
             bad_blocks_found: self.repairs.found(),
             bad_blocks_repaired: self.repairs.repaired(),
+            slow: self.slow.get().is_some(),
             trouble: trouble.join("; "),
         }
     }

@@ -2,32 +2,37 @@
 //!
 //! A slow disk does not fail: it answers everything, later. As a follower it harms nobody, because two others make a
 //! majority; as a leader it holds up its copysets (`reference/reliability.md`, P15). So a chunkserver compares its
-//! log's writes with what is usual for it, says so in its report (the control plane gives leaders to the healthy
-//! only), and hands its leaders over. A full disk is no different: as a leader it refuses what the others have room for.
+//! log's writes with what is usual for it, and with what is usual for the others, as the control plane says: one that was
+//! slow from its first minute knows nothing better. It says so in its report (the control plane gives leaders to the
+//! healthy only), and hands its leaders over (`handover.rs`). A full disk is no different.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use evolute_protocol::id::CopysetId;
-use evolute_raft::{Log, Role, WriteLatency};
+use evolute_raft::{Log, WriteLatency};
+use tokio::sync::Notify;
+use tokio::time::Instant;
 
 use crate::chunk_store::ChunkStore;
 use crate::copyset::registry::Registry;
+use crate::handover::Handovers;
+use crate::others::{Others, Trouble};
 
 /// How often it looks.
 pub const WINDOW: Duration = Duration::from_secs(1);
+/// How soon it looks again when a copyset that should go cannot go yet: its new leader has heard nobody.
+const SOON: Duration = Duration::from_millis(100);
 /// Slower than usual by this, at least. A disk that is merely busy is not that much slower.
 const SLOWER: u32 = 16;
+/// The same of what is usual for the others now: they are as busy.
+const SLOWER_THAN_OTHERS: u32 = 8;
 /// No disk is slow below this: a write takes 0.1 ms on flash, 10 ms on a disk with a head.
 const SLOW_MIN: Duration = Duration::from_millis(25);
 /// Slow windows in a row before it counts: one can be a checkpoint, or a machine that was asleep.
 const WINDOWS_TO_SLOW: u32 = 3;
 /// Good windows in a row before it is trusted again.
 const WINDOWS_TO_GOOD: u32 = 15;
-/// A copyset is left alone for this long after a handover. Where all disks are slow, leaders do not chase each other.
-const LEFT_ALONE: Duration = Duration::from_secs(10);
 /// Each window moves what is usual by one part in this many.
 const USUAL_WEIGHT: u32 = 32;
 
@@ -41,14 +46,16 @@ pub struct Detector {
 }
 
 impl Detector {
-    /// Takes in one window; returns how long a write takes now, if that is slow.
-    pub fn observe(&mut self, window: &WriteLatency) -> Option<Duration> {
+    /// Takes in one window, and what a write usually takes the others; returns how long one takes now, if that is slow.
+    pub fn observe(&mut self, window: &WriteLatency, others: Option<Duration>) -> Option<Duration> {
         // A write that is not complete took at least as long as it has been waiting.
         let took = window.p50.max(window.waiting);
         if took.is_zero() {
             return self.slow;
         }
-        let bound = self.usual.map_or(SLOW_MIN, |usual| (usual * SLOWER).max(SLOW_MIN));
+        let bounds = [self.usual.map(|usual| usual * SLOWER), others.map(|usual| usual * SLOWER_THAN_OTHERS)];
+        // With nothing to compare it with, the least that could be slow is.
+        let bound = bounds.into_iter().flatten().min().unwrap_or(SLOW_MIN).max(SLOW_MIN);
         if took > bound {
             self.good_windows = 0;
             self.slow_windows += 1;
@@ -69,50 +76,57 @@ impl Detector {
     }
 }
 
-/// Watches the log's disk for ever. `found` hears of every window: how long a write takes, if that is slow.
+/// What a look found.
+#[derive(Debug, Clone, Copy)]
+pub struct Found {
+    pub window: WriteLatency,
+    /// How long a write takes, if that is slow.
+    pub slow: Option<Duration>,
+    pub full: bool,
+}
+
+/// Watches the disk for ever. `found` hears of every window; `led` tells of a copyset that is led here from now on.
 pub async fn watch(
     registry: Rc<Registry>,
     store: Rc<RefCell<ChunkStore>>,
     log: Log,
-    found: impl Fn(&WriteLatency, Option<Duration>),
+    others: Rc<Others>,
+    led: Rc<Notify>,
+    found: impl Fn(&Found),
 ) {
     let mut detector = Detector::default();
-    let mut handed_over: BTreeMap<CopysetId, Instant> = BTreeMap::new();
-    let mut was_slow = false;
+    let mut handovers = Handovers::default();
+    let mut trouble = Trouble::default();
+    let mut window_ends = Instant::now() + WINDOW;
+    let mut look_at = window_ends;
     loop {
-        tokio::time::sleep(WINDOW).await;
-        let window = log.take_latency();
-        let slow = detector.observe(&window);
-        found(&window, slow);
-        if slow.is_some() != was_slow {
-            was_slow = slow.is_some();
-            match slow {
-                Some(took) => tracing::warn!(?took, "the disk is slow: handing leaders over"),
-                None => tracing::info!("the disk is as quick as usual again"),
+        tokio::select! {
+            () = tokio::time::sleep_until(look_at) => {}
+            () = led.notified() => {}
+        }
+        if Instant::now() >= window_ends {
+            window_ends = Instant::now() + WINDOW;
+            let window = log.take_latency();
+            let slow = detector.observe(&window, others.usual_write());
+            let full = store.borrow().usage().full;
+            found(&Found { window, slow, full });
+            if slow.is_some() != trouble.slow {
+                match slow {
+                    Some(took) => tracing::warn!(?took, "the disk is slow: handing leaders over"),
+                    None => tracing::info!("the disk is as quick as usual again"),
+                }
             }
-        }
-        if slow.is_some() || store.borrow().usage().full {
-            handed_over.retain(|_, at| at.elapsed() < LEFT_ALONE);
-            hand_over(&registry, &mut handed_over);
-        }
-    }
-}
-
-/// Asks, for every copyset led here, the replica that is furthest to take over.
-fn hand_over(registry: &Registry, handed_over: &mut BTreeMap<CopysetId, Instant>) {
-    for copyset in registry.all() {
-        let status = copyset.group().status();
-        if status.role != Role::Leader || handed_over.contains_key(&copyset.id()) {
-            continue;
-        }
-        let Some(to) = status.furthest_other().filter(|member| member.matched.is_some()) else { continue };
-        handed_over.insert(copyset.id(), Instant::now());
-        let to = to.member.replica;
-        tokio::task::spawn_local(async move {
-            if let Err(error) = copyset.group().transfer_leader(to).await {
-                tracing::info!(copyset = %copyset.id(), %error, "the leader stays on a slow or full disk for now");
+            if full != trouble.full {
+                match full {
+                    true => tracing::warn!("the disk is full: handing leaders over"),
+                    false => tracing::info!("the disk has room again"),
+                }
             }
-        });
+            trouble = Trouble { full, slow: slow.is_some() };
+        }
+        let can_lead = trouble == Trouble::default();
+        let soon = !can_lead && handovers.offer(&registry, &others, trouble);
+        look_at = if soon { window_ends.min(Instant::now() + SOON) } else { window_ends };
     }
 }
 
@@ -135,7 +149,7 @@ mod tests {
 
     fn used_to(p50_us: u64) -> Detector {
         let mut detector = Detector::default();
-        (0..100).for_each(|_| assert_eq!(detector.observe(&window(p50_us, 0)), None));
+        (0..100).for_each(|_| assert_eq!(detector.observe(&window(p50_us, 0), None), None));
         detector
     }
 
@@ -149,7 +163,8 @@ mod tests {
             (100, 50_000, true),
         ] {
             let mut detector = used_to(usual);
-            let found = (0..WINDOWS_TO_SLOW).map(|_| detector.observe(&window(now, 0))).last().flatten();
+            let found =
+                (0..WINDOWS_TO_SLOW).map(|_| detector.observe(&window(now, 0), None)).last().flatten();
             assert_eq!(found.is_some(), slow, "usually {usual} µs, now {now} µs");
         }
     }
@@ -158,24 +173,55 @@ mod tests {
     fn one_long_write_is_not_a_slow_disk_and_a_write_that_never_ends_is() {
         let mut detector = used_to(300);
         for _ in 0..10 {
-            assert_eq!(detector.observe(&window(400_000, 0)), None, "now and then");
-            assert_eq!(detector.observe(&window(300, 0)), None);
+            assert_eq!(detector.observe(&window(400_000, 0), None), None, "now and then");
+            assert_eq!(detector.observe(&window(300, 0), None), None);
         }
         let stuck =
             |seconds: u64| WriteLatency { waiting: Duration::from_secs(seconds), ..WriteLatency::default() };
-        let found: Vec<_> = (1..=4).map(|seconds| detector.observe(&stuck(seconds)).is_some()).collect();
+        let found: Vec<_> =
+            (1..=4).map(|seconds| detector.observe(&stuck(seconds), None).is_some()).collect();
         assert_eq!(found, [false, false, true, true]);
     }
 
     #[test]
     fn a_slow_disk_is_trusted_again_only_after_a_while_and_idleness_proves_nothing() {
         let mut detector = used_to(300);
-        (0..60).map(|_| detector.observe(&window(100_000, 0))).last().flatten().expect("slow");
-        (0..60).for_each(|_| assert!(detector.observe(&WriteLatency::default()).is_some(), "idle"));
+        (0..60).map(|_| detector.observe(&window(100_000, 0), None)).last().flatten().expect("slow");
+        (0..60).for_each(|_| assert!(detector.observe(&WriteLatency::default(), None).is_some(), "idle"));
         for nth in 1..=WINDOWS_TO_GOOD {
-            assert_eq!(detector.observe(&window(300, 0)).is_none(), nth == WINDOWS_TO_GOOD, "window {nth}");
+            assert_eq!(
+                detector.observe(&window(300, 0), None).is_none(),
+                nth == WINDOWS_TO_GOOD,
+                "window {nth}"
+            );
         }
-        let again = (0..WINDOWS_TO_SLOW).map(|_| detector.observe(&window(100_000, 0))).last().flatten();
+        let again =
+            (0..WINDOWS_TO_SLOW).map(|_| detector.observe(&window(100_000, 0), None)).last().flatten();
         assert!(again.is_some(), "what was slow did not become usual");
+    }
+
+    /// It has no better past, so only the others can tell.
+    #[test]
+    fn a_disk_that_was_never_quick_is_slow_beside_others_that_are() {
+        let as_quick_as = |others_ms: u64| Some(Duration::from_millis(others_ms));
+        for (now_ms, others, slow) in [
+            (100, as_quick_as(1), true),
+            (100, as_quick_as(12), true),
+            (100, as_quick_as(13), false),
+            (20, as_quick_as(1), false),
+        ] {
+            let mut detector = used_to(20_000);
+            // Its first windows, before anything was heard, were not much better.
+            (0..100).for_each(|_| assert_eq!(detector.observe(&window(100_000, 0), None), None));
+            let now = window(now_ms * 1000, 0);
+            let found = (0..WINDOWS_TO_SLOW).map(|_| detector.observe(&now, others)).last().flatten();
+            assert_eq!(found.is_some(), slow, "{now_ms} ms, the others {others:?}");
+        }
+        let mut fresh = Detector::default();
+        let found: Vec<_> =
+            (0..3).map(|_| fresh.observe(&window(100_000, 0), as_quick_as(1)).is_some()).collect();
+        assert_eq!(found, [false, false, true], "right after its start");
+        let mut busy = Detector::default();
+        (0..60).for_each(|_| assert_eq!(busy.observe(&window(100_000, 0), as_quick_as(60)), None, "all are"));
     }
 }

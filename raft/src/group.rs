@@ -141,9 +141,11 @@ pub struct GroupStatus {
 impl GroupStatus {
     /// The other voter whose log is furthest, as far as this replica knows: who should lead when it gives up leading.
     pub fn furthest_other(&self) -> Option<&MemberStatus> {
-        let others =
-            self.members.iter().filter(|member| member.voter && member.member.replica != self.me.replica);
-        others.max_by_key(|member| member.matched)
+        self.other_voters().max_by_key(|member| member.matched)
+    }
+
+    pub fn other_voters(&self) -> impl Iterator<Item = &MemberStatus> {
+        self.members.iter().filter(|member| member.voter && member.member.replica != self.me.replica)
     }
 }
 

@@ -38,7 +38,6 @@ mod write;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::time::Instant;
 
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
@@ -52,6 +51,7 @@ use self::repair::Repairs;
 use self::state::{Created, State};
 use self::write::Waiting;
 use crate::chunk_store::{ChunkStore, CopysetRecord};
+use crate::others::Others;
 
 /// Where an answer goes. `server` makes one of each connection.
 pub trait Answer {
@@ -74,8 +74,7 @@ pub struct Copyset {
     store: Rc<RefCell<ChunkStore>>,
     waiting: RefCell<Waiting>,
     entries_in_flight: Cell<usize>,
-    /// Since when this disk has had no room for what is asked here.
-    full_since: Cell<Option<Instant>>,
+    others: Rc<Others>,
     repairs: Rc<Repairs>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
@@ -89,6 +88,7 @@ impl Copyset {
         state: Rc<RefCell<State>>,
         store: Rc<RefCell<ChunkStore>>,
         repairs: Rc<Repairs>,
+        others: Rc<Others>,
     ) -> Self {
         Self {
             id,
@@ -98,7 +98,7 @@ impl Copyset {
             store,
             waiting: RefCell::default(),
             entries_in_flight: Cell::new(0),
-            full_since: Cell::new(None),
+            others,
             repairs,
             frozen: RefCell::default(),
         }

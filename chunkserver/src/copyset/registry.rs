@@ -17,12 +17,14 @@ use super::apply::Replica;
 use super::repair::Repairs;
 use super::state::{Created, DamagedState, State, created_of, restore};
 use crate::chunk_store::{ChunkStore, CopysetRecord, StoreError};
+use crate::others::Others;
 
 /// All replicas of this shard.
 pub struct Registry {
     node: Node,
     store: Rc<RefCell<ChunkStore>>,
     repairs: Rc<Repairs>,
+    others: Rc<Others>,
     copysets: RefCell<BTreeMap<CopysetId, Rc<Copyset>>>,
     /// Those that are here and cannot run, and why not.
     failed: RefCell<BTreeMap<CopysetId, (ReplicaId, String)>>,
@@ -47,11 +49,12 @@ pub enum ReplicaError {
 }
 
 impl Registry {
-    pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>, repairs: Rc<Repairs>) -> Self {
+    pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>, repairs: Rc<Repairs>, others: Rc<Others>) -> Self {
         Self {
             node,
             store,
             repairs,
+            others,
             copysets: RefCell::default(),
             failed: RefCell::default(),
             busy: RefCell::default(),
@@ -115,7 +118,8 @@ impl Registry {
             .await
             .map_err(|source| ReplicaError::Raft { copyset: id, source })?;
         let (store, repairs) = (Rc::clone(&self.store), Rc::clone(&self.repairs));
-        let copyset = Rc::new(Copyset::new(id, created, group, state, store, repairs));
+        let others = Rc::clone(&self.others);
+        let copyset = Rc::new(Copyset::new(id, created, group, state, store, repairs, others));
         self.copysets.borrow_mut().insert(id, Rc::clone(&copyset));
         Ok(copyset)
     }

@@ -2,7 +2,6 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
 
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
@@ -19,9 +18,6 @@ use crate::chunk_store::Pressure;
 /// way to the followers; more would only make entries smaller (a round costs the same whatever it holds:
 /// `reference/rust-stack.md` §2.2).
 const ENTRIES_IN_FLIGHT_MAX: usize = 2;
-/// How long a leader whose disk is full asks for patience before it refuses: the others may have room, and it hands its
-/// leadership to one of them meanwhile (`crate::slow_disk`).
-const FULL_ALONE: Duration = Duration::from_secs(3);
 /// Data of one entry: a few of the longest requests, so that a stream of large writes does not keep small ones out.
 const ENTRY_BYTES_MAX: usize = 2 << 20;
 /// Changes of one entry; their count fits 16 bits and their fields some tens of KiB.
@@ -57,14 +53,12 @@ impl Copyset {
             return self.answer(&caller, &Reply::Done(fresh));
         }
         if let Change::Write(write) = &change {
-            let store = self.store.borrow();
             let (offset, length) = (write.range.offset(), write.range.length());
-            if store.has_room_for(write.chunk, offset, length) {
-                self.full_since.set(None);
-            } else {
-                let since = self.full_since.get().unwrap_or_else(Instant::now);
-                self.full_since.set(Some(since));
-                let refusal = if since.elapsed() < FULL_ALONE { Refusal::Busy } else { Refusal::NoSpace };
+            let has_room = self.store.borrow().has_room_for(write.chunk, offset, length);
+            if !has_room {
+                // While another has room this is an outage of one replica, so a pause: the leadership is on its way to
+                // that one (`crate::slow_disk`).
+                let refusal = if self.another_has_room() { Refusal::Busy } else { Refusal::NoSpace };
                 return self.answer(&caller, &Reply::Refused(refusal));
             }
         }
@@ -76,6 +70,12 @@ impl Copyset {
         }
         waiting.bytes += bytes;
         waiting.changes.push_back((change, caller));
+    }
+
+    /// As far as was heard.
+    fn another_has_room(&self) -> bool {
+        let status = self.group.status();
+        status.other_voters().any(|voter| !self.others.disk(chunkserver_of(voter.member)).full)
     }
 
     /// What `apply.rs` would say now; its own word counts.

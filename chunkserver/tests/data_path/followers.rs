@@ -4,19 +4,20 @@ use std::collections::BTreeMap;
 use std::net::TcpListener;
 
 use evolute_chunkserver::addresses::Addresses;
+use evolute_chunkserver::chunk_store::StoreOptions;
 use evolute_protocol::id::{ChunkserverId, ReplicaId};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
 
 use super::client::{Client, block};
 use super::{CLUSTER, COPYSET, FIRST, Running, SECOND, VOLUME, refusal};
 
-struct Three {
+pub struct Three {
     /// `None`: stopped.
-    running: Vec<Option<Running>>,
+    pub running: Vec<Option<Running>>,
     dirs: Vec<tempfile::TempDir>,
 }
 
-fn id(n: usize) -> ChunkserverId {
+pub fn id(n: usize) -> ChunkserverId {
     ChunkserverId(u32::try_from(n).expect("small") + 1)
 }
 
@@ -26,6 +27,11 @@ fn members() -> Vec<(ReplicaId, ChunkserverId)> {
 
 impl Three {
     fn start() -> Self {
+        Self::start_on(|_| StoreOptions::default())
+    }
+
+    /// Each on a disk of its own.
+    pub fn start_on(disk: impl Fn(usize) -> StoreOptions) -> Self {
         let listeners: Vec<_> =
             (0..3).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
         let addresses: BTreeMap<u32, String> = listeners
@@ -36,14 +42,14 @@ impl Three {
         let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().expect("temp dir")).collect();
         let start = |(n, listener): (usize, TcpListener)| {
             Addresses::open(dirs[n].path()).learn(addresses.clone());
-            Some(Running::start_as(id(n), dirs[n].path(), listener, members()))
+            Some(Running::start_on(id(n), dirs[n].path(), listener, members(), disk(n)))
         };
         let running = listeners.into_iter().enumerate().map(start).collect();
         Self { running, dirs }
     }
 
     /// A client of the one that leads, and which one that is.
-    fn leader(&self) -> (usize, Client) {
+    pub fn leader(&self) -> (usize, Client) {
         let mut clients: Vec<_> = (0..3).filter_map(|n| Some((n, self.client(n)?))).collect();
         loop {
             for (n, client) in &mut clients {
@@ -72,7 +78,7 @@ impl Three {
         self.running[n] = Some(Running::start_as(id(n), self.dirs[n].path(), listener, members()));
     }
 
-    fn end(self) {
+    pub fn end(self) {
         self.running.into_iter().flatten().for_each(Running::stop);
     }
 }

@@ -1,9 +1,10 @@
 //! What a chunkserver promises on its data port, asked over a real socket of a real shard: real log, real store. The
-//! copyset has one member here, and three where followers answer ([`followers`]); what members promise each other is
+//! copyset has one member here, and three where followers answer ([`followers`]) or disks are full ([`full`]); what members promise each other is
 //! tested in `raft/` and by guests.
 
 mod client;
 mod followers;
+mod full;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -48,13 +49,24 @@ impl Running {
         listener: std::net::TcpListener,
         members: Vec<(ReplicaId, ChunkserverId)>,
     ) -> Self {
+        Self::start_on(me, dir, listener, members, StoreOptions::default())
+    }
+
+    /// The same on a disk of another size.
+    fn start_on(
+        me: ChunkserverId,
+        dir: &std::path::Path,
+        listener: std::net::TcpListener,
+        members: Vec<(ReplicaId, ChunkserverId)>,
+        store: StoreOptions,
+    ) -> Self {
         listener.set_nonblocking(true).expect("a socket");
         let address = listener.local_addr().expect("bound");
         let identity = Identity { cluster: CLUSTER, chunkserver: me, token: Bytes::from_static(b"token") };
         let options = ShardOptions {
             data_dir: dir.to_owned(),
             identity,
-            store: StoreOptions::default(),
+            store,
             log_file_mib: 8,
             log_retain_mib: 64,
             scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: 3_600_000 },

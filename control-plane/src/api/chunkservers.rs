@@ -17,7 +17,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::{Chunkservers, invalid, unexpected};
 use crate::heartbeat::orders::orders;
-use crate::heartbeat::reports::StreamNumber;
+use crate::heartbeat::reports::{Reports, StreamNumber};
 use crate::mds::{Mds, unix_ms};
 use crate::state::command::{RegisterChunkserver, UpdateChunkserver};
 use crate::state::topology::{DEFAULT_POOL, check_address, check_place_name};
@@ -215,7 +215,16 @@ async fn serve(
     mds.replicated.read(|state| prove(mds, state, id, &first.token, &instance).map(|_| ())).await??;
     let number = mds.reports().open_stream(id, instance.clone(), Instant::now());
     tracing::info!(chunkserver = %id, "connected");
-    let mut stream = HeartbeatStream { mds, id, instance, number, said: Vec::new(), addresses: None };
+    let mut stream = HeartbeatStream {
+        mds,
+        id,
+        instance,
+        number,
+        said: Vec::new(),
+        addresses: None,
+        usual_write_us: None,
+        reported: false,
+    };
     let over = stream.run(first, &mut reports, to).await;
     mds.reports().close_stream(id, number, Instant::now());
     mds.tell();
@@ -232,6 +241,11 @@ struct HeartbeatStream<'a> {
     said: Vec<Order>,
     /// The addresses as last sent.
     addresses: Option<Vec<ChunkserverAddress>>,
+    /// What is usual among the others, as last sent.
+    usual_write_us: Option<u64>,
+    /// It has reported since it was last told anything. What is usual changes with every report of anybody; it is
+    /// told once per report of its own.
+    reported: bool,
 }
 
 impl HeartbeatStream<'_> {
@@ -273,6 +287,7 @@ impl HeartbeatStream<'_> {
         }
         // What was said and is not done by now is said again.
         self.said.clear();
+        self.reported = true;
         self.mds.reports().take(self.id, self.number, report, Instant::now());
         self.mds.tell();
         Ok(())
@@ -280,29 +295,34 @@ impl HeartbeatStream<'_> {
 
     /// Says what has not been said since the last report.
     async fn give(&mut self, to: &mpsc::Sender<Result<Orders, Status>>) -> Result<(), Status> {
-        let (orders, addresses, interval) = self
+        let (orders, addresses, usual, interval) = self
             .mds
             .replicated
             .read(|state| {
                 let reports = self.mds.reports();
-                let orders = orders(self.id, state, &reports, &self.mds.transfers(), Instant::now());
-                (orders, addresses(state), reports.interval())
+                let now = Instant::now();
+                let orders = orders(self.id, state, &reports, &self.mds.transfers(), now);
+                let usual = reports.usual_write_us(self.id, now);
+                (orders, addresses(state, &reports), usual, reports.interval())
             })
             .await?;
         let new: Vec<Order> = orders.into_iter().filter(|order| !self.said.contains(order)).collect();
         let moved = self.addresses.as_ref() != Some(&addresses);
-        if new.is_empty() && !moved {
+        let unusual = std::mem::take(&mut self.reported) && self.usual_write_us != usual;
+        if new.is_empty() && !moved && !unusual {
             return Ok(());
         }
         let message = Orders {
             orders: new.clone(),
             addresses: addresses.clone(),
             report_interval_ms: milliseconds(interval),
+            usual_write_latency_us: usual.unwrap_or(0),
         };
         match to.try_send(Ok(message)) {
             Ok(()) => {
                 self.said.extend(new);
                 self.addresses = Some(addresses);
+                self.usual_write_us = usual;
                 Ok(())
             }
             // It does not read. Its next report brings us back here.
@@ -312,10 +332,16 @@ impl HeartbeatStream<'_> {
     }
 }
 
-fn addresses(state: &State) -> Vec<ChunkserverAddress> {
-    let address = |(id, chunkserver): (&ChunkserverId, &Chunkserver)| ChunkserverAddress {
-        chunkserver: id.0,
-        address: chunkserver.address.clone(),
+fn addresses(state: &State, reports: &Reports) -> Vec<ChunkserverAddress> {
+    let address = |(&id, chunkserver): (&ChunkserverId, &Chunkserver)| {
+        // Also of one that is offline: its disk is what it was.
+        let report = reports.last(id);
+        ChunkserverAddress {
+            chunkserver: id.0,
+            address: chunkserver.address.clone(),
+            full: report.is_some_and(|report| report.full),
+            slow: report.is_some_and(|report| report.slow),
+        }
     };
     state.chunkservers().iter().map(address).collect()
 }

@@ -66,7 +66,10 @@ pub fn orders(
         }
     }
     for (&copyset, transfer) in transfers {
-        if transfer.from == id && transfer.is_waiting(now) && leads(copyset) {
+        // It may have become full or slow since, and given the leadership back.
+        let can_lead =
+            reports.last(transfer.to_chunkserver).is_none_or(|report| !report.full && !report.slow);
+        if transfer.from == id && transfer.is_waiting(now) && can_lead && leads(copyset) {
             let to_replica = transfer.to.0;
             orders.push(order::What::TransferLeader(TransferLeader { copyset: copyset.0, to_replica }));
         }
@@ -275,6 +278,10 @@ mod tests {
         assert_eq!(told(&world, ChunkserverId(2), &transfers), []);
         world.lead(&[2, 2, 3, 1, 2, 3]);
         assert_eq!(told(&world, ONE, &transfers), [], "it has happened");
+        world.full.insert(ChunkserverId(2));
+        world.lead(&[1, 2, 3, 1, 2, 3]);
+        assert_eq!(told(&world, ONE, &transfers), [], "it became full, and gave it back");
+        world.full.clear();
         world.lead(&[1, 2, 3, 1, 2, 3]);
         world.pass(Duration::from_secs(6));
         assert_eq!(told(&world, ONE, &transfers), [], "it did not happen, and may not be wanted any more");

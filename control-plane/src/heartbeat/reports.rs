@@ -72,6 +72,10 @@ pub struct Received {
     pub integrity: Integrity,
     /// Of one synced write of its log.
     pub write_latency: Latency,
+    /// Its disk has no room for a new chunk.
+    pub full: bool,
+    /// Its disk takes far longer than usual.
+    pub slow: bool,
 }
 
 /// What a chunkserver has found out about its own data since it started.
@@ -227,6 +231,18 @@ impl Reports {
         if self.is_online(id, now) { self.last(id) } else { None }
     }
 
+    /// What a synced write usually takes the other chunkservers that are online, in µs: the middle one of them, the
+    /// quicker of the two middle ones. One of two others that is slow too must not hide that this one is.
+    pub fn usual_write_us(&self, but: ChunkserverId, now: Instant) -> Option<u64> {
+        let others = self.of.keys().filter(|&&id| id != but);
+        let mut took: Vec<u64> = others
+            .filter_map(|&id| Some(self.online(id, now)?.write_latency.us_p50))
+            .filter(|&us| us > 0)
+            .collect();
+        took.sort_unstable();
+        took.get(took.len().checked_sub(1)? / 2).copied()
+    }
+
     /// Who leads, by the newest term anybody online among `members` knows of.
     pub fn leader(
         &self,
@@ -276,6 +292,8 @@ impl From<Report> for Received {
                 us_p50: report.write_latency_us_p50,
                 us_p99: report.write_latency_us_p99,
             },
+            full: report.full,
+            slow: report.slow,
         }
     }
 }
@@ -348,6 +366,24 @@ mod tests {
         assert!(reports.is_online(ID, t + seconds(43)), "it may be reconnecting");
         assert!(!reports.is_online(ID, t + seconds(44)));
         assert_eq!(reports.silent_for(ID, t + seconds(44)), Some(seconds(4)));
+    }
+
+    #[test]
+    fn what_is_usual_is_the_middle_of_the_others() {
+        let t = Instant::now();
+        let mut reports = Reports::new(seconds(10), t);
+        assert_eq!(reports.usual_write_us(ID, t), None, "there are no others");
+        for (id, us) in [(1, 900_000), (2, 500), (3, 800_000), (4, 0), (5, 400)] {
+            let id = ChunkserverId(id);
+            let stream = reports.open_stream(id, A, t);
+            let report = Report { write_latency_us_p50: us, ..Report::default() };
+            assert!(reports.take(id, stream, report, t));
+        }
+        let usual = |but| reports.usual_write_us(ChunkserverId(but), t);
+        assert_eq!(usual(1), Some(500), "4 has written nothing");
+        assert_eq!(usual(5), Some(800_000));
+        assert_eq!(usual(4), Some(500), "the quicker of the two in the middle");
+        assert_eq!(reports.usual_write_us(ID, t + seconds(31)), None, "nobody is online");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A small cluster for the tests of decisions: a state, the reports of its chunkservers, and a clock that stands still
 //! until told otherwise.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,6 +22,7 @@ pub struct World {
     pub behind: BTreeMap<ChunkserverId, u64>,
     pub trouble: BTreeMap<ChunkserverId, String>,
     pub free_bytes: u64,
+    pub full: BTreeSet<ChunkserverId>,
     streams: BTreeMap<ChunkserverId, StreamNumber>,
 }
 
@@ -38,6 +39,7 @@ impl World {
             behind: BTreeMap::new(),
             trouble: BTreeMap::new(),
             free_bytes: FREE_BYTES,
+            full: BTreeSet::new(),
             streams: BTreeMap::new(),
         }
     }
@@ -190,6 +192,7 @@ impl World {
             used_bytes: TIB - self.free_bytes,
             replicas,
             trouble: self.trouble.get(&id).cloned().unwrap_or_default(),
+            full: self.full.contains(&id),
             ..Report::default()
         };
         assert!(reports.take(id, stream, report, now));

@@ -273,7 +273,8 @@ impl Daemon {
     }
 
     fn ask(&mut self, command: &Value) -> Result<()> {
-        writeln!(self.qmp.get_mut(), "{command}")?;
+        // In one piece: in many small ones, QEMU 7.2 has been seen to lose some.
+        self.qmp.get_mut().write_all(format!("{command}\n").as_bytes())?;
         let mut line = String::new();
         loop {
             line.clear();
