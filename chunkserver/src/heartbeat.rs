@@ -254,6 +254,10 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
         bad_blocks_found: report.bad_blocks_found,
         bad_blocks_repaired: report.bad_blocks_repaired,
+        blocks_compared: report.blocks_compared,
+        blocks_differing: report.blocks_differing,
+        blocks_not_compared: report.blocks_not_compared,
+        blocks_undecided: report.blocks_undecided,
     }
 }
 

@@ -111,6 +111,11 @@ pub struct ShardReport {
     /// Blocks that could not be read, since this process started, and how many of them were put right.
     pub bad_blocks_found: u64,
     pub bad_blocks_repaired: u64,
+    /// What came of comparing replicas, since this process started; the last is what is so now.
+    pub blocks_compared: u64,
+    pub blocks_differing: u64,
+    pub blocks_not_compared: u64,
+    pub blocks_undecided: u64,
     /// Empty: healthy.
     pub trouble: String,
 }
@@ -193,7 +198,7 @@ async fn run(
     let (store, opened) =
         ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
     let store = Rc::new(RefCell::new(store));
-    let neighbours = Rc::new(Caller { identity: identity.clone(), addresses });
+    let neighbours = Rc::new(Caller::new(identity.clone(), addresses));
     let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
@@ -233,7 +238,9 @@ async fn run(
     let found = move |took: &WriteLatency, slow| watched.disk_took(took, slow);
     spawn_local(slow_disk::watch(Rc::clone(&shard.registry), Rc::clone(&store), log.clone(), found));
     let registry = Rc::clone(&shard.registry);
-    let scrubber = Scrubber { registry, store: Rc::clone(&store), options: scrub, progress: scrubbed };
+    let repairs = Rc::clone(&shard.repairs);
+    let scrubber =
+        Scrubber { registry, store: Rc::clone(&store), repairs, options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
     // The starter may have gone; then the thread ends with the first order, `Stop`.
     let _ = ready.send(());
@@ -409,6 +416,13 @@ impl Shard {
         if let Some(took) = self.slow.get() {
             trouble.push(format!("the disk is slow: a write of the log takes {} ms", took.as_millis()));
         }
+        let comparisons = &self.repairs.comparisons;
+        let (undecided, example) = comparisons.undecided();
+        if let Some(example) = example {
+            trouble.push(format!(
+                "{undecided} blocks differ between replicas of which no majority agrees: {example}"
+            ));
+        }
         if usage.damaged_chunks > 0 {
             trouble.push(format!("{} chunks are missing or damaged", usage.damaged_chunks));
         }
@@ -427,6 +441,10 @@ impl Shard {
             last_full_scrub_unix_ms: self.scrubbed.last_full_unix_ms.get(),
             bad_blocks_found: self.repairs.found(),
             bad_blocks_repaired: self.repairs.repaired(),
+            blocks_compared: comparisons.compared(),
+            blocks_differing: comparisons.differing(),
+            blocks_not_compared: comparisons.skipped(),
+            blocks_undecided: undecided as u64,
             trouble: trouble.join("; "),
         }
     }
