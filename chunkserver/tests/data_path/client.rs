@@ -11,8 +11,7 @@ use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, Copys
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{
-    AskDigests, ChangeTag, ChunkRange, Discard, Doubt, Fence, Lane, Read, ReadAtLeast, Request, Sequence,
-    Write, WriteZeroes,
+    ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 
@@ -91,14 +90,14 @@ impl Client {
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Reply {
+    pub fn ask(&mut self, request: &Request) -> Reply {
         let id = self.send(request);
         let (answered, reply) = self.receive();
         assert_eq!(answered, id);
         reply
     }
 
-    fn chunk(&self) -> ChunkKey {
+    pub fn chunk(&self) -> ChunkKey {
         ChunkKey { volume: self.volume, index: ChunkIndex(0) }
     }
 
@@ -174,17 +173,6 @@ impl Client {
         let range = ChunkRange::new(offset, length).expect("a good range");
         let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
         self.ask(&Request::ReadAtLeast(ReadAtLeast { read, index }))
-    }
-
-    pub fn try_digests(&mut self, offset: u32, length: u32, index: u64) -> Reply {
-        let range = ChunkRange::new(offset, length).expect("a good range");
-        let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
-        self.ask(&Request::Digests(AskDigests { of: ReadAtLeast { read, index } }))
-    }
-
-    pub fn try_doubt(&mut self, offset: u32, length: u32) -> Reply {
-        let range = ChunkRange::new(offset, length).expect("a good range");
-        self.ask(&Request::Doubt(Doubt { of: Read { chunk: self.chunk(), epoch: self.epoch, range } }))
     }
 
     pub fn read(&mut self, offset: u32, length: u32) -> Bytes {

@@ -7,6 +7,7 @@ use evolute_chunkserver::shard::ShardReport;
 use evolute_protocol::checksum::crc32c;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
+use evolute_protocol::wire::request::{AskDigests, ChunkRange, Doubt, Read, ReadAtLeast, Request};
 
 use crate::client::{Client, block};
 use crate::cluster::Cluster;
@@ -220,7 +221,7 @@ fn what_could_not_be_decided_is_looked_at_again_before_the_next_round() {
     let mut client = client_of_leader(&cluster);
     let all = (0, 0, 0, PER_SECTOR as u64);
     cluster.until("somebody was asked to look", || {
-        assert!(matches!(client.try_doubt(0, 1 << 20), Reply::Done(_) | Reply::Refused(_)));
+        assert!(matches!(doubt(&mut client, 1 << 20), Reply::Done(_) | Reply::Refused(_)));
         (1..=3).any(|n| counted(&cluster.report(n)) == all)
     });
     (0..PER_SECTOR).for_each(|at| model.write(&mut client, at));
@@ -285,6 +286,21 @@ fn at_byte(block: usize) -> u32 {
     u32::try_from(block * 4096).expect("small")
 }
 
+fn blocks_from_0(client: &Client, length: u32) -> Read {
+    let range = ChunkRange::new(0, length).expect("a good range");
+    Read { chunk: client.chunk(), epoch: client.epoch, range }
+}
+
+fn digests(client: &mut Client, length: u32, index: u64) -> Reply {
+    let of = ReadAtLeast { read: blocks_from_0(client, length), index };
+    client.ask(&Request::Digests(AskDigests { of }))
+}
+
+fn doubt(client: &mut Client, length: u32) -> Reply {
+    let of = blocks_from_0(client, length);
+    client.ask(&Request::Doubt(Doubt { of }))
+}
+
 /// A question for digests is fenced as a read is; a doubt that is none changes nothing.
 #[test]
 fn digests_are_told_to_those_who_may_read() {
@@ -293,18 +309,18 @@ fn digests_are_told_to_those_who_may_read() {
     (0..4).for_each(|at| model.write(&mut client, at));
     let expected: Vec<_> = model.blocks[..6].iter().map(|byte| crc32c(&[*byte; 4096])).collect();
     let Freshness { index, .. } = client.read_fresh(0, 512);
-    match client.try_digests(0, 6 * 4096, index) {
+    match digests(&mut client, 6 * 4096, index) {
         Reply::Digests { fresh, digests } => assert_eq!((fresh.index, &digests[..]), (index, &expected[..])),
         other => panic!("{other:?}"),
     }
-    assert_eq!(client.try_digests(0, 4096, index + 1), Reply::Refused(Refusal::Behind { applied: index }));
-    assert!(matches!(client.try_doubt(0, 1 << 20), Reply::Done(_)));
+    assert_eq!(digests(&mut client, 4096, index + 1), Reply::Refused(Refusal::Behind { applied: index }));
+    assert!(matches!(doubt(&mut client, 1 << 20), Reply::Done(_)));
     cluster.until("it looked", || cluster.report(1).blocks_compared >= 256);
     assert_eq!(counted(&cluster.report(1)), (0, 0, 0, 0));
     client.epoch = Epoch { attachment: 9, incarnation: 0 };
-    assert!(matches!(client.try_digests(0, 4096, 0), Reply::Refused(Refusal::Behind { .. })));
+    assert!(matches!(digests(&mut client, 4096, 0), Reply::Refused(Refusal::Behind { .. })));
     client.epoch = Epoch::default();
-    for reply in [client.try_digests(0, 4096, 0), client.try_doubt(0, 4096)] {
+    for reply in [digests(&mut client, 4096, 0), doubt(&mut client, 4096)] {
         assert_eq!(reply, Reply::Refused(Refusal::Fenced { current: FIRST }));
     }
     client.epoch = FIRST;
