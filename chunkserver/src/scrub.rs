@@ -31,6 +31,14 @@ pub struct Progress {
     pub last_full_unix_ms: Cell<u64>,
 }
 
+impl Progress {
+    /// As it was noted last.
+    pub fn restored(store: &ChunkStore) -> Result<Self, StoreError> {
+        let last_full_unix_ms = Cell::new(store.scrub_position()?.last_full_unix_ms);
+        Ok(Self { last_full_unix_ms, ..Self::default() })
+    }
+}
+
 /// How much is read between two notes of the position: what a restart reads again.
 const BYTES_PER_NOTE: u64 = 256 << 20;
 /// What a question costs beside what is read for it: space never written is compared, too.
@@ -59,7 +67,6 @@ impl Scrubber {
     /// The rest of the round that was begun, or a whole one when it is time.
     async fn round(&self) -> Result<(), StoreError> {
         let mut position = self.store.borrow().scrub_position()?;
-        self.progress.last_full_unix_ms.set(position.last_full_unix_ms);
         if position.next.is_none() {
             while unix_ms() < position.began_unix_ms.saturating_add(self.options.period_ms) {
                 tokio::time::sleep(IDLE).await;

@@ -204,7 +204,9 @@ async fn run(
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
     let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs)));
-    let scrubbed = Rc::<Progress>::default();
+    // Before anybody can ask for it.
+    let scrubbed = Progress::restored(&store.borrow()).map_err(ShardError::OpenStore)?;
+    let scrubbed = Rc::new(scrubbed);
     let shard = Rc::new(Shard {
         registry: Rc::clone(&registry),
         store: Rc::clone(&store),
