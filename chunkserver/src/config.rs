@@ -62,7 +62,8 @@ pub struct Args {
     /// Seconds for which the data of a replica that was moved away are kept, unless space is short [default: 600]
     #[arg(long, value_name = "SECONDS")]
     pub trash_delay_s: Option<u64>,
-    /// What the scrubber reads in a second, in MiB, at most [default: 20]
+    /// What the scrubber reads in a second, in MiB, at most; half of it for other chunkservers that compare their
+    /// replicas [default: 20]
     #[arg(long, value_name = "MIB")]
     pub scrub_mib_s: Option<u64>,
     /// Hours from one round of the scrubber to the next [default: 168]

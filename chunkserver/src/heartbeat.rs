@@ -266,6 +266,10 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
         bad_blocks_repaired: report.bad_blocks_repaired,
         full: report.usage.full,
         slow: report.slow,
+        blocks_compared: report.blocks_compared,
+        blocks_differing: report.blocks_differing,
+        blocks_not_compared: report.blocks_not_compared,
+        blocks_undecided: report.blocks_undecided,
     }
 }
 

@@ -1,14 +1,18 @@
-//! The other chunkservers, as this one calls them: for Raft, and for a block that cannot be read here.
+//! The other chunkservers, as this one calls them: for Raft, for a block that cannot be read here, and for what they hold
+//! of a block that can.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Version};
-use evolute_protocol::wire::reply::{Freshness, Reply, data_is_intact};
-use evolute_protocol::wire::request::{ReadAtLeast, Request};
+use evolute_protocol::wire::reply::Reply;
+use evolute_protocol::wire::request::Request;
 use evolute_protocol::wire::{FrameReader, RequestId};
 use evolute_raft::{Dial, DialFuture, LocalFuture, ProcessId};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,17 +24,23 @@ use crate::copyset::repair::Neighbours;
 
 /// Peers answer a Hello at once, or are taken for gone.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(2);
-/// A block from a disk that is alive takes milliseconds.
-const READ_TIMEOUT: Duration = Duration::from_secs(2);
+/// A MiB from a disk that is alive takes milliseconds.
+const ASK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Calls other chunkservers.
 #[derive(Clone)]
 pub struct Caller {
-    pub identity: Identity,
-    pub addresses: Addresses,
+    identity: Identity,
+    addresses: Addresses,
+    /// A connection to each on which nothing is under way: a scrubber asks twenty times a second.
+    idle: Rc<RefCell<HashMap<ChunkserverId, TcpStream>>>,
 }
 
 impl Caller {
+    pub fn new(identity: Identity, addresses: Addresses) -> Self {
+        Self { identity, addresses, idle: Rc::default() }
+    }
+
     fn call(
         &self,
         to: ChunkserverId,
@@ -65,19 +75,33 @@ async fn greet(address: &str, hello: Hello) -> io::Result<TcpStream> {
 }
 
 impl Neighbours for Caller {
-    fn read(
+    fn ask(
         &self,
         of: ChunkserverId,
         copyset: CopysetId,
-        ask: ReadAtLeast,
-    ) -> LocalFuture<'static, Option<(Freshness, Bytes)>> {
-        let calling = self.call(of, Role::Client);
+        request: Request,
+    ) -> LocalFuture<'static, Option<Reply>> {
+        let (idle, calling) = (Rc::clone(&self.idle), self.call(of, Role::Client));
         Box::pin(async move {
-            let reading = async move { read(calling.await?, copyset, ask).await };
-            match tokio::time::timeout(READ_TIMEOUT, reading).await {
-                Ok(Ok(answer)) => answer,
+            let asking = async {
+                // It may have been closed long ago: that costs no more than a second question.
+                let kept = idle.borrow_mut().remove(&of);
+                if let Some(mut stream) = kept
+                    && let Ok(reply) = ask(&mut stream, copyset, &request).await
+                {
+                    return io::Result::Ok((stream, reply));
+                }
+                let mut stream = calling.await?;
+                let reply = ask(&mut stream, copyset, &request).await?;
+                Ok((stream, reply))
+            };
+            match tokio::time::timeout(ASK_TIMEOUT, asking).await {
+                Ok(Ok((stream, reply))) => {
+                    idle.borrow_mut().insert(of, stream);
+                    Some(reply)
+                }
                 Ok(Err(error)) => {
-                    tracing::info!(%of, %error, "a neighbour could not be asked for a block");
+                    tracing::debug!(%of, %error, "a neighbour could not be asked");
                     None
                 }
                 Err(_) => None,
@@ -86,31 +110,19 @@ impl Neighbours for Caller {
     }
 }
 
-/// One question on a connection of its own: this is rare.
-async fn read(
-    mut stream: TcpStream,
-    copyset: CopysetId,
-    ask: ReadAtLeast,
-) -> io::Result<Option<(Freshness, Bytes)>> {
+/// One question, one answer, nothing behind it.
+async fn ask(stream: &mut TcpStream, copyset: CopysetId, request: &Request) -> io::Result<Reply> {
     let mut out = BytesMut::new();
-    let none = Request::ReadAtLeast(ask).put(copyset, RequestId(1), &mut out);
+    let none = request.put(copyset, RequestId(1), &mut out);
     assert!(none.is_none(), "a question has no data");
     stream.write_all(&out).await?;
     let mut reader = FrameReader::default();
-    let frame = loop {
+    loop {
         if let Some(frame) = reader.next().map_err(io::Error::other)? {
-            break frame;
+            return Reply::decode(&frame).map_err(io::Error::other);
         }
         if stream.read_buf(reader.space()).await? == 0 {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-    };
-    let (offset, length) = (ask.read.range.offset(), ask.read.range.length());
-    Ok(match Reply::decode(&frame).map_err(io::Error::other)? {
-        Reply::Data { fresh, checksums, data } => {
-            let data = data.into_iter().next().unwrap_or_default();
-            data_is_intact(offset, length, &data, &checksums).then_some((fresh, data))
-        }
-        Reply::Done(_) | Reply::Info { .. } | Reply::Refused(_) => None,
-    })
+    }
 }

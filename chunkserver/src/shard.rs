@@ -116,6 +116,11 @@ pub struct ShardReport {
     pub bad_blocks_repaired: u64,
     /// Its disk takes far longer than usual.
     pub slow: bool,
+    /// What came of comparing replicas, since this process started; the last is what is so now.
+    pub blocks_compared: u64,
+    pub blocks_differing: u64,
+    pub blocks_not_compared: u64,
+    pub blocks_undecided: u64,
     /// Empty: healthy.
     pub trouble: String,
 }
@@ -198,14 +203,16 @@ async fn run(
     let (store, opened) =
         ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
     let store = Rc::new(RefCell::new(store));
-    let neighbours = Rc::new(Caller { identity: identity.clone(), addresses });
+    let neighbours = Rc::new(Caller::new(identity.clone(), addresses));
     let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
     let (others, led) = (Rc::<Others>::default(), Rc::<Notify>::default());
     let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs), Rc::clone(&others)));
-    let scrubbed = Rc::<Progress>::default();
+    // Before anybody can ask for it.
+    let scrubbed = Progress::restored(&store.borrow()).map_err(ShardError::OpenStore)?;
+    let scrubbed = Rc::new(scrubbed);
     let shard = Rc::new(Shard {
         registry: Rc::clone(&registry),
         store: Rc::clone(&store),
@@ -243,7 +250,9 @@ async fn run(
     let watched = (Rc::clone(&shard.registry), Rc::clone(&store), log.clone());
     spawn_local(slow_disk::watch(watched.0, watched.1, watched.2, others, led, found));
     let registry = Rc::clone(&shard.registry);
-    let scrubber = Scrubber { registry, store: Rc::clone(&store), options: scrub, progress: scrubbed };
+    let repairs = Rc::clone(&shard.repairs);
+    let scrubber =
+        Scrubber { registry, store: Rc::clone(&store), repairs, options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
     // The starter may have gone; then the thread ends with the first order, `Stop`.
     let _ = ready.send(());
@@ -428,6 +437,13 @@ impl Shard {
         if let Some(took) = self.slow.get() {
             trouble.push(format!("the disk is slow: a write of the log takes {} ms", took.as_millis()));
         }
+        let comparisons = &self.repairs.comparisons;
+        let (undecided, example) = comparisons.undecided();
+        if let Some(example) = example {
+            trouble.push(format!(
+                "{undecided} blocks differ between replicas of which no majority agrees: {example}"
+            ));
+        }
         if usage.damaged_chunks > 0 {
             trouble.push(format!("{} chunks are missing or damaged", usage.damaged_chunks));
         }
@@ -447,6 +463,10 @@ impl Shard {
             bad_blocks_found: self.repairs.found(),
             bad_blocks_repaired: self.repairs.repaired(),
             slow: self.slow.get().is_some(),
+            blocks_compared: comparisons.compared(),
+            blocks_differing: comparisons.differing(),
+            blocks_not_compared: comparisons.skipped(),
+            blocks_undecided: undecided as u64,
             trouble: trouble.join("; "),
         }
     }

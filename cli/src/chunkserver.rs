@@ -36,6 +36,10 @@ pub struct ChunkserverView {
     last_full_scrub_unix_ms: Option<u64>,
     bad_blocks_found: u64,
     bad_blocks_repaired: u64,
+    blocks_compared: u64,
+    blocks_differing: u64,
+    blocks_not_compared: u64,
+    blocks_undecided: u64,
     write_latency_us_p50: Option<u64>,
     write_latency_us_p99: Option<u64>,
     version: String,
@@ -63,6 +67,10 @@ impl From<ChunkserverStatus> for ChunkserverView {
             last_full_scrub_unix_ms: known(c.last_full_scrub_unix_ms),
             bad_blocks_found: c.bad_blocks_found,
             bad_blocks_repaired: c.bad_blocks_repaired,
+            blocks_compared: c.blocks_compared,
+            blocks_differing: c.blocks_differing,
+            blocks_not_compared: c.blocks_not_compared,
+            blocks_undecided: c.blocks_undecided,
             write_latency_us_p50: known(c.write_latency_us_p50),
             write_latency_us_p99: known(c.write_latency_us_p99),
             version: c.version,
@@ -92,6 +100,20 @@ impl ChunkserverView {
             (0, _) => "none".to_owned(),
             (found, repaired) => format!("{found} found, {repaired} repaired"),
         }
+    }
+
+    fn compared(&self) -> String {
+        let (compared, left) = (self.blocks_compared, self.blocks_not_compared);
+        let mut words = format!("{compared} blocks with other replicas; {left} could not be in their turn");
+        for (count, what) in [
+            (self.blocks_differing, "differed here and were put right"),
+            (self.blocks_undecided, "differ and no majority can tell which is right"),
+        ] {
+            if count > 0 {
+                words = format!("{words}; {count} {what}");
+            }
+        }
+        words
     }
 
     fn latency(&self) -> String {
@@ -138,6 +160,7 @@ impl ChunkserverView {
             ("free", both(self.free_bytes)),
             ("replicas", format!("{}, leads {}", self.replicas, self.leaders)),
             ("scrubbed", scrubbed),
+            ("compared", self.compared()),
             ("bad blocks", self.bad_blocks()),
             ("log write", self.latency()),
             ("version", self.version.clone()),

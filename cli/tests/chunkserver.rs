@@ -35,6 +35,10 @@ fn status(four: &Four) -> ClusterStatus {
         scrubbed_bytes: 5 << 30,
         bad_blocks_found: 2,
         bad_blocks_repaired: 1,
+        blocks_compared: 4096,
+        blocks_differing: 2,
+        blocks_not_compared: 5,
+        blocks_undecided: 1,
         write_latency_us_p50: 80,
         write_latency_us_p99: 900,
         ..ChunkserverStatus::default()
@@ -132,7 +136,15 @@ async fn list_show_and_status_tell_of_integrity_and_of_what_moves() {
     );
 
     let show = tool.words(&["chunkserver", "show", "4"]).await;
-    for part in ["zone       z3", "copysets   1 2", "5 GiB", "not everything yet", "900 µs at the 99th"] {
+    for part in [
+        "zone       z3",
+        "copysets   1 2",
+        "5 GiB",
+        "not everything yet",
+        "900 µs at the 99th",
+        "compared   4096 blocks with other replicas; 5 could not be in their turn; 2 differed here and were put \
+         right; 1 differ and no majority",
+    ] {
         assert!(show.contains(part), "{part}: {show}");
     }
     let nothing_moves: Value =

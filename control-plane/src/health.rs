@@ -224,6 +224,10 @@ impl Sight<'_> {
             last_full_scrub_unix_ms: integrity.last_full_scrub_unix_ms,
             bad_blocks_found: integrity.bad_blocks_found,
             bad_blocks_repaired: integrity.bad_blocks_repaired,
+            blocks_compared: integrity.blocks_compared,
+            blocks_differing: integrity.blocks_differing,
+            blocks_not_compared: integrity.blocks_not_compared,
+            blocks_undecided: integrity.blocks_undecided,
             write_latency_us_p50: latency.us_p50,
             write_latency_us_p99: latency.us_p99,
         }

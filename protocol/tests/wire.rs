@@ -7,8 +7,8 @@ use evolute_protocol::id::{BlockIndex, ChunkIndex, ChunkKey, ChunkserverId, Clus
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Unwelcome};
 use evolute_protocol::wire::reply::{ChunkInfo, Freshness, Refusal, Reply};
 use evolute_protocol::wire::request::{
-    AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write,
-    WriteZeroes,
+    AskChunkInfo, AskDigests, ChangeTag, ChunkRange, Discard, Doubt, Fence, Lane, Read, ReadAtLeast, Request,
+    Sequence, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 use proptest::prelude::{Strategy, any, prop, proptest};
@@ -21,6 +21,7 @@ fn requests() -> Vec<Request> {
     let epoch = Epoch { attachment: 3, incarnation: 1 };
     let tag = ChangeTag { epoch, lane: Lane(2), sequence: Sequence(10), floor: Sequence(7) };
     let range = ChunkRange::new(3584, 1024).expect("valid");
+    let blocks = ChunkRange::new(8192, 4096).expect("valid");
     let data = Bytes::from((0..1024u32).map(|n| n.to_le_bytes()[0]).collect::<Vec<_>>());
     let checksums = checksums(3584, &data);
     vec![
@@ -31,6 +32,10 @@ fn requests() -> Vec<Request> {
         Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
         Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
         Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 99 }),
+        Request::Digests(AskDigests {
+            of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 99 },
+        }),
+        Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
     ]
 }
 
@@ -45,6 +50,7 @@ fn replies() -> Vec<Reply> {
         Reply::Refused(Refusal::Fenced { current: Epoch { attachment: 2, incarnation: 7 } }),
         Reply::Refused(Refusal::Unreadable { block: BlockIndex(4095) }),
         Reply::Refused(Refusal::Behind { applied: 98 }),
+        Reply::Digests { fresh, digests: [7, 9].into_iter().collect() },
     ]
 }
 
@@ -144,7 +150,7 @@ proptest! {
     }
 
     #[test]
-    fn no_damage_to_a_good_frame_makes_a_decoder_panic(which in 0usize..16, at in any::<prop::sample::Index>(), bit in 0u8..8) {
+    fn no_damage_to_a_good_frame_makes_a_decoder_panic(which in 0usize..19, at in any::<prop::sample::Index>(), bit in 0u8..8) {
         let (_, mut bytes) = all_bytes().swap_remove(which);
         let at = at.index(bytes.len());
         bytes[at] ^= 1 << bit;

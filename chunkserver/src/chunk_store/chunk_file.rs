@@ -93,6 +93,15 @@ impl ChunkFile {
         Ok(known.get())
     }
 
+    /// The next read of these blocks asks the device, as far as the kernel can be told.
+    pub fn forget_cached(&self, disk: &dyn Disk, first: u16, count: u16) {
+        // Whoever reads will find out why it cannot be opened.
+        if let Ok(Some(file)) = self.file(disk, Wait::Device) {
+            file.forget_cached(data_at(first), u64::from(count) * BLOCK as u64);
+            file.forget_cached(0, data_at(0));
+        }
+    }
+
     /// Whole blocks from `first` on, each verified, as runs of data and of zeroes. `None`: would wait.
     pub fn read(
         &self,

@@ -31,11 +31,6 @@ impl Export {
         Self { store, chunks, at: 0 }
     }
 
-    /// Leaves out the chunks before this one.
-    pub fn skip_to(&mut self, chunk: ChunkKey) {
-        self.chunks.retain(|other| *other >= chunk);
-    }
-
     /// Some blocks of the next chunk that has any, in order; `None`: that was all. The caller decides how fast.
     pub async fn next(&mut self) -> Option<(ChunkKey, Vec<Extent>)> {
         loop {
@@ -61,19 +56,43 @@ fn block(number: usize) -> u16 {
 }
 
 impl ChunkStore {
-    /// What a range of blocks holds now, without those that are zeroes.
-    pub async fn extents(&self, chunk: ChunkKey, first: u16, count: u16) -> Vec<Extent> {
-        if let Ok(read) = self.read_blocks(chunk, first, count).await {
-            return extents_of(first, &read);
-        }
-        let mut extents = Vec::new();
-        for block in first..first + count {
-            match self.read_blocks(chunk, block, 1).await {
-                Ok(read) => extents.extend(extents_of(block, &read)),
-                Err(ReadError::Unreadable { .. }) => push_damaged(&mut extents, block),
+    /// What a range of blocks holds, without those that are zeroes: all of it verified, each block as of a moment
+    /// after the first poll. Cancel-safe.
+    pub fn extents(
+        &self,
+        chunk: ChunkKey,
+        first: u16,
+        count: u16,
+    ) -> impl Future<Output = Vec<Extent>> + use<> + 'static {
+        let store = Self { shard: self.shard.clone() };
+        async move {
+            if let Ok(read) = store.read_blocks(chunk, first, count).await {
+                return extents_of(first, &read);
             }
+            let mut extents = Vec::new();
+            for block in first..first + count {
+                match store.read_blocks(chunk, block, 1).await {
+                    Ok(read) => extents.extend(extents_of(block, &read)),
+                    Err(ReadError::Unreadable { .. }) => push_damaged(&mut extents, block),
+                }
+            }
+            extents
         }
-        extents
+    }
+
+    /// The same of the disk itself: what the kernel or this store remember of the file is not believed.
+    pub fn extents_of_disk(
+        &self,
+        chunk: ChunkKey,
+        first: u16,
+        count: u16,
+    ) -> impl Future<Output = Vec<Extent>> + use<> + 'static {
+        let (forgetting, reading) =
+            (self.forget_cached(chunk, first, count), self.extents(chunk, first, count));
+        async move {
+            forgetting.await;
+            reading.await
+        }
     }
 
     async fn read_blocks(&self, chunk: ChunkKey, first: u16, count: u16) -> Result<ReadData, ReadError> {

@@ -39,6 +39,7 @@ mod stage;
 mod swap;
 mod table;
 mod trash;
+mod watch;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -52,7 +53,7 @@ use evolute_protocol::id::{BlockIndex, ChunkKey, CopysetId, VolumeId};
 use crate::disk::direct::Direct;
 
 use self::chunk_file::{ChunkFile, Fault, Wait};
-use self::format::FileId;
+use self::format::{FileId, checksum_place};
 use self::read::Plan;
 use self::recover::Parts;
 use self::shard::Shard;
@@ -66,6 +67,7 @@ pub use options::{
 pub use recover::Opened;
 pub use repair::Repair;
 pub use stage::{Extent, StageError, Staging};
+pub use watch::Watch;
 
 /// What crash tests need to build a store on other disks than the real one.
 pub mod seams {
@@ -130,9 +132,14 @@ impl ChunkStore {
         self.shard.borrow().catalog.copyset(copyset)
     }
 
+    /// The chunks of a replica from `from` on, in order.
+    pub fn chunks_from(&self, copyset: CopysetId, from: Option<ChunkKey>) -> Vec<ChunkKey> {
+        self.shard.borrow().chunks_of(|key, of| of.copyset == copyset && Some(key) >= from)
+    }
+
     /// All chunks of a replica, to be given to another one while this one goes on.
     pub fn export(&self, copyset: CopysetId) -> Export {
-        let chunks = self.shard.borrow().chunks_of(|_, of| of.copyset == copyset);
+        let chunks = self.chunks_from(copyset, None);
         Export::new(Self { shard: self.shard.clone() }, chunks)
     }
 
@@ -205,7 +212,12 @@ impl ChunkStore {
         active.write(chunk, || Shard::owner_in(admissions, copyset), offset, data, checksums);
     }
 
-    /// Watches a block that cannot be read, before another replica is asked for it. `None`: somebody is at it already.
+    /// Tells which blocks of a range, which is not empty, are changed from now on.
+    pub fn watch(&self, chunk: ChunkKey, offset: u32, len: u32) -> Watch {
+        self.shard.borrow_mut().watch(chunk, offset, len)
+    }
+
+    /// Watches a block that is not what it should be, before other replicas are asked for it. `None`: somebody is at it already.
     pub fn begin_repair(&self, copyset: CopysetId, chunk: ChunkKey, block: BlockIndex) -> Option<Repair> {
         Repair::begin(self.shard.clone(), copyset, chunk, block)
     }
@@ -237,6 +249,29 @@ impl ChunkStore {
     /// The volume was deleted: all its chunks in this copyset read as zeroes; their files go with the checkpoint.
     pub fn drop_volume(&mut self, copyset: CopysetId, volume: VolumeId) {
         self.shard.borrow_mut().drop_volume(copyset, volume);
+    }
+
+    /// The next read of these blocks, and of their checksums, asks the disk.
+    fn forget_cached(
+        &self,
+        chunk: ChunkKey,
+        first: u16,
+        count: u16,
+    ) -> impl Future<Output = ()> + use<> + 'static {
+        let mut shard = self.shard.borrow_mut();
+        let generation = shard.read_table().get(chunk).map(|record| record.generation);
+        let (id, disk) =
+            (generation.map(|generation| FileId::new(shard.cluster, chunk, generation)), shard.disk.clone());
+        let file = id.map(|id| {
+            let sectors = checksum_place(first).0..=checksum_place(first + count - 1).0;
+            shard.open_chunks.touched(chunk, sectors.fold(0, |all, sector| all | 1 << sector));
+            shard.open_chunks.get(id)
+        });
+        async move {
+            if let Some(file) = file {
+                blocking(move || file.forget_cached(&*disk, first, count)).await;
+            }
+        }
     }
 
     /// What can be read without waiting for the disk; `None`: use [`Self::read`].

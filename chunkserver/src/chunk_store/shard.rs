@@ -1,6 +1,7 @@
 //! The store's state on the shard thread: what is in memory, what is in files, what is open.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
@@ -21,6 +22,7 @@ use super::overlay::{Layer, Owner, block_of};
 use super::read::View;
 use super::swap::Swapping;
 use super::table::Table;
+use super::watch::Watched;
 
 pub struct Shard {
     pub active: Layer,
@@ -36,8 +38,9 @@ pub struct Shard {
     pub admissions: HashMap<CopysetId, u64>,
     /// What was applied of each replica that was installed here, then.
     pub installed: HashMap<CopysetId, u64>,
-    /// Blocks that are being repaired, and whether they were changed since that began.
-    pub repairs: HashMap<(ChunkKey, u16), bool>,
+    /// Blocks that are being repaired.
+    pub repairs: HashSet<(ChunkKey, u16)>,
+    pub watches: Vec<rc::Weak<Watched>>,
     /// How much is staged of replicas that are arriving.
     pub arriving: Vec<(CopysetId, Weak<AtomicU64>)>,
     /// The next generation that no file has or had.
@@ -128,6 +131,7 @@ impl Shard {
     }
 
     pub fn delete_copyset(&mut self, copyset: CopysetId) -> Result<(), StoreError> {
+        self.changed_all();
         let chunks = self.chunks_of(|_, of| of.copyset == copyset);
         self.catalog.delete_copyset(copyset, &chunks)?;
         self.admissions.remove(&copyset);

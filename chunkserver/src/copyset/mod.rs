@@ -9,6 +9,7 @@
 //!  server ◀──Reply──────┘◀──── apply.rs ◀───┘ committed
 //!                                 └──────────────▶ chunk_store
 //!  server ──Read───▶ read.rs ──▶ chunk_store      (a follower, too: ReadAtLeast)
+//!  scrub ──────────▶ compare.rs ──▶ chunk_store, and the same blocks of the other replicas
 //! ```
 //!
 //! What always holds:
@@ -17,7 +18,7 @@
 //! - An old epoch changes nothing. It is refused in `write.rs`, and again in `apply.rs`, because the epoch may rise
 //!   between the two. Raising it is itself a log entry, so every replica refuses the same writes.
 //! - A change is applied once, however often it is sent (`fence.rs`).
-//! - Apply is a function of the log: no clock, no randomness, no local setting.
+//! - Apply is a function of the log: no clock, no randomness, no local setting. Comparing replicas relies on this.
 //!
 //! It does not know sockets (`server`), files (`chunk_store`) or why these three chunkservers were chosen (the
 //! control plane).
@@ -26,6 +27,7 @@
 
 pub mod apply;
 pub mod command;
+pub mod compare;
 pub mod fence;
 pub mod members;
 mod read;
@@ -135,6 +137,8 @@ impl Copyset {
             Request::Read(read) => self.read(read, caller),
             Request::ReadAtLeast(ask) => self.read_at_least(ask, caller),
             Request::ChunkInfo(ask) => self.chunk_info(ask, &caller),
+            Request::Digests(ask) => self.digests(ask, caller),
+            Request::Doubt(doubt) => self.doubted(doubt, &caller),
         }
     }
 

@@ -44,17 +44,17 @@ impl Copyset {
         let tried = store.try_read(read.chunk, offset, length);
         if let Ok(Some(data)) = tried {
             drop(store);
-            let fresh = fresh.unwrap_or_else(|| self.applied_of(read.chunk.volume));
+            let fresh = fresh.map_or_else(|| self.read_by(read.chunk.volume), Ok);
             return self.answer(&caller, &data_reply(fresh, data));
         }
         let reading = store.read(read.chunk, offset, length);
         let copyset = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let reply = match reading.await {
-                Ok(data) => data_reply(fresh.unwrap_or_else(|| copyset.applied_of(read.chunk.volume)), data),
+                Ok(data) => data_reply(fresh.map_or_else(|| copyset.read_by(read.chunk.volume), Ok), data),
                 Err(error) => match fresh {
                     Some(fresh) => match copyset.read_repaired(read.chunk, read.range).await {
-                        Ok(data) => data_reply(fresh, data),
+                        Ok(data) => data_reply(Ok(fresh), data),
                         Err(error) => copyset.unreadable(&read, &error),
                     },
                     // Others may have it, and may be asking because they do not: never wait for them here.
@@ -97,7 +97,7 @@ impl Copyset {
     }
 
     /// Decides alone whether a replica that need not lead may answer.
-    fn may_read_at_least(&self, ask: &ReadAtLeast) -> Result<(), Reply> {
+    pub(super) fn may_read_at_least(&self, ask: &ReadAtLeast) -> Result<(), Reply> {
         let state = self.state.borrow();
         let writers = state.writers().get(&ask.read.chunk.volume);
         let verdict = writers.map_or(Verdict::NotFenced, |writers| writers.judge_epoch(ask.read.epoch));
@@ -111,10 +111,20 @@ impl Copyset {
     }
 
     /// How much of a volume is applied here, and the term of the replica's last applied entry.
-    fn applied_of(&self, volume: VolumeId) -> Freshness {
+    pub(super) fn applied_of(&self, volume: VolumeId) -> Freshness {
         let state = self.state.borrow();
         let index = state.writers().get(&volume).map_or(0, Writers::last_index);
         Freshness { term: state.applied().map_or(0, |at| at.term), index }
+    }
+
+    /// What data that have just been read can hold at most. Not known when this replica was replaced meanwhile: it
+    /// began with data that are ahead of what it has applied.
+    pub(super) fn read_by(&self, volume: VolumeId) -> Result<Freshness, Reply> {
+        let fresh = self.applied_of(volume);
+        match self.group.consistent_from() {
+            None => Ok(fresh),
+            Some(_) => Err(Reply::Refused(Refusal::Behind { applied: fresh.index })),
+        }
     }
 
     fn unreadable(&self, read: &Read, error: &ReadError) -> Reply {
@@ -125,6 +135,9 @@ impl Copyset {
     }
 }
 
-fn data_reply(fresh: Freshness, read: ReadData) -> Reply {
-    Reply::Data { fresh, checksums: read.checksums, data: read.data }
+fn data_reply(fresh: Result<Freshness, Reply>, read: ReadData) -> Reply {
+    match fresh {
+        Ok(fresh) => Reply::Data { fresh, checksums: read.checksums, data: read.data },
+        Err(refused) => refused,
+    }
 }

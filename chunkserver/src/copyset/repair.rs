@@ -12,27 +12,29 @@ use std::time::Duration;
 use bytes::Bytes;
 use evolute_protocol::geometry::BLOCK_BYTES;
 use evolute_protocol::id::{BlockIndex, ChunkKey, ChunkserverId, CopysetId};
-use evolute_protocol::wire::reply::Freshness;
-use evolute_protocol::wire::request::{ChunkRange, Read, ReadAtLeast};
+use evolute_protocol::wire::reply::{Freshness, Reply, data_is_intact};
+use evolute_protocol::wire::request::{ChunkRange, Read, ReadAtLeast, Request};
 use evolute_raft::LocalFuture;
 
+use super::compare::Comparisons;
 use super::{Copyset, chunkserver_of};
 use crate::chunk_store::{ReadData, ReadError};
 
 /// How other replicas are asked.
 pub trait Neighbours {
-    /// Data and how fresh they are, verified; `None`: that one cannot help, now or at all.
-    fn read(
+    /// Asks what has no data of its own; `None`: that one cannot be asked, now or at all.
+    fn ask(
         &self,
         of: ChunkserverId,
         copyset: CopysetId,
-        ask: ReadAtLeast,
-    ) -> LocalFuture<'static, Option<(Freshness, Bytes)>>;
+        request: Request,
+    ) -> LocalFuture<'static, Option<Reply>>;
 }
 
 /// What became of bad blocks, since this process started, of all copysets.
 pub struct Repairs {
-    neighbours: Rc<dyn Neighbours>,
+    pub(super) neighbours: Rc<dyn Neighbours>,
+    pub comparisons: Comparisons,
     bad: RefCell<HashSet<(ChunkKey, u16)>>,
     found: Cell<u64>,
     repaired: Cell<u64>,
@@ -47,7 +49,13 @@ const LOOKS: u32 = 200;
 
 impl Repairs {
     pub fn new(neighbours: Rc<dyn Neighbours>) -> Self {
-        Self { neighbours, bad: RefCell::default(), found: Cell::new(0), repaired: Cell::new(0) }
+        Self {
+            neighbours,
+            comparisons: Comparisons::default(),
+            bad: RefCell::default(),
+            found: Cell::new(0),
+            repaired: Cell::new(0),
+        }
     }
 
     pub fn found(&self) -> u64 {
@@ -58,13 +66,13 @@ impl Repairs {
         self.repaired.get()
     }
 
-    fn note_found(&self, chunk: ChunkKey, block: BlockIndex) {
+    pub(super) fn note_found(&self, chunk: ChunkKey, block: BlockIndex) {
         if self.bad.borrow_mut().insert((chunk, block.0)) {
             self.found.set(self.found.get() + 1);
         }
     }
 
-    fn note_repaired(&self, chunk: ChunkKey, block: BlockIndex) {
+    pub(super) fn note_repaired(&self, chunk: ChunkKey, block: BlockIndex) {
         if self.bad.borrow_mut().remove(&(chunk, block.0)) {
             self.repaired.set(self.repaired.get() + 1);
         }
@@ -100,7 +108,7 @@ impl Copyset {
         for _ in 0..ATTEMPTS {
             let repair = self.store.borrow().begin_repair(self.id, chunk, block);
             let Some(repair) = repair else {
-                tokio::time::sleep(LOOK_AGAIN).await;
+                self.repair_of_another(chunk, block).await;
                 return true;
             };
             if let Some((fresh, data)) = self.fetch(chunk, block).await
@@ -120,22 +128,27 @@ impl Copyset {
         false
     }
 
+    /// Waits until nobody repairs the block, which takes as long as a question to the other replicas.
+    async fn repair_of_another(&self, chunk: ChunkKey, block: BlockIndex) {
+        for _ in 0..LOOKS {
+            tokio::time::sleep(LOOK_AGAIN).await;
+            if self.store.borrow().begin_repair(self.id, chunk, block).is_some() {
+                return;
+            }
+        }
+    }
+
     /// A block as another replica has it.
     async fn fetch(&self, chunk: ChunkKey, block: BlockIndex) -> Option<(Freshness, Bytes)> {
-        let block_bytes = u32::try_from(BLOCK_BYTES).expect("4096");
-        let range = ChunkRange::new(u32::from(block.0) * block_bytes, block_bytes)?;
-        let (epoch, index) = {
-            let state = self.state.borrow();
-            let writers = state.writers().get(&chunk.volume)?;
-            (writers.epoch(), writers.last_index())
-        };
-        let ask = ReadAtLeast { read: Read { chunk, epoch, range }, index };
+        let range = block_range(block);
+        let ask = Request::ReadAtLeast(self.question(chunk, range)?);
         let status = self.group.status();
         let mut others: Vec<_> =
             status.members.iter().filter(|m| m.voter && m.member.replica != status.me.replica).collect();
         others.sort_by_key(|m| std::cmp::Reverse(m.matched));
         for other in others {
-            let answer = self.repairs.neighbours.read(chunkserver_of(other.member), self.id, ask).await;
+            let reply = self.repairs.neighbours.ask(chunkserver_of(other.member), self.id, ask.clone()).await;
+            let answer = reply.and_then(|reply| data_of(range, reply));
             if answer.is_some() {
                 return answer;
             }
@@ -143,8 +156,17 @@ impl Copyset {
         None
     }
 
+    /// What another replica is asked: to have applied at least what is applied here of the volume. `None`: nobody ever
+    /// wrote it here.
+    pub(super) fn question(&self, chunk: ChunkKey, range: ChunkRange) -> Option<ReadAtLeast> {
+        let state = self.state.borrow();
+        let writers = state.writers().get(&chunk.volume)?;
+        let read = Read { chunk, epoch: writers.epoch(), range };
+        Some(ReadAtLeast { read, index: writers.last_index() })
+    }
+
     /// Waits until everything that data so fresh may hold is applied here.
-    async fn has_applied(&self, chunk: ChunkKey, fresh: Freshness) -> bool {
+    pub(super) async fn has_applied(&self, chunk: ChunkKey, fresh: Freshness) -> bool {
         for _ in 0..LOOKS {
             let applied =
                 self.state.borrow().writers().get(&chunk.volume).map(|writers| writers.last_index());
@@ -155,4 +177,16 @@ impl Copyset {
         }
         false
     }
+}
+
+pub(super) fn block_range(block: BlockIndex) -> ChunkRange {
+    let block_bytes = u32::try_from(BLOCK_BYTES).expect("4096");
+    ChunkRange::new(u32::from(block.0) * block_bytes, block_bytes).expect("a block of a chunk")
+}
+
+/// What a reply says `range` holds, if it says so and can be believed.
+pub(super) fn data_of(range: ChunkRange, reply: Reply) -> Option<(Freshness, Bytes)> {
+    let Reply::Data { fresh, checksums, data } = reply else { return None };
+    let data = data.into_iter().next().unwrap_or_default();
+    data_is_intact(range.offset(), range.length(), &data, &checksums).then_some((fresh, data))
 }

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{FallocateFlags, fallocate};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
 
 use super::{Disk, File, Space};
@@ -138,6 +139,11 @@ impl File for DirectFile {
         // SAFETY: takes no pointers; the descriptor is open as long as `self.file` lives.
         // A hint: what it cannot start, the sync will do, and report.
         unsafe { libc::sync_file_range(self.file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+    }
+
+    fn forget_cached(&self, offset: u64, len: u64) {
+        // A hint: at worst the read that follows is answered from memory, as other reads are.
+        let _ = fadvise(&self.file, offset, NonZeroU64::new(len), Advice::DontNeed);
     }
 
     fn sync(&self) -> io::Result<()> {

@@ -55,5 +55,7 @@ pub trait File: Send + Sync {
     fn punch(&self, offset: u64, len: u64) -> io::Result<()>;
     /// Begins to write back what was written, so that a later [`Self::sync`] of many files waits less. A hint.
     fn start_writeback(&self) {}
+    /// Drops what memory keeps of a range and the device has, so that the next read asks the device. A hint.
+    fn forget_cached(&self, _offset: u64, _len: u64) {}
     fn sync(&self) -> io::Result<()>;
 }

@@ -90,14 +90,14 @@ impl Client {
         }
     }
 
-    fn ask(&mut self, request: &Request) -> Reply {
+    pub fn ask(&mut self, request: &Request) -> Reply {
         let id = self.send(request);
         let (answered, reply) = self.receive();
         assert_eq!(answered, id);
         reply
     }
 
-    fn chunk(&self) -> ChunkKey {
+    pub fn chunk(&self) -> ChunkKey {
         ChunkKey { volume: self.volume, index: ChunkIndex(0) }
     }
 

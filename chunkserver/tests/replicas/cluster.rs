@@ -99,6 +99,10 @@ impl Cluster {
         self.servers[n as usize - 1].running = Some(Running { handle, thread });
     }
 
+    pub fn is_running(&self, n: u32) -> bool {
+        self.server(n).running.is_some()
+    }
+
     pub fn start_again(&mut self, n: u32) {
         let listener = TcpListener::bind(self.server(n).address).expect("the port is free again");
         self.start_with(n, listener);

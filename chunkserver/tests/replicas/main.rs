@@ -6,6 +6,7 @@
 #[allow(dead_code, reason = "each test program uses its own part of it")]
 mod client;
 mod cluster;
+mod compare;
 mod damage;
 mod transfer;
 

@@ -86,6 +86,10 @@ pub struct Integrity {
     pub last_full_scrub_unix_ms: u64,
     pub bad_blocks_found: u64,
     pub bad_blocks_repaired: u64,
+    pub blocks_compared: u64,
+    pub blocks_differing: u64,
+    pub blocks_not_compared: u64,
+    pub blocks_undecided: u64,
 }
 
 /// 0: not known.
@@ -287,6 +291,10 @@ impl From<Report> for Received {
                 last_full_scrub_unix_ms: report.last_full_scrub_unix_ms,
                 bad_blocks_found: report.bad_blocks_found,
                 bad_blocks_repaired: report.bad_blocks_repaired,
+                blocks_compared: report.blocks_compared,
+                blocks_differing: report.blocks_differing,
+                blocks_not_compared: report.blocks_not_compared,
+                blocks_undecided: report.blocks_undecided,
             },
             write_latency: Latency {
                 us_p50: report.write_latency_us_p50,

@@ -11,6 +11,7 @@ const DONE: u8 = 129;
 const DATA: u8 = 130;
 const INFO: u8 = 131;
 const REFUSED: u8 = 132;
+const DIGESTS: u8 = 133;
 
 /// How much of the log the answering replica had applied: the index of the last entry of *this volume*, and the
 /// term it answers in. A client discards answers older than the newest it has seen (design.md §5).
@@ -76,6 +77,11 @@ pub enum Reply {
         fresh: Freshness,
         info: ChunkInfo,
     },
+    /// The crc32c of each block that was asked for, as it was read.
+    Digests {
+        fresh: Freshness,
+        digests: Checksums,
+    },
     Refused(Refusal),
 }
 
@@ -101,6 +107,10 @@ impl Reply {
                 head.put_u64_le(info.allocated_bytes);
                 head.put_u64_le(info.generation);
             }),
+            Self::Digests { fresh, digests } => put_frame(out, DIGESTS, copyset, id, 0, |head| {
+                put_fresh(head, fresh);
+                digests.iter().for_each(|digest| head.put_u32_le(*digest));
+            }),
             Self::Refused(refusal) => {
                 put_frame(out, REFUSED, copyset, id, 0, |head| put_refusal(head, refusal))
             }
@@ -116,8 +126,7 @@ impl Reply {
             DONE => Self::Done(get_fresh(&mut fields)?),
             DATA => {
                 let fresh = get_fresh(&mut fields)?;
-                let count = (frame.head.len() as u64).saturating_sub(16) / 4;
-                let checksums = fields.checksums(count)?;
+                let checksums = get_checksums(&mut fields, frame)?;
                 Self::Data { fresh, checksums, data: ReplyData::from_iter([frame.payload.clone()]) }
             }
             INFO => {
@@ -125,10 +134,15 @@ impl Reply {
                 let info = ChunkInfo { allocated_bytes: fields.u64()?, generation: fields.u64()? };
                 Self::Info { fresh, info }
             }
+            DIGESTS => {
+                let fresh = get_fresh(&mut fields)?;
+                Self::Digests { fresh, digests: get_checksums(&mut fields, frame)? }
+            }
             REFUSED => Self::Refused(get_refusal(&mut fields)?),
             unknown => return Err(WireError::UnknownKind(unknown)),
         };
-        if frame.kind != DATA {
+        // Checksums are all that is left.
+        if !matches!(frame.kind, DATA | DIGESTS) {
             fields.end()?;
         }
         Ok(reply)
@@ -147,6 +161,11 @@ fn put_fresh(head: &mut BytesMut, fresh: &Freshness) {
 
 fn get_fresh(fields: &mut Fields) -> Result<Freshness, WireError> {
     Ok(Freshness { term: fields.u64()?, index: fields.u64()? })
+}
+
+/// All that is left behind the freshness.
+fn get_checksums(fields: &mut Fields, frame: &Frame) -> Result<Checksums, WireError> {
+    fields.checksums((frame.head.len() as u64).saturating_sub(16) / 4)
 }
 
 fn put_refusal(head: &mut BytesMut, refusal: &Refusal) {
@@ -206,6 +225,7 @@ mod tests {
             Reply::Done(fresh),
             Reply::Data { fresh, checksums: sums.clone(), data: ReplyData::from_iter([data.clone()]) },
             Reply::Info { fresh, info: ChunkInfo { allocated_bytes: 8192, generation: 2 } },
+            Reply::Digests { fresh, digests: (0..256).collect() },
         ];
         replies.extend(
             [

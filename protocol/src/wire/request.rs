@@ -5,7 +5,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use super::frame::{Fields, Frame, RequestId, WireError, put_frame};
 use crate::checksum::{Checksums, first_mismatch, piece_count};
 use crate::epoch::Epoch;
-use crate::geometry::{CHUNK_BYTES, REQUEST_BYTES_MAX, SECTOR_BYTES};
+use crate::geometry::{BLOCK_BYTES, CHUNK_BYTES, REQUEST_BYTES_MAX, SECTOR_BYTES};
 use crate::id::{ChunkIndex, ChunkKey, CopysetId, VolumeId};
 
 const FENCE: u8 = 1;
@@ -15,6 +15,8 @@ const DISCARD: u8 = 4;
 const WRITE_ZEROES: u8 = 5;
 const CHUNK_INFO: u8 = 6;
 const READ_AT_LEAST: u8 = 7;
+const DIGESTS: u8 = 8;
+const DOUBT: u8 = 9;
 
 /// Which of a volume's I/O threads a change comes from; sequences are counted per lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -61,6 +63,10 @@ impl ChunkRange {
 
     pub const fn length(self) -> u32 {
         self.length
+    }
+
+    pub const fn is_whole_blocks(self) -> bool {
+        (self.offset as u64).is_multiple_of(BLOCK_BYTES) && (self.length as u64).is_multiple_of(BLOCK_BYTES)
     }
 
     /// Checksums that travel with data of this range.
@@ -110,6 +116,20 @@ pub struct ReadAtLeast {
     pub index: u64,
 }
 
+/// Look at these blocks, as you would read them, and tell the checksum of each. For comparing replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AskDigests {
+    /// Whole blocks.
+    pub of: ReadAtLeast,
+}
+
+/// Others agree on some of these blocks, and not with you: compare them again yourself. Nobody is told what to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Doubt {
+    /// Whole blocks.
+    pub of: Read,
+}
+
 /// These bytes are not needed any more: they read as zeroes from now on, and their space may be freed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Discard {
@@ -145,6 +165,8 @@ pub enum Request {
     WriteZeroes(WriteZeroes),
     ChunkInfo(AskChunkInfo),
     ReadAtLeast(ReadAtLeast),
+    Digests(AskDigests),
+    Doubt(Doubt),
 }
 
 impl Request {
@@ -169,10 +191,15 @@ impl Request {
                 put_chunk(head, read.chunk, read.epoch);
                 put_range(head, read.range);
             }),
-            Self::ReadAtLeast(ask) => put_frame(out, READ_AT_LEAST, copyset, id, 0, |head| {
-                put_chunk(head, ask.read.chunk, ask.read.epoch);
-                put_range(head, ask.read.range);
-                head.put_u64_le(ask.index);
+            Self::ReadAtLeast(ask) => {
+                put_frame(out, READ_AT_LEAST, copyset, id, 0, |head| put_read_at_least(head, ask));
+            }
+            Self::Digests(ask) => {
+                put_frame(out, DIGESTS, copyset, id, 0, |head| put_read_at_least(head, &ask.of));
+            }
+            Self::Doubt(doubt) => put_frame(out, DOUBT, copyset, id, 0, |head| {
+                put_chunk(head, doubt.of.chunk, doubt.of.epoch);
+                put_range(head, doubt.of.range);
             }),
             Self::Discard(discard) => put_frame(out, DISCARD, copyset, id, 0, |head| {
                 put_change(head, discard.chunk, &discard.tag, discard.range);
@@ -211,6 +238,11 @@ impl Request {
             READ_AT_LEAST => {
                 Self::ReadAtLeast(ReadAtLeast { read: get_read(&mut fields)?, index: fields.u64()? })
             }
+            DIGESTS => {
+                let of = ReadAtLeast { read: get_blocks(&mut fields)?, index: fields.u64()? };
+                Self::Digests(AskDigests { of })
+            }
+            DOUBT => Self::Doubt(Doubt { of: get_blocks(&mut fields)? }),
             DISCARD => {
                 let (chunk, tag, range) = get_change(&mut fields)?;
                 Self::Discard(Discard { chunk, tag, range })
@@ -266,6 +298,20 @@ fn get_read(fields: &mut Fields) -> Result<Read, WireError> {
     Ok(Read { chunk, epoch, range })
 }
 
+fn get_blocks(fields: &mut Fields) -> Result<Read, WireError> {
+    let read = get_read(fields)?;
+    if !read.range.is_whole_blocks() {
+        return Err(fields.malformed("not whole blocks"));
+    }
+    Ok(read)
+}
+
+fn put_read_at_least(head: &mut BytesMut, ask: &ReadAtLeast) {
+    put_chunk(head, ask.read.chunk, ask.read.epoch);
+    put_range(head, ask.read.range);
+    head.put_u64_le(ask.index);
+}
+
 fn put_change(head: &mut BytesMut, chunk: ChunkKey, tag: &ChangeTag, range: ChunkRange) {
     put_chunk(head, chunk, tag.epoch);
     put_range(head, range);
@@ -290,8 +336,8 @@ mod tests {
     use bytes::{BufMut, Bytes, BytesMut};
 
     use super::{
-        AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence,
-        Write, WriteZeroes,
+        AskChunkInfo, AskDigests, ChangeTag, ChunkRange, Discard, Doubt, Fence, Lane, Read, ReadAtLeast,
+        Request, Sequence, Write, WriteZeroes,
     };
     use crate::checksum::checksums;
     use crate::epoch::Epoch;
@@ -303,6 +349,7 @@ mod tests {
         let epoch = Epoch { attachment: 3, incarnation: 1 };
         let tag = ChangeTag { epoch, lane: Lane(2), sequence: Sequence(10), floor: Sequence(7) };
         let range = ChunkRange::new(512, 8192).expect("valid");
+        let blocks = ChunkRange::new(4096, 1 << 20).expect("valid");
         let data = Bytes::from(vec![0x5a; 8192]);
         let checksums = checksums(512, &data);
         vec![
@@ -313,6 +360,10 @@ mod tests {
             Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
             Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 77 }),
+            Request::Digests(AskDigests {
+                of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 78 },
+            }),
+            Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
         ]
     }
 
@@ -346,6 +397,24 @@ mod tests {
                 head.resize(length, 0);
                 other.head = head.into();
                 assert!(Request::decode(&other).is_err(), "{request:?} with {length} bytes of fields");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_compared_is_whole_blocks_of_one_request() {
+        let chunk = ChunkKey { volume: VolumeId(5), index: ChunkIndex(6) };
+        for (offset, length, good) in
+            [(0, 1 << 20, true), (4096, 4096, true), (512, 4096, false), (0, 512, false), (0, 2 << 20, false)]
+        {
+            let range = ChunkRange::new(offset, length).expect("in the chunk");
+            let read = Read { chunk, epoch: Epoch::default(), range };
+            let of = ReadAtLeast { read, index: 1 };
+            for request in [Request::Digests(AskDigests { of }), Request::Doubt(Doubt { of: read })] {
+                let mut reader = FrameReader::default();
+                reader.space().put(bytes_of(&request));
+                let frame = reader.next().expect("intact").expect("whole");
+                assert_eq!(Request::decode(&frame).is_ok(), good, "{request:?}");
             }
         }
     }

@@ -200,6 +200,8 @@ impl Volume {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
+            | WireRequest::Digests(_)
+            | WireRequest::Doubt(_)
             | WireRequest::Discard(_)
             | WireRequest::WriteZeroes(_)
             | WireRequest::ChunkInfo(_) => return,

@@ -77,10 +77,14 @@ impl Volume {
                     Ok(Answer { fresh, data })
                 }
             }
-            (Reply::Data { .. } | Reply::Info { .. }, _)
+            (Reply::Data { .. } | Reply::Info { .. } | Reply::Digests { .. }, _)
             | (
                 Reply::Done(_),
-                WireRequest::Read(_) | WireRequest::ReadAtLeast(_) | WireRequest::ChunkInfo(_),
+                WireRequest::Read(_)
+                | WireRequest::ReadAtLeast(_)
+                | WireRequest::Digests(_)
+                | WireRequest::Doubt(_)
+                | WireRequest::ChunkInfo(_),
             ) => {
                 return Err(Lost::WrongAnswer);
             }

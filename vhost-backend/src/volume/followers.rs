@@ -119,7 +119,7 @@ impl Volume {
             }
             // Whatever keeps it from answering, the leader is asked or waited for as if it had not been there.
             Reply::Refused(_) => {}
-            Reply::Done(_) | Reply::Info { .. } => return Err(Lost::WrongAnswer),
+            Reply::Done(_) | Reply::Info { .. } | Reply::Digests { .. } => return Err(Lost::WrongAnswer),
         }
         self.follower_failed(key);
         Ok(())

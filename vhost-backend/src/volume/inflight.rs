@@ -225,6 +225,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
+            | WireRequest::Digests(_)
+            | WireRequest::Doubt(_)
             | WireRequest::ChunkInfo(_) => None,
         }
     }
@@ -237,6 +239,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
+            | WireRequest::Digests(_)
+            | WireRequest::Doubt(_)
             | WireRequest::ChunkInfo(_) => None,
         }
     }
@@ -249,6 +253,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
+            | WireRequest::Digests(_)
+            | WireRequest::Doubt(_)
             | WireRequest::ChunkInfo(_) => {}
         }
     }

@@ -384,7 +384,9 @@ impl State {
             Request::Fence(fence) => fence.epoch,
             Request::Read(read) => read.epoch,
             Request::ChunkInfo(ask) => ask.epoch,
-            Request::ReadAtLeast(_) => unreachable!("followers' business"),
+            Request::ReadAtLeast(_) | Request::Digests(_) | Request::Doubt(_) => {
+                unreachable!("followers' business")
+            }
             _ => tag_of(request).expect("a change").epoch,
         };
         if epoch < group.epoch {
@@ -459,7 +461,12 @@ fn tag_of(request: &Request) -> Option<ChangeTag> {
         Request::Write(write) => Some(write.tag),
         Request::Discard(discard) => Some(discard.tag),
         Request::WriteZeroes(zeroes) => Some(zeroes.tag),
-        Request::Fence(_) | Request::Read(_) | Request::ReadAtLeast(_) | Request::ChunkInfo(_) => None,
+        Request::Fence(_)
+        | Request::Read(_)
+        | Request::ReadAtLeast(_)
+        | Request::Digests(_)
+        | Request::Doubt(_)
+        | Request::ChunkInfo(_) => None,
     }
 }
 
