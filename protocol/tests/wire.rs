@@ -7,8 +7,8 @@ use evolute_protocol::id::{BlockIndex, ChunkIndex, ChunkKey, ChunkserverId, Clus
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Unwelcome};
 use evolute_protocol::wire::reply::{ChunkInfo, Freshness, Refusal, Reply};
 use evolute_protocol::wire::request::{
-    AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write,
-    WriteZeroes,
+    AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence,
+    TakeOver, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 use proptest::prelude::{Strategy, any, prop, proptest};
@@ -31,6 +31,7 @@ fn requests() -> Vec<Request> {
         Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
         Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
         Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 99 }),
+        Request::TakeOver(TakeOver { volume: VolumeId(5), epoch }),
     ]
 }
 

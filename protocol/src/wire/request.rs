@@ -15,6 +15,7 @@ const DISCARD: u8 = 4;
 const WRITE_ZEROES: u8 = 5;
 const CHUNK_INFO: u8 = 6;
 const READ_AT_LEAST: u8 = 7;
+const TAKE_OVER: u8 = 8;
 
 /// Which of a volume's I/O threads a change comes from; sequences are counted per lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -135,6 +136,14 @@ pub struct AskChunkInfo {
     pub epoch: Epoch,
 }
 
+/// The volume reaches you and not the leader you name: lead in its place. Asked of a follower, answered at once by what
+/// it knows now: `NotLeader`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakeOver {
+    pub volume: VolumeId,
+    pub epoch: Epoch,
+}
+
 /// Everything a client can ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
@@ -145,6 +154,7 @@ pub enum Request {
     WriteZeroes(WriteZeroes),
     ChunkInfo(AskChunkInfo),
     ReadAtLeast(ReadAtLeast),
+    TakeOver(TakeOver),
 }
 
 impl Request {
@@ -155,6 +165,10 @@ impl Request {
             Self::Fence(fence) => put_frame(out, FENCE, copyset, id, 0, |head| {
                 head.put_u64_le(fence.volume.0);
                 head.put_u64_le(fence.epoch.to_u64());
+            }),
+            Self::TakeOver(ask) => put_frame(out, TAKE_OVER, copyset, id, 0, |head| {
+                head.put_u64_le(ask.volume.0);
+                head.put_u64_le(ask.epoch.to_u64());
             }),
             Self::Write(write) => {
                 put_frame(out, WRITE, copyset, id, write.data.len(), |head| {
@@ -197,6 +211,10 @@ impl Request {
             FENCE => {
                 let volume = VolumeId(fields.u64()?);
                 Self::Fence(Fence { volume, epoch: Epoch::from_u64(fields.u64()?) })
+            }
+            TAKE_OVER => {
+                let volume = VolumeId(fields.u64()?);
+                Self::TakeOver(TakeOver { volume, epoch: Epoch::from_u64(fields.u64()?) })
             }
             WRITE => {
                 let (chunk, tag, range) = get_change(&mut fields)?;
@@ -291,7 +309,7 @@ mod tests {
 
     use super::{
         AskChunkInfo, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence,
-        Write, WriteZeroes,
+        TakeOver, Write, WriteZeroes,
     };
     use crate::checksum::checksums;
     use crate::epoch::Epoch;
@@ -313,6 +331,7 @@ mod tests {
             Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
             Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 77 }),
+            Request::TakeOver(TakeOver { volume: chunk.volume, epoch }),
         ]
     }
 
