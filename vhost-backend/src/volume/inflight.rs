@@ -57,6 +57,11 @@ impl Key {
         (key, id.0 & FOLLOWER != 0)
     }
 
+    /// For what needs no answer: no key that is given out.
+    pub fn nobody_s_request_id() -> RequestId {
+        Self { index: u32::MAX, generation: 0 }.to_request_id()
+    }
+
     /// A number to spread things with.
     pub fn place(self) -> usize {
         self.index as usize
@@ -225,7 +230,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
-            | WireRequest::ChunkInfo(_) => None,
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => None,
         }
     }
 
@@ -237,7 +243,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
-            | WireRequest::ChunkInfo(_) => None,
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => None,
         }
     }
 
@@ -249,7 +256,8 @@ impl Operation {
             WireRequest::Fence(_)
             | WireRequest::Read(_)
             | WireRequest::ReadAtLeast(_)
-            | WireRequest::ChunkInfo(_) => {}
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => {}
         }
     }
 }

@@ -330,6 +330,11 @@ impl State {
         }
         let reply = match request {
             Request::ReadAtLeast(ask) => self.follow(server, copyset, ask),
+            // The leader heard of it, and handed over.
+            Request::TakeOver(_) => {
+                self.lead(copyset, Some(server));
+                Reply::Refused(Refusal::NotLeader { leader: None })
+            }
             _ => self.apply(server, copyset, request),
         };
         if !slow.is_zero() && matches!(request, Request::Read(_)) {
@@ -384,7 +389,7 @@ impl State {
             Request::Fence(fence) => fence.epoch,
             Request::Read(read) => read.epoch,
             Request::ChunkInfo(ask) => ask.epoch,
-            Request::ReadAtLeast(_) => unreachable!("followers' business"),
+            Request::ReadAtLeast(_) | Request::TakeOver(_) => unreachable!("followers' business"),
             _ => tag_of(request).expect("a change").epoch,
         };
         if epoch < group.epoch {
@@ -459,7 +464,11 @@ fn tag_of(request: &Request) -> Option<ChangeTag> {
         Request::Write(write) => Some(write.tag),
         Request::Discard(discard) => Some(discard.tag),
         Request::WriteZeroes(zeroes) => Some(zeroes.tag),
-        Request::Fence(_) | Request::Read(_) | Request::ReadAtLeast(_) | Request::ChunkInfo(_) => None,
+        Request::Fence(_)
+        | Request::Read(_)
+        | Request::ReadAtLeast(_)
+        | Request::ChunkInfo(_)
+        | Request::TakeOver(_) => None,
     }
 }
 
