@@ -208,7 +208,8 @@ impl Volume {
         let (Some(leader), Some(attachment)) = (self.peers.find(leader), &self.attachment) else { return };
         let leader = &self.peers[leader];
         let route = &mut self.routing[index];
-        let reached = leader.is_open() && !leader.is_mute(self.now);
+        // One that is only slow keeps its group: to move it would make it slower.
+        let reached = leader.is_open() && leader.silent_for(self.now) < self.options.silence;
         let lately =
             route.take_over_asked.is_some_and(|at| self.now.saturating_duration_since(at) < TAKE_OVER_AFTER);
         if self.stage != Stage::Serving
