@@ -31,7 +31,7 @@ use crate::types::{LeaderId, TransferRequest, Vote};
 use crate::{Group, ProcessId, ReplicaId};
 
 /// Between two voters' turns. The first needs a round trip and a synced vote until the next hears of it; that they
-/// meet all the same costs no more than a round of pre-votes, mostly.
+/// meet all the same mostly costs no more than a round of pre-votes.
 const TURN: Duration = Duration::from_millis(30);
 /// When, from the beginning of a turn, pre-votes are asked for. The others may notice the loss a little later, and
 /// whoever lacks entries is refused by those who have them: it goes on until openraft's timer would.
@@ -44,8 +44,10 @@ const ASKED_EVERY: Duration = Duration::from_millis(250);
 /// How long a replica that leads for a client's sake is not to give that up for the sake of balance. Longer than most
 /// cables are cut; whoever cannot wait asks again.
 const STANDS_IN: Duration = Duration::from_secs(30);
-/// So that two do not keep meeting.
-const JITTER_MS: u64 = 5;
+/// Two whose pre-votes crossed have voted for themselves, and wait for each other; so does everybody whose candidate
+/// died. After this long a candidate leads or will not: a few round trips and a synced vote.
+const RETRY: Duration = Duration::from_millis(100);
+const RETRIES: u32 = 8;
 
 /// A leader, as its followers know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -87,6 +89,11 @@ impl Succession {
     pub fn leads_now(&self) {
         self.settled.set(Some(Instant::now()));
     }
+}
+
+/// So that two do not keep meeting.
+fn jitter(most: Duration) -> Duration {
+    most.mul_f64(rand::random::<f64>())
 }
 
 fn within(time: Duration, since: Option<Instant>) -> bool {
@@ -168,14 +175,29 @@ impl State {
         self.succession.stood.set(Some(now));
         let begin = tokio::time::Instant::from_std(now) + TURN * turn;
         for after in TRIES_MS {
-            let jitter = rand::random::<u64>() % JITTER_MS;
-            tokio::time::sleep_until(begin + Duration::from_millis(after + jitter)).await;
-            // A vote for somebody else is a newer term.
-            let still = self.leader_is_lost() && self.term.get() == leader.term;
-            if !still || raft.trigger().elect(true).await.is_err() {
+            tokio::time::sleep_until(begin + Duration::from_millis(after) + jitter(TURN / 6)).await;
+            if self.term.get() != leader.term {
+                // Somebody stands already, we perhaps.
+                break;
+            }
+            if !self.leader_is_lost() || raft.trigger().elect(true).await.is_err() {
                 return;
             }
         }
+        for _ in 0..RETRIES {
+            tokio::time::sleep(RETRY + TURN * turn + jitter(TURN)).await;
+            if self.follows_after(leader) || raft.trigger().elect(true).await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The leader is back, or has a successor.
+    fn follows_after(&self, leader: Leader) -> bool {
+        let term = self.term.get();
+        let heard = self.succession.heard.get().is_some_and(|(heard, _)| heard.term == term);
+        let succeeded = term != leader.term && (heard || self.leading.get().is_some());
+        succeeded || (term == leader.term && !self.leader_is_lost())
     }
 
     /// How many voters stand before this one, without the leader; `None`: no voter. Another order in every group, so
