@@ -56,6 +56,9 @@ pub(crate) use self::snapshot::receive::Receiving;
 /// its power refuses nothing. Some ten handshakes on a busy machine, a fraction of an election.
 const ANSWER_MAX: Duration = Duration::from_millis(100);
 
+/// How often it is asked; then the election timer is as quick.
+const QUESTIONS: u32 = 4;
+
 /// What [`Dial::dial`] returns.
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<TcpStream>>>>;
 
@@ -132,11 +135,18 @@ impl Peers {
         let Some(caller) = led.iter().find_map(|group| group.0.leader_over(connection)) else { return };
         let peers = self.clone();
         tokio::task::spawn_local(async move {
-            if peers.answers(caller).await {
-                return;
+            for _ in 0..QUESTIONS {
+                if !peers.answers(caller).await {
+                    tracing::info!(%caller, groups = led.len(), "a peer that led is gone");
+                    led.iter().for_each(|group| group.0.caller_is_gone(connection));
+                    return;
+                }
+                // One that lives calls again soon. One that was dying had not come to its listening socket yet.
+                tokio::time::sleep(ANSWER_MAX).await;
+                if led.iter().all(|group| group.0.leader_over(connection).is_none()) {
+                    return;
+                }
             }
-            tracing::info!(%caller, groups = led.len(), "a peer that led is gone");
-            led.iter().for_each(|group| group.0.caller_is_gone(connection));
         });
     }
 
