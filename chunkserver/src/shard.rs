@@ -304,6 +304,10 @@ impl Shard {
             }
             ToShard::TransferLeader { copyset, to } => {
                 if let Some(copyset) = self.registry.get(copyset) {
+                    if copyset.group().stands_in() {
+                        tracing::info!(copyset = %copyset.id(), "the leader stays: a client reaches no other");
+                        return false;
+                    }
                     spawn_local(async move {
                         if let Err(error) =
                             copyset.group().transfer_leader(evolute_raft::ReplicaId(to.0)).await

@@ -8,7 +8,7 @@ use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role, Unwelc
 use evolute_protocol::wire::reply::{ChunkInfo, Freshness, Refusal, Reply};
 use evolute_protocol::wire::request::{
     AskChunkInfo, AskDigests, ChangeTag, ChunkRange, Discard, Doubt, Fence, Lane, Read, ReadAtLeast, Request,
-    Sequence, Write, WriteZeroes,
+    Sequence, TakeOver, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 use proptest::prelude::{Strategy, any, prop, proptest};
@@ -36,6 +36,7 @@ fn requests() -> Vec<Request> {
             of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 99 },
         }),
         Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
+        Request::TakeOver(TakeOver { volume: VolumeId(5), epoch }),
     ]
 }
 

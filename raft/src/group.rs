@@ -126,6 +126,7 @@ pub struct GroupStatus {
     pub me: Member,
     pub role: Role,
     pub term: u64,
+    /// `None` also when its connection to us is gone.
     pub leader: Option<Member>,
     /// Index of the last entry in the log.
     pub last: Option<u64>,
@@ -188,7 +189,12 @@ impl Group {
             answering.proposed_bytes.set(answering.proposed_bytes.get() - bytes);
             done(match outcome {
                 Some(Ok(response)) => Ok(Applied { at: position(&response.log_id), result: response.data }),
-                Some(Err(error)) => Err(propose_error(error)),
+                Some(Err(error)) => Err(match propose_error(error) {
+                    ProposeError::NotLeader { .. } if answering.leader_is_lost() => {
+                        ProposeError::NotLeader { leader: None }
+                    }
+                    error => error,
+                }),
                 None if answering.refusing.get() => Err(ProposeError::Busy),
                 None => Err(ProposeError::Stopped),
             });
@@ -271,7 +277,7 @@ impl Group {
                 None => None,
             };
             let member = member(replica, host);
-            if metrics.current_leader == Some(replica) {
+            if metrics.current_leader == Some(replica) && !state.leader_is_lost() {
                 status.leader = Some(member);
             }
             status.members.push(MemberStatus { member, voter: voters.contains(&replica), matched });

@@ -36,6 +36,7 @@ mod peer;
 mod retain;
 mod runtime;
 mod state;
+mod succession;
 mod thread;
 mod types;
 

@@ -8,6 +8,7 @@ use crate::group::LeaderChange;
 use crate::log::GroupLog;
 use crate::peer::Receiving;
 use crate::retain::Pins;
+use crate::succession::Succession;
 use crate::types::{LogId, Raft, SnapshotMeta, StoredMembership, Vote, position};
 use crate::{GroupId, Member, Position, ReplicaId};
 
@@ -39,6 +40,7 @@ pub(crate) struct State {
     /// openraft was last asked to purge the log up to here.
     pub purging: Cell<Option<u64>>,
     pub pins: RefCell<Pins>,
+    pub succession: Succession,
     /// The raft snapshot that arrives here, or arrived last.
     pub receiving: RefCell<Option<Rc<Receiving>>>,
     pub proposals: Cell<usize>,
@@ -95,6 +97,7 @@ impl State {
             retain_bytes: bounds.retain_bytes,
             purging: Cell::new(None),
             pins: RefCell::default(),
+            succession: Succession::default(),
             receiving: RefCell::default(),
             proposals: Cell::new(0),
             proposed_bytes: Cell::new(0),
@@ -166,6 +169,9 @@ impl State {
         let (term, leader) = (vote.leader_id.term, vote.leader_id.voted_for);
         self.term.set(term);
         let mine = vote.committed && leader == self.me.replica.0;
+        if mine && self.leading.get().is_none() {
+            self.succession.leads_now();
+        }
         self.leading.set(mine.then_some(term));
         if !vote.committed || self.leader.replace(Some((term, leader))) == Some((term, leader)) {
             return;

@@ -45,10 +45,12 @@ use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
 use evolute_protocol::wire::RequestId;
 use evolute_protocol::wire::reply::{Refusal, Reply};
-use evolute_protocol::wire::request::Request;
+use evolute_protocol::wire::request::{Request, TakeOver};
 use evolute_raft::{Group, Member, Position};
 
+use self::apply::refusal_of;
 use self::command::Change;
+use self::fence::{Verdict, Writers};
 use self::repair::Repairs;
 use self::state::{Created, State};
 use self::write::Waiting;
@@ -139,6 +141,7 @@ impl Copyset {
             Request::ChunkInfo(ask) => self.chunk_info(ask, &caller),
             Request::Digests(ask) => self.digests(ask, caller),
             Request::Doubt(doubt) => self.doubted(doubt, &caller),
+            Request::TakeOver(ask) => self.take_over(ask, &caller),
         }
     }
 
@@ -164,6 +167,17 @@ impl Copyset {
         if let Some((at, membership)) = reached {
             self.group.checkpointed(at, membership);
         }
+    }
+
+    /// The leader is asked only on the word of somebody who may write here.
+    fn take_over(&self, ask: TakeOver, caller: &Caller) {
+        let judge = |writers: &Writers| writers.judge_epoch(ask.epoch);
+        let verdict = self.state.borrow().writers().get(&ask.volume).map_or(Verdict::NotFenced, judge);
+        if let Some(refusal) = refusal_of(verdict) {
+            return self.answer(caller, &Reply::Refused(refusal));
+        }
+        self.group.take_over();
+        self.answer(caller, &self.not_leader());
     }
 
     fn answer(&self, caller: &Caller, reply: &Reply) {

@@ -17,6 +17,7 @@ const CHUNK_INFO: u8 = 6;
 const READ_AT_LEAST: u8 = 7;
 const DIGESTS: u8 = 8;
 const DOUBT: u8 = 9;
+const TAKE_OVER: u8 = 10;
 
 /// Which of a volume's I/O threads a change comes from; sequences are counted per lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -155,6 +156,14 @@ pub struct AskChunkInfo {
     pub epoch: Epoch,
 }
 
+/// The volume reaches you and not the leader you name: lead in its place. Asked of a follower, answered at once by what
+/// it knows now: `NotLeader`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TakeOver {
+    pub volume: VolumeId,
+    pub epoch: Epoch,
+}
+
 /// Everything a client can ask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Request {
@@ -167,6 +176,7 @@ pub enum Request {
     ReadAtLeast(ReadAtLeast),
     Digests(AskDigests),
     Doubt(Doubt),
+    TakeOver(TakeOver),
 }
 
 impl Request {
@@ -177,6 +187,10 @@ impl Request {
             Self::Fence(fence) => put_frame(out, FENCE, copyset, id, 0, |head| {
                 head.put_u64_le(fence.volume.0);
                 head.put_u64_le(fence.epoch.to_u64());
+            }),
+            Self::TakeOver(ask) => put_frame(out, TAKE_OVER, copyset, id, 0, |head| {
+                head.put_u64_le(ask.volume.0);
+                head.put_u64_le(ask.epoch.to_u64());
             }),
             Self::Write(write) => {
                 put_frame(out, WRITE, copyset, id, write.data.len(), |head| {
@@ -224,6 +238,10 @@ impl Request {
             FENCE => {
                 let volume = VolumeId(fields.u64()?);
                 Self::Fence(Fence { volume, epoch: Epoch::from_u64(fields.u64()?) })
+            }
+            TAKE_OVER => {
+                let volume = VolumeId(fields.u64()?);
+                Self::TakeOver(TakeOver { volume, epoch: Epoch::from_u64(fields.u64()?) })
             }
             WRITE => {
                 let (chunk, tag, range) = get_change(&mut fields)?;
@@ -337,7 +355,7 @@ mod tests {
 
     use super::{
         AskChunkInfo, AskDigests, ChangeTag, ChunkRange, Discard, Doubt, Fence, Lane, Read, ReadAtLeast,
-        Request, Sequence, Write, WriteZeroes,
+        Request, Sequence, TakeOver, Write, WriteZeroes,
     };
     use crate::checksum::checksums;
     use crate::epoch::Epoch;
@@ -364,6 +382,7 @@ mod tests {
                 of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 78 },
             }),
             Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
+            Request::TakeOver(TakeOver { volume: chunk.volume, epoch }),
         ]
     }
 

@@ -55,6 +55,8 @@ pub(super) enum Kind {
     SnapshotEnd = 12,
     /// Follower → leader: how far it is.
     SnapshotAnswer = 13,
+    /// Follower → leader: hand over to me. Never answered.
+    TakeOver = 14,
 }
 
 impl Kind {
@@ -73,6 +75,7 @@ impl Kind {
             Self::SnapshotFrame,
             Self::SnapshotEnd,
             Self::SnapshotAnswer,
+            Self::TakeOver,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == raw)

@@ -140,6 +140,7 @@ impl Connection {
             | Kind::Vote
             | Kind::PreVote
             | Kind::Transfer
+            | Kind::TakeOver
             | Kind::Snapshot
             | Kind::SnapshotFrame
             | Kind::SnapshotEnd => return false,

@@ -212,6 +212,16 @@ pub(super) fn get_transfer(mut from: Bytes) -> Option<(u64, TransferRequest)> {
     from.is_empty().then(|| (to, TransferLeaderRequest::new(vote, target, last)))
 }
 
+pub(super) fn put_take_over(out: &mut BytesMut, to: u64, from: u64) {
+    out.put_u64_le(to);
+    out.put_u64_le(from);
+}
+
+pub(super) fn get_take_over(mut from: Bytes) -> Option<(u64, u64)> {
+    let ids = (from.try_get_u64_le().ok()?, from.try_get_u64_le().ok()?);
+    from.is_empty().then_some(ids)
+}
+
 fn length(n: usize) -> u32 {
     u32::try_from(n).expect("a command is bounded far below 4 GiB")
 }
@@ -226,8 +236,8 @@ mod tests {
     use proptest::prelude::{any, prop, proptest};
 
     use super::{
-        get_append, get_append_result, get_transfer, get_vote_request, get_vote_response, put_append,
-        put_append_result, put_transfer, put_vote_request, put_vote_response,
+        get_append, get_append_result, get_take_over, get_transfer, get_vote_request, get_vote_response,
+        put_append, put_append_result, put_take_over, put_transfer, put_vote_request, put_vote_response,
     };
     use crate::types::{
         AppendRequest, Entry, Host, LeaderId, Membership, Payload, TransferRequest, Vote, VoteRequest,
@@ -301,6 +311,7 @@ mod tests {
         check(&bytes(|out| put_transfer(out, 8, &transfer)), get_transfer, |got| {
             got == (8, transfer.clone())
         });
+        check(&bytes(|out| put_take_over(out, 7, 9)), get_take_over, |got| got == (7, 9));
     }
 
     #[test]
@@ -323,6 +334,7 @@ mod tests {
             let _ = get_append_result(bytes.clone());
             let _ = get_vote_request(bytes.clone());
             let _ = get_vote_response(bytes.clone());
+            let _ = get_take_over(bytes.clone());
             let _ = get_transfer(bytes);
         }
 

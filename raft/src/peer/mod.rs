@@ -36,18 +36,28 @@ use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
-use self::frame::Outbox;
+use self::frame::{Kind, Outbox};
 use self::link::Link;
+use self::message::put_take_over;
 use crate::group::Group;
-use crate::{GroupId, ProcessId};
+use crate::{GroupId, Member, ProcessId, ReplicaId};
 
 pub(crate) use self::network::Network;
 pub(crate) use self::snapshot::Rate;
 pub(crate) use self::snapshot::receive::Receiving;
+
+/// A process that has just ended a connection and takes no new one for this long is taken for gone: a host that lost
+/// its power refuses nothing. Some ten handshakes on a busy machine, a fraction of an election.
+const ANSWER_MAX: Duration = Duration::from_millis(100);
+
+/// How often it is asked; then the election timer is as quick.
+const QUESTIONS: u32 = 4;
 
 /// What [`Dial::dial`] returns.
 pub type DialFuture = Pin<Box<dyn Future<Output = io::Result<TcpStream>>>>;
@@ -70,8 +80,19 @@ struct Inner {
     links: RefCell<HashMap<ProcessId, Rc<Link>>>,
     /// The connections that raft snapshots are sent on.
     bulk: RefCell<HashMap<ProcessId, Rc<Link>>>,
-    accepted: RefCell<Vec<std::rc::Weak<Outbox>>>,
+    accepted: RefCell<Vec<Weak<Outbox>>>,
+    accepted_ever: Cell<u64>,
     sessions: Rc<Cell<u64>>,
+}
+
+/// [`Peers`] for what they themselves hold.
+#[derive(Clone)]
+pub(crate) struct WeakPeers(Weak<Inner>);
+
+impl WeakPeers {
+    pub fn upgrade(&self) -> Option<Peers> {
+        self.0.upgrade().map(Peers)
+    }
 }
 
 impl Peers {
@@ -83,6 +104,7 @@ impl Peers {
             links: RefCell::default(),
             bulk: RefCell::default(),
             accepted: RefCell::default(),
+            accepted_ever: Cell::default(),
             sessions: Rc::default(),
         }))
     }
@@ -100,10 +122,41 @@ impl Peers {
             accepted.retain(|outbox| outbox.strong_count() > 0);
             accepted.push(Rc::downgrade(&outbox));
         }
-        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox));
+        self.0.accepted_ever.set(self.0.accepted_ever.get() + 1);
+        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox, self.0.accepted_ever.get()));
+    }
+
+    /// An accepted connection was ended, and not by us. Whoever called on it may be gone: then the groups it led are to
+    /// hear of it.
+    fn lost(&self, connection: u64) {
+        let groups = self.0.groups.borrow();
+        let led: Vec<Group> =
+            groups.values().filter(|group| group.0.leader_over(connection).is_some()).cloned().collect();
+        let Some(caller) = led.iter().find_map(|group| group.0.leader_over(connection)) else { return };
+        let peers = self.clone();
+        tokio::task::spawn_local(async move {
+            for _ in 0..QUESTIONS {
+                if !peers.answers(caller).await {
+                    tracing::info!(%caller, groups = led.len(), "a peer that led is gone");
+                    led.iter().for_each(|group| group.0.caller_is_gone(connection));
+                    return;
+                }
+                // One that lives calls again soon. One that was dying had not come to its listening socket yet.
+                tokio::time::sleep(ANSWER_MAX).await;
+                if led.iter().all(|group| group.0.leader_over(connection).is_none()) {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Whether anybody takes a connection there.
+    async fn answers(&self, process: ProcessId) -> bool {
+        matches!(timeout(ANSWER_MAX, self.0.dial.dial(process)).await, Ok(Ok(_)))
     }
 
     pub(crate) fn serve(&self, group: Group) {
+        group.0.succession.reached_by(WeakPeers(Rc::downgrade(&self.0)));
         self.0.groups.borrow_mut().insert(group.id(), group);
     }
 
@@ -122,6 +175,17 @@ impl Peers {
             .drain(..)
             .filter_map(|outbox| outbox.upgrade())
             .for_each(|it| it.close());
+    }
+
+    /// Asks `leader` to hand the group over to `me`. Told once, to whoever is there.
+    pub(crate) fn ask_to_hand_over(&self, group: GroupId, leader: Member, me: ReplicaId) {
+        let link = self.link(leader.process);
+        tokio::task::spawn_local(async move {
+            if let Ok(connection) = link.up().await {
+                let body = |out: &mut bytes::BytesMut| put_take_over(out, leader.replica.0, me.0);
+                connection.outbox.frame(Kind::TakeOver, group, 0, body);
+            }
+        });
     }
 
     fn group(&self, group: GroupId) -> Option<Group> {

@@ -11,17 +11,20 @@ use tokio::sync::mpsc;
 use super::Peers;
 use super::frame::{self, Frame, Kind, Outbox, Reader};
 use super::link::set_options;
-use super::message::{get_append, get_transfer, get_vote_request, put_append_result, put_vote_response};
+use super::message::{
+    get_append, get_take_over, get_transfer, get_vote_request, put_append_result, put_vote_response,
+};
 use super::snapshot::receive;
+use crate::ReplicaId;
 use crate::group::Group;
-use crate::types::AppendRequest;
+use crate::types::{AppendRequest, VoteResponse};
 
 /// Appends of one session that openraft has not taken yet. It takes 64 at a time; a leader sends no more than that
 /// before it is answered, so this is never reached by one of ours.
 const APPENDS_WAITING_MAX: usize = 256;
 
-/// Serves one connection until it ends.
-pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>) {
+/// Serves one connection until it ends. `number` is no other's in the life of this process.
+pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, number: u64) {
     let from = stream.peer_addr().ok();
     if let Err(error) = set_options(&stream) {
         tracing::warn!(?from, %error, "a peer's connection cannot be used");
@@ -29,13 +32,19 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>) {
     }
     let (read, write) = stream.into_split();
     let writer = tokio::task::spawn_local(frame::send(outbox.clone(), write));
-    let mut serving = Serving { peers, outbox: outbox.clone(), sessions: HashMap::new() };
+    let mut serving =
+        Serving { peers: peers.clone(), outbox: outbox.clone(), number, sessions: HashMap::new() };
     let ended = tokio::select! {
         ended = serving.run(Reader::new(read)) => ended,
         () = outbox.until_closed() => Ok(()),
     };
     outbox.close();
     writer.abort();
+    // Nonsense is our reason to end it, and says nothing of whoever sent it. When this process ends its connections, it
+    // hosts no group any more.
+    if !matches!(&ended, Err(error) if error.kind() == io::ErrorKind::InvalidData) {
+        peers.lost(number);
+    }
     if let Err(error) = ended {
         tracing::debug!(?from, %error, "a peer's connection ended");
     }
@@ -44,6 +53,7 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>) {
 struct Serving {
     peers: Peers,
     outbox: Rc<Outbox>,
+    number: u64,
     sessions: HashMap<u64, mpsc::Sender<AppendRequest>>,
 }
 
@@ -64,6 +74,7 @@ impl Serving {
                 }
                 Kind::Vote | Kind::PreVote => self.vote(frame)?,
                 Kind::Transfer => self.transfer(frame)?,
+                Kind::TakeOver => self.take_over(&frame)?,
                 Kind::Appended | Kind::Voted | Kind::Transferred | Kind::NotHere | Kind::SnapshotAnswer => {
                     return Err(senseless());
                 }
@@ -104,6 +115,7 @@ impl Serving {
             return Ok(());
         };
         group.0.floor_heard(append.request.vote.leader_id.term, append.floor);
+        group.0.append_heard(&append.request.vote, self.number);
         group.0.commit_heard(&append.request.vote, append.request.leader_commit.as_ref());
         let requests = match self.sessions.get(&session) {
             Some(requests) => requests,
@@ -135,6 +147,13 @@ impl Serving {
         let (to, request) = get_vote_request(frame.body.clone()).ok_or_else(senseless)?;
         let Some(group) = self.replica(&frame, to) else { return Ok(()) };
         let outbox = self.outbox.clone();
+        if !request.leadership_transfer
+            && let Some(leader) = group.0.stands_by()
+        {
+            let refused = VoteResponse::new(leader, None, false);
+            outbox.frame(Kind::Voted, frame.group, frame.session, |out| put_vote_response(out, &refused));
+            return Ok(());
+        }
         tokio::task::spawn_local(async move {
             let Some(raft) = group.0.running() else { return };
             let answer = match frame.kind {
@@ -146,6 +165,14 @@ impl Serving {
                 outbox.frame(Kind::Voted, frame.group, frame.session, |out| put_vote_response(out, &answer));
             }
         });
+        Ok(())
+    }
+
+    fn take_over(&self, frame: &Frame) -> io::Result<()> {
+        let (to, from) = get_take_over(frame.body.clone()).ok_or_else(senseless)?;
+        if let Some(group) = self.replica(frame, to) {
+            group.hand_over(ReplicaId(from));
+        }
         Ok(())
     }
 

@@ -4,3 +4,4 @@ mod cluster;
 mod members;
 mod processes;
 mod snapshots;
+mod succession;

@@ -204,7 +204,8 @@ impl Volume {
             | WireRequest::Doubt(_)
             | WireRequest::Discard(_)
             | WireRequest::WriteZeroes(_)
-            | WireRequest::ChunkInfo(_) => return,
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => return,
         };
         operation.route = self.routing.route_of(chunk);
         assert!(operation.route.is_some(), "its segment has just been learned");

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use evolute_protocol::id::CopysetId;
 use evolute_protocol::wire::frame::Frame;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::Request as WireRequest;
@@ -53,8 +54,12 @@ impl Volume {
     fn answered(&mut self, peer: PeerIndex, frame: &Frame) -> Result<(), Lost> {
         let reply = Reply::decode(frame)?;
         let (key, follower) = Key::from_request_id(frame.request);
-        // An answer nobody waits for any more: somebody else's came first, or the request was given up.
-        let Some(operation) = self.operations.get(key) else { return Ok(()) };
+        let Some(operation) = self.operations.get(key) else {
+            if !follower {
+                self.answered_in_vain(peer, frame.copyset, &reply);
+            }
+            return Ok(());
+        };
         let Some(index) = operation.route else { return Err(Lost::WrongAnswer) };
         if frame.copyset != self.routing[index].copyset {
             return Err(Lost::WrongAnswer);
@@ -84,7 +89,8 @@ impl Volume {
                 | WireRequest::ReadAtLeast(_)
                 | WireRequest::Digests(_)
                 | WireRequest::Doubt(_)
-                | WireRequest::ChunkInfo(_),
+                | WireRequest::ChunkInfo(_)
+                | WireRequest::TakeOver(_),
             ) => {
                 return Err(Lost::WrongAnswer);
             }
@@ -95,6 +101,18 @@ impl Volume {
             Err(trouble) => self.failed(key, peer, trouble),
         }
         Ok(())
+    }
+
+    /// Nobody waits for this any more: somebody else's answer came first, or the request was given up. That its sender
+    /// leads is worth knowing all the same: where followers are always quicker, no leader would ever be found.
+    fn answered_in_vain(&mut self, peer: PeerIndex, copyset: CopysetId, reply: &Reply) {
+        let (Reply::Done(fresh) | Reply::Data { fresh, .. }) = reply else { return };
+        let Some(index) = self.routing.find(copyset) else { return };
+        let route = &mut self.routing[index];
+        if !route.confirmed && route.replicas.contains(&peer) && route.answered(peer, *fresh) {
+            self.leader_found(index);
+            self.resumed(index);
+        }
     }
 
     fn succeeded(&mut self, key: Key, index: RouteIndex, peer: PeerIndex, answer: Answer) {
@@ -130,7 +148,7 @@ impl Volume {
         let failures = operation.failures;
         let is_fence = operation.purpose == Purpose::Fence;
         let jitter = self.jitter();
-        let next = next_move(trouble, &self.standing(index, peer, trouble, failures, jitter));
+        let next = next_move(trouble, &self.standing(key, index, peer, trouble, failures, jitter));
         let from_target = self.routing[index].target == peer;
         match trouble {
             Trouble::Stale => self.counters.stale_reads += 1,
@@ -140,6 +158,9 @@ impl Volume {
             {
                 // Its members changed, or it names itself by an id we never heard of.
                 self.want_map();
+            }
+            Trouble::Refused(Refusal::NotLeader { leader: Some(leader) }) => {
+                self.ask_to_take_over(index, peer, leader);
             }
             _ => {}
         }
@@ -196,6 +217,7 @@ impl Volume {
 
     fn standing(
         &self,
+        key: Key,
         index: RouteIndex,
         peer: PeerIndex,
         trouble: Trouble,
@@ -208,7 +230,7 @@ impl Volume {
         let hint_usable = match trouble {
             Trouble::Refused(Refusal::NotLeader { leader: Some(leader) }) => self
                 .member(index, leader)
-                .is_some_and(|leader| leader != peer && !self.peers[leader].is_doubtful(self.now)),
+                .is_some_and(|leader| leader != peer && self.may_answer(leader, key)),
             _ => false,
         };
         Standing {
@@ -221,6 +243,13 @@ impl Volume {
             failures,
             jitter,
         }
+    }
+
+    /// One that was asked this very thing, or says nothing to anything, is waited for already: others are to be asked
+    /// meanwhile whether somebody else leads by now.
+    fn may_answer(&self, leader: PeerIndex, key: Key) -> bool {
+        let peer = &self.peers[leader];
+        !self.waits_at(key, leader) && !peer.is_doubtful(self.now) && !peer.is_mute(self.now)
     }
 
     fn member(

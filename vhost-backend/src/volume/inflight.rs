@@ -57,6 +57,11 @@ impl Key {
         (key, id.0 & FOLLOWER != 0)
     }
 
+    /// For what needs no answer: no key that is given out.
+    pub fn nobody_s_request_id() -> RequestId {
+        Self { index: u32::MAX, generation: 0 }.to_request_id()
+    }
+
     /// A number to spread things with.
     pub fn place(self) -> usize {
         self.index as usize
@@ -227,7 +232,8 @@ impl Operation {
             | WireRequest::ReadAtLeast(_)
             | WireRequest::Digests(_)
             | WireRequest::Doubt(_)
-            | WireRequest::ChunkInfo(_) => None,
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => None,
         }
     }
 
@@ -241,7 +247,8 @@ impl Operation {
             | WireRequest::ReadAtLeast(_)
             | WireRequest::Digests(_)
             | WireRequest::Doubt(_)
-            | WireRequest::ChunkInfo(_) => None,
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => None,
         }
     }
 
@@ -255,7 +262,8 @@ impl Operation {
             | WireRequest::ReadAtLeast(_)
             | WireRequest::Digests(_)
             | WireRequest::Doubt(_)
-            | WireRequest::ChunkInfo(_) => {}
+            | WireRequest::ChunkInfo(_)
+            | WireRequest::TakeOver(_) => {}
         }
     }
 }

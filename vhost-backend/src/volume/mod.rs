@@ -94,7 +94,8 @@ impl Default for VolumeOptions {
             read_only: false,
             operations_max: 1024,
             bytes_max: 64 << 20,
-            silence: Duration::from_secs(1),
+            // Longer than anything but an election takes; with a leader that hangs, the others are asked from then on.
+            silence: Duration::from_millis(500),
             fail_after: None,
         }
     }
@@ -122,6 +123,8 @@ pub struct Counters {
     pub followers_answered: u64,
     /// Those asked beside a leader that was only slow.
     pub second_questions: u64,
+    /// A follower was asked to lead in the place of a leader that was not reached.
+    pub take_overs_asked: u64,
     /// Operations that somebody else than the first one asked had to answer, or the same one later.
     pub retries: u64,
 }

@@ -50,7 +50,7 @@ pub struct Standing {
     pub searching: Duration,
     /// Hints followed since the last pause.
     pub redirects: u32,
-    /// Whether the chunkserver named by a hint is one we can talk to now, or may try.
+    /// Whether the chunkserver named by a hint is one we can talk to now, or may try, and have not asked yet.
     pub hint_usable: bool,
     /// The one that refused names itself: it has been elected and does not serve yet.
     pub hint_is_self: bool,

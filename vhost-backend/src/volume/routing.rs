@@ -97,6 +97,8 @@ pub struct Route {
     pub parked: VecDeque<Key>,
     /// The one that goes ahead while we search.
     pub probe: Option<Key>,
+    /// A follower was last asked to lead in the place of one that we do not reach.
+    pub take_over_asked: Option<Instant>,
     /// The operator was told that I/O is held here, since then.
     pub held_since: Option<Instant>,
 }
@@ -118,6 +120,7 @@ impl Route {
             recent: RecentChanges::default(),
             parked: VecDeque::new(),
             probe: None,
+            take_over_asked: None,
             held_since: None,
         }
     }
@@ -269,6 +272,10 @@ impl Routing {
     pub fn route_of(&self, chunk: ChunkIndex) -> Option<RouteIndex> {
         let segment = self.segments.get(segment_of(chunk).0 as usize)?.as_ref()?;
         Some(segment[chunk.0 as usize % CHUNKS])
+    }
+
+    pub fn find(&self, copyset: CopysetId) -> Option<RouteIndex> {
+        self.by_copyset.get(&copyset).copied()
     }
 
     pub fn get_mut(&mut self, index: RouteIndex) -> Option<&mut Route> {

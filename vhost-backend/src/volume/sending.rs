@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use evolute_protocol::wire::reply::Freshness;
-use evolute_protocol::wire::request::{Fence, Request as WireRequest};
+use evolute_protocol::wire::request::{Fence, Request as WireRequest, TakeOver};
 use smallvec::SmallVec;
 
 use super::connection::{Lost, PeerIndex, Readiness};
@@ -14,6 +14,10 @@ use super::{Stage, Volume};
 /// After this many times `silence`, one that said nothing is asked a second time: it may have lost the question with
 /// its leadership, and got that back.
 const SILENCES_TO_REPEAT: u32 = 5;
+
+/// A leader that was not reached for this long, although its followers hear it, is cut off from us alone. Some 0.5 s of
+/// silence went before; with an election by silence (1 s) under way, asking is in vain and costs nobody anything.
+const TAKE_OVER_AFTER: Duration = Duration::from_millis(500);
 
 /// Where a route's next frame may go.
 enum Reach {
@@ -100,7 +104,7 @@ impl Volume {
             }
             return;
         };
-        let target = match self.reach(index) {
+        let target = match self.reach(index, ahead) {
             Reach::Open(target) => target,
             Reach::Soon => return,
             Reach::Nobody(until) => {
@@ -109,11 +113,16 @@ impl Volume {
                 return;
             }
         };
-        let repeat = self.options.silence * SILENCES_TO_REPEAT;
-        let asked = self.operations.get(ahead).and_then(|operation| operation.was_asked(target));
-        if asked.is_none_or(|at| self.now.saturating_duration_since(at) >= repeat) {
+        if !self.waits_at(ahead, target) {
             self.send(ahead, target);
         }
+    }
+
+    /// It was asked this very thing, not long ago, and may yet answer.
+    pub(super) fn waits_at(&self, key: Key, peer: PeerIndex) -> bool {
+        let repeat = self.options.silence * SILENCES_TO_REPEAT;
+        let asked = self.operations.get(key).and_then(|operation| operation.was_asked(peer));
+        asked.is_some_and(|at| self.now.saturating_duration_since(at) < repeat)
     }
 
     /// The one operation a route may send now: its fence, or the probe of a search. `None`: no such limit, or nothing
@@ -149,17 +158,21 @@ impl Volume {
         }
     }
 
-    /// The target if it can be talked to and says something, or was named as the leader; else another replica that can,
-    /// or may be tried.
-    fn reach(&mut self, index: RouteIndex) -> Reach {
+    /// The target if it can be talked to, says something and was not asked by `ahead`, or was named as the leader; else
+    /// another replica that can, or may be tried.
+    fn reach(&mut self, index: RouteIndex, ahead: Key) -> Reach {
         let jitter = self.jitter();
+        let waits_at: SmallVec<[PeerIndex; 3]> =
+            self.routing[index].replicas.iter().copied().filter(|peer| self.waits_at(ahead, *peer)).collect();
         let Some(registry) = &self.registry else { return Reach::Soon };
         let route = &mut self.routing[index];
         let (mut earliest, mut soon, mut mute) = (None, false, None);
         for _ in 0..route.replicas.len().max(1) {
             let peer = &mut self.peers[route.target];
             match peer.want(self.now, registry, jitter) {
-                Readiness::Open if peer.is_mute(self.now) && !route.hinted => {
+                Readiness::Open
+                    if !route.hinted && (peer.is_mute(self.now) || waits_at.contains(&route.target)) =>
+                {
                     mute = mute.or(Some(route.target))
                 }
                 Readiness::Open => return Reach::Open(route.target),
@@ -182,6 +195,36 @@ impl Volume {
             None if soon => Reach::Soon,
             None => Reach::Nobody(self.now),
         }
+    }
+
+    /// `follower` follows a leader that we have not reached for long: may it lead itself. The copyset has one client that
+    /// does not reach the leader, and nobody else can know.
+    pub(super) fn ask_to_take_over(
+        &mut self,
+        index: RouteIndex,
+        follower: PeerIndex,
+        leader: evolute_protocol::id::ChunkserverId,
+    ) {
+        let (Some(leader), Some(attachment)) = (self.peers.find(leader), &self.attachment) else { return };
+        let leader = &self.peers[leader];
+        let route = &mut self.routing[index];
+        // One that is only slow keeps its group: to move it would make it slower.
+        let reached = leader.is_open() && leader.silent_for(self.now) < self.options.silence;
+        let lately =
+            route.take_over_asked.is_some_and(|at| self.now.saturating_duration_since(at) < TAKE_OVER_AFTER);
+        if self.stage != Stage::Serving
+            || reached
+            || lately
+            || route.searching(self.now) < TAKE_OVER_AFTER
+            || !self.peers[follower].is_open()
+        {
+            return;
+        }
+        route.take_over_asked = Some(self.now);
+        let ask = TakeOver { volume: attachment.volume, epoch: attachment.epoch };
+        let copyset = route.copyset;
+        self.peers[follower].put(&WireRequest::TakeOver(ask), copyset, Key::nobody_s_request_id(), self.now);
+        self.counters.take_overs_asked += 1;
     }
 
     /// A route has found its leader: what is parked goes there, and so does what still waits elsewhere.

@@ -23,6 +23,10 @@ const MAP_EVERY: Duration = Duration::from_secs(2);
 impl Volume {
     /// Does what is due.
     pub(super) fn expire(&mut self) {
+        if self.stage == Stage::Stopped {
+            // There are no peers any more to look at.
+            return;
+        }
         self.resend_delayed();
         self.look_after_reads();
         if self.next_sweep.is_some_and(|at| at <= self.now) {

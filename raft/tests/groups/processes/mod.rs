@@ -71,13 +71,14 @@ impl Dial for Dialer {
 pub struct Setup {
     pub options: LogOptions,
     pub limits: Limits,
+    pub timing: Timing,
     pub watch: Watch,
 }
 
 impl Setup {
     pub fn of(member: Member) -> Self {
         let options = LogOptions { file_bytes: 1 << 20, ..options(member) };
-        Self { options, limits: Limits::default(), watch: Watch::default() }
+        Self { options, limits: Limits::default(), timing: TIMING, watch: Watch::default() }
     }
 }
 
@@ -112,7 +113,7 @@ impl Process {
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
             directory.tell(member.process, listener.local_addr().expect("bound"));
             let peers = Peers::new(member.process, Rc::new(Dialer(member.process, directory)));
-            let node = Node::with_limits(log, peers.clone(), TIMING, setup.limits);
+            let node = Node::with_limits(log, peers.clone(), setup.timing, setup.limits);
             let owner = Rc::new(Owner::open(&dir.join("owner"), recorded, setup.watch));
             node.start_group(GROUP, member.replica, Recorder(owner.clone())).await.expect("a group");
             tokio::task::spawn_local(async move {
@@ -231,6 +232,7 @@ pub struct Cluster {
     pub processes: Vec<Option<Process>>,
     pub members: Vec<Member>,
     limits: Limits,
+    timing: Timing,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -241,12 +243,17 @@ impl Cluster {
     }
 
     pub fn with_limits(n: usize, limits: Limits) -> Self {
+        Self::with_timing(n, limits, TIMING)
+    }
+
+    pub fn with_timing(n: usize, limits: Limits, timing: Timing) -> Self {
         let mut cluster = Self {
             directory: Directory::default(),
             dirs: Vec::new(),
             processes: Vec::new(),
             members: Vec::new(),
             limits,
+            timing,
             runtime: tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap(),
         };
         for _ in 0..n {
@@ -286,7 +293,7 @@ impl Cluster {
 
     pub fn restart(&mut self, at: usize) {
         let member = self.members[at];
-        let setup = Setup { limits: self.limits, ..Setup::of(member) };
+        let setup = Setup { limits: self.limits, timing: self.timing, ..Setup::of(member) };
         let process = Process::start(member, self.dirs[at].path(), &self.directory, setup);
         self.processes[at] = Some(process);
     }
@@ -401,7 +408,7 @@ impl Cluster {
 }
 
 /// Far beyond anything that should happen here, on a machine that is busy with something else.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn eventually<T>(what: &str, mut happened: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;

@@ -330,6 +330,11 @@ impl State {
         }
         let reply = match request {
             Request::ReadAtLeast(ask) => self.follow(server, copyset, ask),
+            // The leader heard of it, and handed over.
+            Request::TakeOver(_) => {
+                self.lead(copyset, Some(server));
+                Reply::Refused(Refusal::NotLeader { leader: None })
+            }
             _ => self.apply(server, copyset, request),
         };
         if !slow.is_zero() && matches!(request, Request::Read(_)) {
@@ -384,7 +389,7 @@ impl State {
             Request::Fence(fence) => fence.epoch,
             Request::Read(read) => read.epoch,
             Request::ChunkInfo(ask) => ask.epoch,
-            Request::ReadAtLeast(_) | Request::Digests(_) | Request::Doubt(_) => {
+            Request::ReadAtLeast(_) | Request::TakeOver(_) | Request::Digests(_) | Request::Doubt(_) => {
                 unreachable!("followers' business")
             }
             _ => tag_of(request).expect("a change").epoch,
@@ -466,7 +471,8 @@ fn tag_of(request: &Request) -> Option<ChangeTag> {
         | Request::ReadAtLeast(_)
         | Request::Digests(_)
         | Request::Doubt(_)
-        | Request::ChunkInfo(_) => None,
+        | Request::ChunkInfo(_)
+        | Request::TakeOver(_) => None,
     }
 }
 

@@ -100,11 +100,14 @@ fn a_volume_that_only_reads_finds_the_new_leader_too() {
     let mut rig = written(&cluster, options, 8);
     cluster.state().fault(SERVERS[0]).hung = true;
     cluster.state().lead(C1, Some(SERVERS[1]));
-    let found = |cluster: &Cluster| cluster.state().requests.get(&SERVERS[1]).copied().unwrap_or(0) > 20;
+    let found = |rig: &Rig| {
+        let mut routes = rig.volume.routing.iter();
+        routes.all(|route| route.confirmed && rig.volume.peers[route.target].id == SERVERS[1])
+    };
     rig.until("the new leader is asked", |rig| {
         let ticket = rig.submit(Request::Read { offset: 0, len: 4096 });
         assert_eq!(rig.wait(ticket), data(0));
-        found(&cluster)
+        found(rig)
     });
 }
 

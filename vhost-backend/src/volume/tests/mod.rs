@@ -196,6 +196,43 @@ fn a_hung_leader_costs_one_silence_and_its_other_requests_follow() {
     assert!((1..=4).contains(&rig.volume.counters().asked_another), "{:?}", rig.volume.counters());
 }
 
+/// The others hear it, so they elect nobody; nobody but us knows that it might as well be dead.
+#[test]
+fn a_leader_that_we_alone_do_not_reach_hands_over_to_one_that_we_do() {
+    let cluster = Cluster::start(1);
+    let mut rig = Rig::attached(&cluster, quick());
+    rig.until("connected to all", |rig| rig.volume.peers.iter().all(|peer| peer.is_open()));
+    cluster.state().fault(SERVERS[0]).hung = true;
+    assert_eq!(rig.write(0, pattern(1, 4096)), Outcome::Done);
+    assert_ne!(cluster.state().groups[&C1].leader, Some(SERVERS[0]));
+    assert!(rig.volume.counters().take_overs_asked >= 1, "{:?}", rig.volume.counters());
+    check_sequences(&cluster);
+}
+
+/// A leader without a majority refuses what is new and holds what it has; it is not mute, and names nobody.
+#[test]
+fn a_change_that_a_deposed_leader_holds_goes_to_the_next_while_that_one_refuses_the_others() {
+    let cluster = Cluster::start(1);
+    let mut rig = Rig::attached(&cluster, quick());
+    cluster.state().fault(SERVERS[0]).hung = true;
+    let held = rig.submit(Request::Write { offset: 0, data: Bytes::from(pattern(1, 4096)) });
+    rig.turn_for(Duration::from_millis(20));
+    cluster.state().fault(SERVERS[0]).hung = false;
+    cluster.state().fault(SERVERS[0]).refuse = Some(Refusal::NotLeader { leader: None });
+    // The others do not know better for a while.
+    for server in &SERVERS[1..] {
+        cluster.state().fault(*server).refuse = Some(Refusal::NotLeader { leader: Some(SERVERS[0]) });
+    }
+    let after = rig.submit(Request::Write { offset: 4096, data: Bytes::from(pattern(2, 4096)) });
+    rig.turn_for(Duration::from_millis(300));
+    cluster.state().lead(C1, Some(SERVERS[2]));
+    SERVERS[1..].iter().for_each(|server| cluster.state().fault(*server).refuse = None);
+    assert_eq!(rig.wait(held), Outcome::Done);
+    assert_eq!(rig.wait(after), Outcome::Done);
+    assert_eq!(rig.volume.counters().take_overs_asked, 0, "it was reached all the time");
+    check_sequences(&cluster);
+}
+
 #[test]
 fn without_a_quorum_requests_wait_and_resume_by_themselves() {
     let cluster = Cluster::start(3);
@@ -243,7 +280,8 @@ fn with_a_limit_requests_fail_after_it_and_new_ones_work_later() {
 #[test]
 fn a_fenced_volume_stops_for_ever() {
     let cluster = Cluster::start(2);
-    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    // What is out is looked over several times after the end.
+    let mut rig = Rig::attached(&cluster, quick());
     cluster.state().groups.get_mut(&C1).expect("there").epoch = Epoch { attachment: 4, incarnation: 0 };
     cluster.state().lead(CopysetId(2), None);
     // One is fenced, one has no leader: both end, and so does all that comes later.
