@@ -279,6 +279,9 @@ fn a_file_that_no_record_knows_is_emptied_before_it_is_used() {
     let kept = fs::read(&file).unwrap();
     store.get().discard(COPYSET, CHUNK, 0, 1 << 20);
     store.checkpoint().unwrap();
+    // The file goes after the checkpoint, and before the next.
+    store.write(other(1), 0, &[1; 512]);
+    store.checkpoint().unwrap();
     assert!(!file.exists());
     fs::write(&file, kept).unwrap();
     store.write(CHUNK, 0, &[1; 512]);
