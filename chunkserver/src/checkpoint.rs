@@ -18,8 +18,8 @@ const LOOKS_PER_PURGE: u32 = 10;
 /// Log bytes that make a checkpoint due by themselves: what a restart reads, and what the disk must hold beside
 /// the chunks.
 const LOG_BYTES_DUE: u64 = 512 << 20;
-/// A checkpoint that found no space is tried again after this.
-const NO_SPACE_PAUSE: Duration = Duration::from_secs(1);
+/// What found no space is tried again after this.
+pub const NO_SPACE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Checkpoints until the log or the store fails; that failure is the result.
 pub async fn run(

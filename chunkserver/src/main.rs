@@ -65,7 +65,7 @@ async fn serve(config: Config) -> Result<()> {
         capacity_bytes: config.capacity_bytes,
         ..StoreOptions::default()
     };
-    let (handle, thread) = shard::start(ShardOptions {
+    let starting = shard::start(ShardOptions {
         data_dir: data_dir.path().to_owned(),
         identity: identity.clone(),
         store,
@@ -78,8 +78,12 @@ async fn serve(config: Config) -> Result<()> {
         trash_delay_ms: config.trash_delay_s * 1000,
         listener,
         addresses: addresses.clone(),
-    })
-    .await?;
+    });
+    // It may have to wait for space. Nothing has been changed before it serves that a crash would not leave as well.
+    let (handle, thread) = tokio::select! {
+        started = starting => started?,
+        () = stop.requested() => return Ok(()),
+    };
     tracing::info!(chunkserver = %identity.chunkserver, cluster = %identity.cluster, address, "serving");
     if let Some(path) = &config.ready_file {
         let content = serde_json::json!({

@@ -6,7 +6,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -24,7 +24,7 @@ use tokio::task::{JoinHandle as Task, spawn_local};
 
 use crate::addresses::Addresses;
 use crate::checkpoint;
-use crate::chunk_store::{ChunkStore, Identity, StoreError, StoreOptions, StoreUsage};
+use crate::chunk_store::{ChunkStore, Identity, Opened, StoreError, StoreOptions, StoreUsage};
 use crate::copyset::members::{self, MemberChange};
 use crate::copyset::registry::{Registry, ReplicaError};
 use crate::copyset::repair::Repairs;
@@ -179,6 +179,28 @@ pub async fn start(
     }
 }
 
+/// A disk that is full at the start is waited for like one that fills up later: nothing is lost, and an operator makes
+/// room.
+async fn open_store(
+    dir: &Path,
+    options: StoreOptions,
+    identity: &Identity,
+) -> Result<(ChunkStore, Opened), ShardError> {
+    let mut said = false;
+    loop {
+        match ChunkStore::open(dir, options.clone(), identity) {
+            Err(error @ StoreError::NoSpace { .. }) => {
+                if !said {
+                    tracing::warn!(%error, "the chunk store is not opened before there is space");
+                    said = true;
+                }
+                tokio::time::sleep(checkpoint::NO_SPACE_PAUSE).await;
+            }
+            opened => return opened.map_err(ShardError::OpenStore),
+        }
+    }
+}
+
 async fn run(
     options: ShardOptions,
     mut inbox: mpsc::UnboundedReceiver<ToShard>,
@@ -200,8 +222,7 @@ async fn run(
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
     let log_options = LogOptions { file_bytes: log_file_mib * MIB, ..LogOptions::new(owner) };
     let log = Log::open(&data_dir.join("log"), log_options).await.map_err(ShardError::OpenLog)?;
-    let (store, opened) =
-        ChunkStore::open(&data_dir.join("store"), store, &identity).map_err(ShardError::OpenStore)?;
+    let (store, opened) = open_store(&data_dir.join("store"), store, &identity).await?;
     let store = Rc::new(RefCell::new(store));
     let neighbours = Rc::new(Caller::new(identity.clone(), addresses));
     let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));

@@ -166,3 +166,44 @@ async fn a_stream_is_as_guarded_as_a_registration() {
     let other = Report { instance: vec![1; 16], ..good.clone() };
     assert_eq!(end(vec![good, other]).await, ErrorWord::Invalid);
 }
+
+/// A leader on a full disk must know at once whether another has room, and a slow disk what is usual.
+#[tokio::test]
+async fn everybody_is_told_whose_disk_is_full_and_what_a_write_usually_takes() {
+    let mds = Mds::start().await;
+    let stream = async |zone: &str, first: Report| {
+        let request = first_registration(zone);
+        let mine = register(mds.address, request.clone()).await.expect("registered");
+        let who =
+            Report { chunkserver: mine.chunkserver, token: mine.token, instance: request.instance, ..first };
+        let (reports, outgoing) = tokio::sync::mpsc::channel(4);
+        reports.send(who.clone()).await.expect("room");
+        let mut client = ChunkserversClient::new(channel(mds.address).await);
+        let outgoing = tokio_stream::wrappers::ReceiverStream::new(outgoing);
+        let orders = client.heartbeat(outgoing).await.expect("a stream").into_inner();
+        (who, reports, orders)
+    };
+    let first = Report { full: true, write_latency_us_p50: 500, ..Report::default() };
+    let (one, says, _told) = stream("z1", first).await;
+    let (_, _says, mut hears) = stream("z2", Report { slow: true, ..Report::default() }).await;
+    let disks = |orders: &evolute_protocol::rpc::Orders| -> Vec<_> {
+        orders.addresses.iter().map(|of| (of.chunkserver, of.full, of.slow)).collect()
+    };
+    // Other news may come first.
+    let mut until = async |expected: [(u32, bool, bool); 2]| {
+        let hearing = async {
+            loop {
+                let told = hears.message().await.expect("no end").expect("orders");
+                if disks(&told) == expected {
+                    return told;
+                }
+            }
+        };
+        tokio::time::timeout(crate::support::PATIENCE, hearing).await.expect("it is told")
+    };
+    let told = until([(1, true, false), (2, false, true)]).await;
+    assert_eq!(told.usual_write_latency_us, 500);
+    // Without being asked.
+    says.send(Report { full: false, ..one }).await.expect("room");
+    until([(1, false, false), (2, false, true)]).await;
+}
