@@ -78,6 +78,13 @@ fn counted(report: &ShardReport) -> (u64, u64, u64, u64) {
     (bad.0, bad.1, report.blocks_differing, report.blocks_undecided)
 }
 
+/// Its only chunk file becomes what it was.
+fn put_back(cluster: &mut Cluster, n: u32, file: Vec<u8>) {
+    cluster.stop(n);
+    std::fs::write(&cluster.files(n)[0], file).expect("put back");
+    cluster.start_again(n);
+}
+
 /// A chunk file of one replica is put back from an old copy, whole, with all its checksums: nothing in it is damaged,
 /// and all of it is old. The others know.
 #[test]
@@ -87,9 +94,7 @@ fn a_file_put_back_from_an_old_copy_is_found_and_repaired() {
     write_all(&cluster, &mut client, &mut model);
     let old = copy(&cluster, 2);
     write_all(&cluster, &mut client, &mut model);
-    cluster.stop(2);
-    std::fs::write(&cluster.files(2)[0], old).expect("put back");
-    cluster.start_again(2);
+    put_back(&mut cluster, 2, old);
     cluster.until("the file is as it should be", || holds(&cluster, 2, &model));
     let all = BLOCKS as u64;
     assert_eq!(counted(&cluster.report(2)), (all, all, all, 0));
@@ -110,17 +115,13 @@ fn what_one_replica_has_lost_is_brought_back_and_what_it_kept_is_discarded() {
     let thin = copy(&cluster, 2);
     write_all(&cluster, &mut client, &mut model);
     let full = copy(&cluster, 2);
-    cluster.stop(2);
-    std::fs::write(&cluster.files(2)[0], thin).expect("put back");
-    cluster.start_again(2);
+    put_back(&mut cluster, 2, thin);
     cluster.until("everything is there", || holds(&cluster, 2, &model));
     let all = BLOCKS as u64;
     assert_eq!(counted(&cluster.report(2)), (all, all, all, 0));
     let mut client = client_of_leader(&cluster);
     thin_out(&cluster, &mut client, &mut model);
-    cluster.stop(2);
-    std::fs::write(&cluster.files(2)[0], full).expect("put back");
-    cluster.start_again(2);
+    put_back(&mut cluster, 2, full);
     let gone = (BLOCKS - BLOCKS / PER_SECTOR) as u64;
     cluster.until("it is discarded", || counted(&cluster.report(2)) == (gone, gone, gone, 0));
     check_all(&cluster, &model);
