@@ -87,7 +87,7 @@ impl Run<'_> {
 
     /// Every sector is read from the files of each chunkserver, of which none runs: all are killed in the same moment, just
     /// after everything was answered.
-    pub(super) fn from_each_disk(&mut self) -> Result<()> {
+    pub(super) fn through_each_disk(&mut self) -> Result<()> {
         if self.must_end() {
             return Ok(());
         }

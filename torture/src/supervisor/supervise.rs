@@ -133,7 +133,7 @@ impl Run<'_> {
             if self.settle("after the last fault") && !self.stop.load(Ordering::SeqCst) {
                 self.through_each_leader()?;
                 self.without_each()?;
-                self.from_each_disk()?;
+                self.through_each_disk()?;
             }
         }
         let leader_changes = self.cluster.view().leader_changes;
