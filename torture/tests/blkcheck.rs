@@ -304,7 +304,7 @@ fn an_image_is_judged_as_a_read_of_everything() {
     let mut bytes = std::fs::read(&disk).expect("readable");
     let is_written = |bytes: &[u8], sector: usize| bytes[sector * 512..][..512].iter().any(|&byte| byte != 0);
     let mut written = (0..8192).filter(|&sector| is_written(&bytes, sector));
-    let (lost, rotten) = (written.next().expect("one"), written.last().expect("another one"));
+    let (lost, rotten) = (written.next().expect("one"), written.next_back().expect("another one"));
     bytes[lost * 512..][..512].fill(0);
     bytes[rotten * 512 + 300] ^= 1;
     std::fs::write(&copy, bytes).expect("room");
