@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Deserialize;
 
 /// Stores replicas of chunks on one disk, for an Evolute cluster.
@@ -15,11 +15,16 @@ use serde::Deserialize;
     after_help = "Examples:
   evolute-chunkserver --data-dir /srv/evolute/disk1 --mds 10.0.0.1:7700 --listen 10.0.0.5:7710 --zone rack1 --server host5
   evolute-chunkserver --config /etc/evolute/chunkserver.toml --listen 127.0.0.1:0 --ready-file /run/cs.ready
+  evolute-chunkserver inspect --data-dir /srv/evolute/disk1
 
 One process serves one disk. SIGTERM stops it cleanly; a kill -9 loses nothing that was acknowledged.
-EVOLUTE_LOG filters the traces on stderr (default: info)."
+EVOLUTE_LOG filters the traces on stderr (default: info).",
+    args_conflicts_with_subcommands = true
 )]
 pub struct Args {
+    #[command(subcommand)]
+    #[serde(skip)]
+    pub task: Option<Task>,
     /// TOML file with these settings (keys are the flags' names with underscores)
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
@@ -74,6 +79,36 @@ pub struct Args {
     pub ready_file: Option<PathBuf>,
 }
 
+/// What else this program does than to serve.
+#[derive(Debug, Clone, Subcommand)]
+pub enum Task {
+    /// Reads everything in the data directory of a chunkserver that does not run, without changing a byte of it
+    #[command(
+        after_help = "For each replica: how far its log and its chunk files go, its members, its chunks, and every block that cannot
+be read. Log entries after the checkpoint are applied in memory, committed or not: which of the last ones are, only
+the logs of a majority can tell. The one that ends last (by term, then index) has everything that was acknowledged.
+
+Exit status: 0 all of it is sound; 1 it could not be read; 2 wrong usage; 3 a block cannot be read, or a replica could
+not run.
+
+Examples:
+  evolute-chunkserver inspect --data-dir /srv/evolute/disk1
+  evolute-chunkserver inspect --data-dir /srv/evolute/disk1 --json --export /var/tmp/disk1"
+    )]
+    Inspect {
+        /// The chunkserver's directory; refused while a chunkserver uses it
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+        /// Print JSON instead of words
+        #[arg(long)]
+        json: bool,
+        /// Folder for a sparse raw image of each volume, volume-N.raw, as far as its chunks are here; a block that cannot
+        /// be read says so in it
+        #[arg(long, value_name = "DIR")]
+        export: Option<PathBuf>,
+    },
+}
+
 /// The settings, complete.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -109,6 +144,7 @@ impl Args {
     /// These flags over the settings of a file.
     pub fn or(self, file: Self) -> Self {
         Self {
+            task: self.task,
             config: self.config,
             data_dir: self.data_dir.or(file.data_dir),
             mds: if self.mds.is_empty() { file.mds } else { self.mds },

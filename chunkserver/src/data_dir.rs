@@ -13,6 +13,9 @@ pub enum DataDirError {
     InUse(PathBuf),
     #[error("{dir} is not empty (it has {found:?}) and is not a chunkserver's data directory")]
     NotOurs { dir: PathBuf, found: String },
+    /// Looked at, not taken: it has no lock file.
+    #[error("{0} is not a chunkserver's data directory")]
+    NotOne(PathBuf),
     #[error("cannot use {dir}")]
     Io { dir: PathBuf, source: io::Error },
 }
@@ -41,10 +44,27 @@ impl DataDir {
         }
         let lock =
             OpenOptions::new().create(true).truncate(false).write(true).open(&lock_file).map_err(failed)?;
+        Self::hold(path, lock)
+    }
+
+    /// Takes a directory that some chunkserver has used, without changing anything in it.
+    pub fn look(path: &Path) -> Result<Self, DataDirError> {
+        let failed = |source| DataDirError::Io { dir: path.to_owned(), source };
+        fs::read_dir(path).map_err(failed)?;
+        match File::open(path.join("lock")) {
+            Ok(lock) => Self::hold(path, lock),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(DataDirError::NotOne(path.to_owned()))
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn hold(path: &Path, lock: File) -> Result<Self, DataDirError> {
         match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Self { path: path.to_owned(), _lock: lock }),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(DataDirError::InUse(path.to_owned())),
-            Err(error) => Err(failed(error.into())),
+            Err(error) => Err(DataDirError::Io { dir: path.to_owned(), source: error.into() }),
         }
     }
 
@@ -55,6 +75,11 @@ impl DataDir {
     /// Where the chunk store lives.
     pub fn store(&self) -> PathBuf {
         self.path.join("store")
+    }
+
+    /// Where the log lives.
+    pub fn log(&self) -> PathBuf {
+        self.path.join("log")
     }
 }
 

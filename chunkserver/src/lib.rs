@@ -2,7 +2,8 @@
 //!
 //! In the order data flows: `server` takes requests from sockets, [`copyset`] makes them entries of a Raft group's
 //! log and applies them, [`chunk_store`] keeps the bytes, [`disk`] is the only one to open chunk files. [`shard`] is
-//! the thread all of that lives on; [`heartbeat`] talks to the control plane from another one.
+//! the thread all of that lives on; [`heartbeat`] talks to the control plane from another one. [`inspect`] reads the files
+//! of a chunkserver that does not run.
 //!
 //! Start at [`shard`].
 
@@ -15,6 +16,7 @@ pub mod data_dir;
 pub mod disk;
 mod handover;
 pub mod heartbeat;
+pub mod inspect;
 mod neighbours;
 pub mod others;
 pub mod scrub;

@@ -1,4 +1,5 @@
-//! `evolute-chunkserver`: config → directory → identity → shard → heartbeats, until told to stop.
+//! `evolute-chunkserver`: config → directory → identity → shard → heartbeats, until told to stop. Or a look at the
+//! directory of one that is stopped.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,20 +9,28 @@ use bytes::Bytes;
 use clap::Parser;
 use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
-use evolute_chunkserver::config::{Args, Config};
+use evolute_chunkserver::config::{Args, Config, Task};
 use evolute_chunkserver::data_dir::DataDir;
 use evolute_chunkserver::heartbeat::{self, Introduction};
+use evolute_chunkserver::inspect::inspect;
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
 use evolute_daemon::Stop;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
 
+/// `inspect` has read everything, and not all of it is sound.
+const UNSOUND: u8 = 3;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     evolute_daemon::start();
-    match run(args) {
-        Ok(()) => ExitCode::SUCCESS,
+    let done = match &args.task {
+        Some(Task::Inspect { data_dir, json, export }) => look(data_dir, *json, export.as_deref()),
+        None => run(args).map(|()| ExitCode::SUCCESS),
+    };
+    match done {
+        Ok(status) => status,
         Err(error) => {
             eprintln!("evolute-chunkserver: {error:#}");
             ExitCode::FAILURE
@@ -34,6 +43,17 @@ fn run(args: Args) -> Result<()> {
     let config = args.or(file).check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(serve(config))
+}
+
+fn look(data_dir: &Path, json: bool, export: Option<&Path>) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let inspection = runtime.block_on(inspect(data_dir, export))?;
+    if json {
+        println!("{}", serde_json::to_string(&inspection)?);
+    } else {
+        print!("{}", inspection.words());
+    }
+    Ok(if inspection.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(UNSOUND) })
 }
 
 async fn serve(config: Config) -> Result<()> {

@@ -1,4 +1,5 @@
-//! What the chunk store relies on of a disk, checked over the real one and over the one that crash tests use.
+//! What the chunk store relies on of a disk, checked over the real one and over the one that crash tests use; what is
+//! said of files, also over the one that is only looked at.
 
 use std::io::{ErrorKind, IoSlice};
 use std::path::Path;
@@ -6,12 +7,20 @@ use std::sync::Arc;
 
 use evolute_chunkserver::disk::crash::{Crash, Survives};
 use evolute_chunkserver::disk::direct::Direct;
+use evolute_chunkserver::disk::read_only::ReadOnly;
 use evolute_chunkserver::disk::{Disk, File};
 
 fn on_both(contract: impl Fn(&dyn Disk)) {
     let dir = tempfile::tempdir().unwrap();
     contract(&Direct::new(dir.path()));
     contract(&Crash::new());
+}
+
+fn on_all(contract: impl Fn(&dyn Disk)) {
+    on_both(&contract);
+    let dir = tempfile::tempdir().unwrap();
+    contract(&ReadOnly::new(dir.path()));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "it is only looked at");
 }
 
 fn path(text: &str) -> &Path {
@@ -30,7 +39,7 @@ fn read(file: &Arc<dyn File>, offset: u64, len: usize) -> Vec<u8> {
 
 #[test]
 fn what_was_written_is_read_and_the_rest_is_zeroes() {
-    on_both(|disk| {
+    on_all(|disk| {
         let file = disk.create(path("file")).unwrap();
         assert_eq!(read(&file, 0, 1024), [0; 1024], "nothing was written");
         let (a, b) = ([1; 512], [2; 1024]);
@@ -45,7 +54,7 @@ fn what_was_written_is_read_and_the_rest_is_zeroes() {
 
 #[test]
 fn more_parts_than_one_call_takes_are_all_written() {
-    on_both(|disk| {
+    on_all(|disk| {
         let file = disk.create(path("file")).unwrap();
         let sectors: Vec<[u8; 512]> = (0..3000_u32).map(|n| [n.to_le_bytes()[0]; 512]).collect();
         let mut parts: Vec<_> = sectors.iter().map(|sector| IoSlice::new(sector)).collect();
@@ -56,7 +65,7 @@ fn more_parts_than_one_call_takes_are_all_written() {
 
 #[test]
 fn a_punched_range_reads_as_zeroes() {
-    on_both(|disk| {
+    on_all(|disk| {
         let file = disk.create(path("file")).unwrap();
         file.write(&mut [IoSlice::new(&[7; 16384])], 0).unwrap();
         file.punch(4096, 8192).unwrap();
@@ -91,7 +100,7 @@ fn names_are_created_once_and_listed_until_removed() {
 
 #[test]
 fn a_removed_and_recreated_file_is_a_new_one() {
-    on_both(|disk| {
+    on_all(|disk| {
         let old = disk.create(path("file")).unwrap();
         old.write(&mut [IoSlice::new(&[1; 512])], 0).unwrap();
         disk.remove(path("file")).unwrap();
@@ -103,10 +112,40 @@ fn a_removed_and_recreated_file_is_a_new_one() {
 
 #[test]
 fn free_space_is_told() {
-    on_both(|disk| {
+    on_all(|disk| {
         let space = disk.space().unwrap();
         assert!(space.available <= space.total && space.total > 0, "{space:?}");
     });
+}
+
+#[test]
+fn what_is_only_looked_at_changes_in_memory_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let before = [vec![1; 512], vec![2; 512], vec![3; 512]].concat();
+    std::fs::write(dir.path().join("there"), &before).unwrap();
+    let disk = ReadOnly::new(dir.path());
+    let file = disk.open(path("there")).unwrap();
+    file.write(&mut [IoSlice::new(&[8; 300]), IoSlice::new(&[9; 212])], 512).unwrap();
+    file.punch(0, 512).unwrap();
+    let now = [vec![0; 512], vec![8; 300], vec![9; 212], vec![3; 512], vec![0; 512]].concat();
+    assert!(read(&file, 0, 2048) == now);
+    // It is the file's, not that of who has it open.
+    assert_eq!(read(&disk.open(path("there")).unwrap(), 512, 512), now[512..1024]);
+    disk.create(path("new")).unwrap().write(&mut [IoSlice::new(&[5; 512])], 512).unwrap();
+    for taken in ["new", "there"] {
+        assert_eq!(disk.create(path(taken)).err().unwrap().kind(), ErrorKind::AlreadyExists);
+    }
+    assert_eq!(read(&disk.open(path("new")).unwrap(), 0, 1024), [[0; 512], [5; 512]].concat());
+    disk.remove(path("there")).unwrap();
+    for missing in ["there", "nowhere"] {
+        assert_eq!(disk.open(path(missing)).err().unwrap().kind(), ErrorKind::NotFound);
+        assert_eq!(disk.remove(path(missing)).unwrap_err().kind(), ErrorKind::NotFound);
+    }
+    assert_eq!(disk.list(path("")).unwrap(), ["new"]);
+    assert_eq!(read(&disk.create(path("there")).unwrap(), 0, 512), [0; 512], "another file");
+    assert_eq!(disk.list(path("")).unwrap().len(), 2);
+    assert_eq!(std::fs::read(dir.path().join("there")).unwrap(), before);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
 /// The crash disk must be able to lose things, or the tests over it prove nothing.

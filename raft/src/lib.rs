@@ -47,10 +47,12 @@ pub use group::{
     Applied, CAUGHT_UP, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus,
     ProposeError, Role,
 };
-pub use log::{COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, WriteLatency};
+pub use log::{
+    COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, OfflineGroup, OfflineLog, WriteLatency,
+};
 pub use machine::{
     Applying, LocalFuture, Restored, SNAPSHOT_FRAME_BYTES_MAX, SnapshotHead, SnapshotSink, SnapshotSource,
-    StateMachine,
+    StateMachine, voters_of,
 };
 pub use node::{Limits, Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};

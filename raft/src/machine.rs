@@ -25,9 +25,10 @@ use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
 use crate::state::{Consistent, State};
 use crate::types::{
-    Host, LogId, Membership, Payload, Snapshot, SnapshotMeta, StoredMembership, Types, log_id, position,
+    Host, LogId, Membership, Payload, Snapshot, SnapshotMeta, StoredMembership, Types, log_id, member,
+    position,
 };
-use crate::{Command, Position};
+use crate::{Command, Member, Position};
 
 /// What an entry says.
 #[derive(Debug)]
@@ -143,18 +144,24 @@ impl Machine {
 
     fn apply_one(&mut self, id: LogId, payload: Payload) -> Bytes {
         let at = position(&id);
-        let what = match payload {
-            Payload::Normal(command) => Applying::Command(command),
-            Payload::Blank => Applying::Blank,
-            Payload::Membership(membership) => {
-                self.membership = StoredMembership::new(Some(id), membership);
-                self.state.membership_applied(&self.membership);
-                Applying::Membership(encode_membership(&self.membership))
-            }
-        };
-        let result = self.owner.apply(at, what);
+        if let Payload::Membership(membership) = &payload {
+            self.membership = StoredMembership::new(Some(id), membership.clone());
+            self.state.membership_applied(&self.membership);
+        }
+        let result = self.owner.apply(at, applying(id, payload));
         self.state.applied.set(Some(at));
         result
+    }
+}
+
+/// An entry as owners see it.
+pub(crate) fn applying(id: LogId, payload: Payload) -> Applying {
+    match payload {
+        Payload::Normal(command) => Applying::Command(command),
+        Payload::Blank => Applying::Blank,
+        Payload::Membership(membership) => {
+            Applying::Membership(encode_membership(&StoredMembership::new(Some(id), membership)))
+        }
     }
 }
 
@@ -313,6 +320,17 @@ pub(crate) fn decode_membership(bytes: &[u8]) -> Option<StoredMembership> {
     let at = Position { term: from.try_get_u64_le().ok()?, index: from.try_get_u64_le().ok()? };
     let membership = get_membership(&mut from)?;
     from.is_empty().then(|| StoredMembership::new(known.then(|| log_id(at)), membership))
+}
+
+/// The voters of a membership as owners keep it ([`Restored::membership`]); of one that changes, the old and the new
+/// ones. `None`: it is not one of ours.
+pub fn voters_of(membership: &[u8]) -> Option<Vec<Member>> {
+    let stored = decode_membership(membership)?;
+    let membership = stored.membership();
+    let is_voter =
+        |replica: &u64| membership.get_joint_config().iter().any(|config| config.contains(replica));
+    let voters = membership.nodes().filter(|(replica, _)| is_voter(replica));
+    Some(voters.map(|(&replica, &host)| member(replica, host)).collect())
 }
 
 pub(crate) fn put_membership(out: &mut BytesMut, membership: &Membership) {

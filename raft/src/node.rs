@@ -9,7 +9,7 @@ use std::time::Duration;
 use openraft::{Config, SnapshotPolicy, StepDownPolicy};
 
 use crate::group::{Group, PROPOSALS_MAX};
-use crate::log::{GroupLog, Log, LogError};
+use crate::log::{Log, LogError};
 use crate::machine::{Machine, StateMachine, decode_membership};
 use crate::peer::{Network, Peers, Rate};
 use crate::state::{Bounds, State};
@@ -167,7 +167,7 @@ impl Node {
             None => crate::group::no_membership(),
         };
         let mut log = inner.log.group(id, me).await?;
-        check(id, restored.applied, &log)?;
+        check(id, restored.applied, log.bounds(), log.installing())?;
         let state = State::new(
             id,
             Member { replica: me, process: inner.peers.me() },
@@ -236,16 +236,20 @@ impl Node {
     }
 }
 
-/// The log and the owner's storage must overlap or touch.
-fn check(group: GroupId, applied: Option<Position>, log: &GroupLog) -> Result<(), StartError> {
-    let (purged, last) = log.bounds();
+/// The log and the owner's storage must overlap or touch. The log is purged up to and ends at `purged` and `last`.
+pub(crate) fn check(
+    group: GroupId,
+    applied: Option<Position>,
+    (purged, last): (Option<Position>, Option<Position>),
+    installing: Option<Position>,
+) -> Result<(), StartError> {
     if let Some(purged) = purged
         && applied.is_none_or(|applied| applied.index < purged.index)
     {
         return Err(StartError::LogAhead { group, applied, purged });
     }
     // A raft snapshot was installed, and then came a crash: openraft purges what is left of the old log.
-    let installed = applied.is_some() && log.installing() == applied;
+    let installed = applied.is_some() && installing == applied;
     if let Some(applied) = applied
         && last.is_none_or(|last| last.index < applied.index)
         && !installed

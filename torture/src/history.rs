@@ -50,7 +50,7 @@ pub struct Run {
     pub value: OpId,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Round {
     /// By sector.
     pub initial: Vec<OpId>,
@@ -63,6 +63,8 @@ pub struct Round {
 pub struct Checked {
     pub sector_operations: u64,
     pub violations: u64,
+    /// The sectors of those, in order.
+    pub violated: Vec<u32>,
     /// The first ones of each kind, for people.
     pub examples: Vec<(u32, Violation)>,
     pub undecided_sectors: u64,
@@ -196,6 +198,7 @@ impl Round {
                 Verdict::Undecided => checked.undecided_sectors += 1,
                 Verdict::Violated(violation) => {
                     checked.violations += 1;
+                    checked.violated.push(sector);
                     if checked.examples.len() < EXAMPLES_MAX {
                         checked.examples.push((sector, *violation));
                     }

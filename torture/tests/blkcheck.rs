@@ -281,6 +281,44 @@ fn a_load_stands_still_until_the_next_round() {
     assert_eq!(report.verdict, Verdict::Pass, "{}", report.words());
 }
 
+/// The disk itself, read behind the server's back while the load stands still, is judged as a read is. In a copy of it every
+/// sector that is not what it was is named, and no other one.
+#[test]
+fn an_image_is_judged_as_a_read_of_everything() {
+    let server = Server::start();
+    let run = server.check(10);
+    let written = || run.progress.acked_writes.load(Ordering::SeqCst);
+    until("writes", || written() > 100);
+    let disk = server.folder.path().join("disk");
+    assert!(run.judge_file(disk.clone(), PATIENCE).is_err(), "while the load goes on nothing can be said");
+    // What the round before left counts, too.
+    assert!(run.round(PATIENCE), "a round ends");
+    let before = written();
+    until("more writes", || written() > before + 20);
+    assert!(run.pause(PATIENCE), "it drains");
+    let judged = run.judge_file(disk.clone(), PATIENCE).expect("readable");
+    assert_eq!((judged.sectors, judged.undecided), (8192, 0));
+    assert!(judged.damaged.is_empty() && judged.stale.is_empty(), "{judged:?}");
+
+    let copy = server.folder.path().join("copy");
+    let mut bytes = std::fs::read(&disk).expect("readable");
+    let is_written = |bytes: &[u8], sector: usize| bytes[sector * 512..][..512].iter().any(|&byte| byte != 0);
+    let mut written = (0..8192).filter(|&sector| is_written(&bytes, sector));
+    let (lost, rotten) = (written.next().expect("one"), written.next_back().expect("another one"));
+    bytes[lost * 512..][..512].fill(0);
+    bytes[rotten * 512 + 300] ^= 1;
+    std::fs::write(&copy, bytes).expect("room");
+    let judged = run.judge_file(copy, PATIENCE).expect("readable");
+    let number = |sector: usize| vec![u32::try_from(sector).expect("small")];
+    assert_eq!((&judged.stale, &judged.damaged), (&number(lost), &number(rotten)), "{judged:?}");
+    // What is not there is zeroes.
+    let none = run.judge_file("/dev/null".into(), PATIENCE).expect("readable");
+    assert!(none.stale.len() > 100 && none.damaged.is_empty(), "{none:?}");
+    assert!(run.judge_file("/nowhere".into(), PATIENCE).is_err());
+    let report = finish(run);
+    assert_eq!(report.verdict, Verdict::Pass, "{}", report.words());
+}
+
 fn signal(child: &Child, signal: Signal) {
     kill_process(Pid::from_child(child), signal).expect("a child of ours");
 }

@@ -27,6 +27,7 @@ mod drain;
 mod error;
 mod export;
 mod format;
+mod offline;
 mod options;
 mod overlay;
 mod read;

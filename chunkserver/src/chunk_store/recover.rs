@@ -50,6 +50,16 @@ pub fn open_catalog(dir: &Path, disk: &dyn Disk, identity: &Identity) -> Result<
     Rocks::open(&dir.join(CATALOG_DIR))
 }
 
+/// The catalog of the store that must be in `dir`, and its path, for reading alone.
+pub fn look_at_catalog(dir: &Path) -> Result<(Rocks, PathBuf), StoreError> {
+    if look_at(dir)? == Found::Nothing {
+        let doing = format!("looking for a chunk store in {}", dir.display());
+        return Err(StoreError::io(doing, io::ErrorKind::NotFound.into()));
+    }
+    let path = dir.join(CATALOG_DIR);
+    Ok((Rocks::look(&path)?, path))
+}
+
 #[derive(PartialEq, Eq)]
 enum Found {
     Nothing,

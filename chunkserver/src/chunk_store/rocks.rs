@@ -19,29 +19,39 @@ impl Rocks {
         Self::with(path, false)
     }
 
+    /// For reading alone: nothing in the directory changes.
+    pub fn look(path: &Path) -> Result<Self, StoreError> {
+        let db = DB::open_for_read_only(&options(), path, false).map_err(|e| named(path, e))?;
+        Ok(Self { db, path: path.to_path_buf() })
+    }
+
     pub fn create(path: &Path) -> Result<Self, StoreError> {
         Self::with(path, true)
     }
 
     fn with(path: &Path, create: bool) -> Result<Self, StoreError> {
-        let mut options = Options::default();
+        let mut options = options();
         options.create_if_missing(create);
         options.set_error_if_exists(create);
-        // A few MB of records: little memory, few files, no background load.
-        options.set_write_buffer_size(4 << 20);
-        options.set_max_total_wal_size(16 << 20);
-        options.set_max_open_files(64);
-        options.set_max_background_jobs(2);
-        options.set_keep_log_file_num(2);
-        options.set_compression_type(DBCompressionType::None);
-        options.set_paranoid_checks(true);
-        // A batch torn by a crash was never acknowledged: it and what follows are dropped. Should an older batch
-        // rot, we fall back to the checkpoint before it: the log begins later than that one's `applied`, and the
-        // caller refuses.
-        options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         let db = DB::open(&options, path).map_err(|e| named(path, e))?;
         Ok(Self { db, path: path.to_path_buf() })
     }
+}
+
+fn options() -> Options {
+    let mut options = Options::default();
+    // A few MB of records: little memory, few files, no background load.
+    options.set_write_buffer_size(4 << 20);
+    options.set_max_total_wal_size(16 << 20);
+    options.set_max_open_files(64);
+    options.set_max_background_jobs(2);
+    options.set_keep_log_file_num(2);
+    options.set_compression_type(DBCompressionType::None);
+    options.set_paranoid_checks(true);
+    // A batch torn by a crash was never acknowledged: it and what follows are dropped. Should an older batch rot, we
+    // fall back to the checkpoint before it: the log begins later than that one's `applied`, and the caller refuses.
+    options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
+    options
 }
 
 impl KeyValue for Rocks {

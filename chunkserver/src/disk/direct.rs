@@ -26,6 +26,14 @@ impl Direct {
     }
 }
 
+impl Direct {
+    /// An existing file, for reading alone.
+    pub(super) fn look(&self, path: &Path) -> io::Result<Arc<dyn File>> {
+        let file = fs::File::open(self.root.join(path))?;
+        Ok(Arc::new(DirectFile { file }))
+    }
+}
+
 impl Disk for Direct {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
         let file = fs::OpenOptions::new().read(true).write(true).open(self.root.join(path))?;

@@ -2,7 +2,7 @@
 //!
 //! This is the seam for tests: [`direct::Direct`] is a directory of the real file system and the only code that
 //! opens chunk files; [`crash::Crash`] keeps in memory what a crash may leave behind. One suite of contracts
-//! (`tests/chunk_store_disk.rs`) runs over both.
+//! (`tests/chunk_store_disk.rs`) runs over both. [`read_only::ReadOnly`] is a directory that must not change.
 //!
 //! What durable means here:
 //!
@@ -16,6 +16,7 @@
 
 pub mod crash;
 pub mod direct;
+pub mod read_only;
 
 use std::io::{self, IoSlice};
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! Chunkservers in one process, each with its own thread, directory and port, and nobody to give orders but the test.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,6 +9,7 @@ use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::members::MemberChange;
 use evolute_chunkserver::copyset::state::Created;
+use evolute_chunkserver::data_dir::DataDir;
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{
     self, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
@@ -20,11 +21,13 @@ use crate::client::Client;
 
 pub const CLUSTER: ClusterId = ClusterId([7; 16]);
 pub const COPYSET: CopysetId = CopysetId(3);
+const HOUR_MS: u64 = 3_600_000;
 
 /// Chunkservers 1, 2, …; replicas 11, 12, … of the copyset live on the first three.
 pub struct Cluster {
     servers: Vec<Server>,
     scrub_period_ms: u64,
+    checkpoint_interval: Duration,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -37,15 +40,25 @@ struct Server {
 struct Running {
     handle: ShardHandle,
     thread: std::thread::JoinHandle<Result<(), ShardError>>,
+    _data_dir: DataDir,
 }
 
 impl Cluster {
     pub fn start(count: usize) -> Self {
-        Self::scrubbed(count, 3_600_000)
+        Self::scrubbed(count, HOUR_MS)
     }
 
     /// With scrubbers that begin a new round that often.
     pub fn scrubbed(count: usize, scrub_period_ms: u64) -> Self {
+        Self::start_all(count, scrub_period_ms, Duration::from_millis(100))
+    }
+
+    /// What is written stays in the log.
+    pub fn without_checkpoints(count: usize) -> Self {
+        Self::start_all(count, HOUR_MS, Duration::from_millis(HOUR_MS))
+    }
+
+    fn start_all(count: usize, scrub_period_ms: u64, checkpoint_interval: Duration) -> Self {
         let listeners: Vec<_> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
         let servers = listeners
@@ -57,7 +70,7 @@ impl Cluster {
             })
             .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let mut cluster = Self { servers, scrub_period_ms, runtime };
+        let mut cluster = Self { servers, scrub_period_ms, checkpoint_interval, runtime };
         for (n, listener) in (1..).zip(listeners) {
             cluster.start_with(n, listener);
         }
@@ -74,6 +87,7 @@ impl Cluster {
     fn start_with(&mut self, n: u32, listener: TcpListener) {
         listener.set_nonblocking(true).expect("a socket");
         let server = self.server(n);
+        let data_dir = DataDir::take(server.dir.path()).expect("a directory of its own");
         let addresses = Addresses::open(server.dir.path());
         let all = (1..).zip(&self.servers).map(|(n, server)| (n, server.address.to_string())).collect();
         addresses.learn(all);
@@ -84,10 +98,7 @@ impl Cluster {
                 chunkserver: ChunkserverId(n),
                 token: Bytes::from_static(b"token"),
             },
-            store: StoreOptions {
-                checkpoint_interval: Duration::from_millis(100),
-                ..StoreOptions::default()
-            },
+            store: StoreOptions { checkpoint_interval: self.checkpoint_interval, ..StoreOptions::default() },
             log_file_mib: 8,
             log_retain_mib: 64,
             scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: self.scrub_period_ms },
@@ -96,7 +107,7 @@ impl Cluster {
             addresses,
         };
         let (handle, thread) = self.runtime.block_on(shard::start(options)).expect("the shard starts");
-        self.servers[n as usize - 1].running = Some(Running { handle, thread });
+        self.servers[n as usize - 1].running = Some(Running { handle, thread, _data_dir: data_dir });
     }
 
     pub fn is_running(&self, n: u32) -> bool {
@@ -174,6 +185,10 @@ impl Cluster {
     /// A client of the one who leads.
     pub fn client(&self, n: u32) -> Client {
         Client::connect(self.server(n).address, CLUSTER, ChunkserverId(n), COPYSET)
+    }
+
+    pub fn dir(&self, n: u32) -> &Path {
+        self.server(n).dir.path()
     }
 
     /// The chunk files of a chunkserver.

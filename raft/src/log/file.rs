@@ -1,5 +1,5 @@
 //! One file of the log: opened twice, for writes that are durable when they complete and for reads from the page
-//! cache.
+//! cache. Or once, by who only looks.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -15,7 +15,16 @@ use super::LogError;
 pub struct LogFile {
     pub path: PathBuf,
     read: File,
-    write: File,
+    /// `None`: [`Access::Read`].
+    write: Option<File>,
+}
+
+/// What may be done to the files of a log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    Write,
+    /// Nothing in the directory changes, nor its names.
+    Read,
 }
 
 /// What is prefilled at once.
@@ -27,14 +36,17 @@ pub fn failed(doing: &'static str, file: &Path) -> impl FnOnce(io::Error) -> Log
 
 impl LogFile {
     /// Opens an existing file.
-    pub fn open(path: PathBuf) -> Result<Self, LogError> {
+    pub fn open(path: PathBuf, access: Access) -> Result<Self, LogError> {
         let read = File::open(&path).map_err(failed("open", &path))?;
+        if access == Access::Read {
+            return Ok(Self { path, read, write: None });
+        }
         let with = |flags| OpenOptions::new().write(true).custom_flags(flags).open(&path);
         // A file system that cannot write around its cache says EINVAL; O_DSYNC alone is as durable, only slower.
         let write = with(libc::O_DIRECT | libc::O_DSYNC)
             .or_else(|_| with(libc::O_DSYNC))
             .map_err(failed("open for writing", &path))?;
-        Ok(Self { path, read, write })
+        Ok(Self { path, read, write: Some(write) })
     }
 
     /// Makes a file of `bytes` zeroes. They are really written: a block that was only promised would cost the
@@ -56,11 +68,11 @@ impl LogFile {
             sync_dir(&path)
         };
         fill().map_err(failed("create", &path))?;
-        Self::open(path)
+        Self::open(path, Access::Write)
     }
 
     pub fn write_fd(&self) -> RawFd {
-        self.write.as_raw_fd()
+        self.write.as_ref().expect("who only looks never writes").as_raw_fd()
     }
 
     /// Fills `into` from `offset`; a file that ends before is an error.

@@ -30,6 +30,7 @@ mod file;
 mod format;
 mod index;
 mod latency;
+mod offline;
 mod read;
 mod recover;
 mod storage;
@@ -48,13 +49,14 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 pub use latency::WriteLatency;
+pub use offline::{OfflineGroup, OfflineLog};
 pub(crate) use storage::GroupLog;
 
 use crate::runtime::oneshot;
 use crate::{GroupId, Position, ProcessId, ReplicaId};
 use append::{Core, Full, Record, Waiting};
 use device::Device;
-use file::LogFile;
+use file::{Access, LogFile};
 use format::Kind;
 use index::{Index, Place};
 use recover::{Recovered, file_name, file_number, recover};
@@ -177,7 +179,7 @@ impl Log {
         let lock = lock(dir)?;
         let (path, file_bytes, owner) = (dir.to_owned(), options.file_bytes, options.owner);
         let reading = tokio::task::spawn_blocking(move || -> Result<Recovered, LogError> {
-            let mut recovered = recover(&path, owner)?;
+            let mut recovered = recover(&path, owner, Access::Write)?;
             // Files of another size are of no use to the next life.
             recovered.spares.retain(|spare| {
                 let fits = spare.len().is_ok_and(|len| len == file_bytes);
@@ -196,10 +198,8 @@ impl Log {
             Err(stopped) => return Err(file::failed("recover", dir)(io::Error::other(stopped))),
         };
         let (device, event) = open_device(options.io_uring).map_err(file::failed("open a ring for", dir))?;
-        let groups = recovered.groups.into_iter().map(|(id, group)| {
-            let index = Index::restored(&group.record, group.installing, group.first, group.places);
-            (id, Rc::new(RefCell::new(index)))
-        });
+        let groups =
+            recovered.groups.into_iter().map(|(id, group)| (id, Rc::new(RefCell::new(group.into_index()))));
         let core = Core::new(
             options,
             device,

@@ -10,7 +10,6 @@ use openraft::EntryPayload;
 use openraft::entry::RaftEntry;
 
 use super::LogError;
-use super::append::Core;
 use super::file::LogFile;
 use super::format::{self, Kind, RecordHeader};
 use super::index::{Index, Place};
@@ -30,8 +29,14 @@ pub struct Span {
 }
 
 /// Which pieces of which files hold the entries of `[start, end)`, as far as about `bytes_max` of them. All of them are
-/// entries of the group.
-pub fn plan(core: &Core, group: &Index, start: u64, end: u64, bytes_max: u64) -> Vec<Span> {
+/// entries of the group. `file` knows the live files by their sequence.
+pub fn plan(
+    file: impl Fn(u64) -> Option<Arc<LogFile>>,
+    group: &Index,
+    start: u64,
+    end: u64,
+    bytes_max: u64,
+) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
     let mut bytes = 0;
     for index in start..end {
@@ -52,7 +57,7 @@ pub fn plan(core: &Core, group: &Index, start: u64, end: u64, bytes_max: u64) ->
                 span.wanted.push(wanted);
             }
             _ => {
-                let file = core.file(place.sequence).expect("an entry's file is live");
+                let file = file(place.sequence).expect("an entry's file is live");
                 spans.push(Span { file, start: from, end: to, wanted: vec![wanted] });
             }
         }
@@ -62,29 +67,32 @@ pub fn plan(core: &Core, group: &Index, start: u64, end: u64, bytes_max: u64) ->
 
 /// Reads the planned pieces and takes the entries out of them.
 pub async fn read(group: GroupId, spans: Vec<Span>) -> Result<Vec<Entry>, LogError> {
-    let reading = tokio::task::spawn_blocking(move || {
-        let mut entries = Vec::new();
-        for span in spans {
-            let mut bytes = BytesMut::zeroed(usize::try_from(span.end - span.start).expect("within a file"));
-            span.file.read_at(&mut bytes, span.start)?;
-            let bytes = bytes.freeze();
-            for (at, place) in span.wanted {
-                let from = usize::try_from(u64::from(place.offset) - span.start).expect("within a file");
-                let record = bytes.slice(from..from + place.length as usize);
-                let entry = decode(group, at, &record).ok_or_else(|| LogError::Damaged {
-                    file: span.file.path.clone(),
-                    offset: u64::from(place.offset),
-                    what: "an entry is not what was written",
-                })?;
-                entries.push(entry);
-            }
-        }
-        Ok(entries)
-    });
+    let reading = tokio::task::spawn_blocking(move || read_waiting(group, spans));
     reading.await.unwrap_or_else(|stopped| {
         let source = Arc::new(io::Error::other(stopped));
         Err(LogError::Io { doing: "read from", file: "the log".into(), source })
     })
+}
+
+/// The same on this thread, which waits for the disk.
+pub fn read_waiting(group: GroupId, spans: Vec<Span>) -> Result<Vec<Entry>, LogError> {
+    let mut entries = Vec::new();
+    for span in spans {
+        let mut bytes = BytesMut::zeroed(usize::try_from(span.end - span.start).expect("within a file"));
+        span.file.read_at(&mut bytes, span.start)?;
+        let bytes = bytes.freeze();
+        for (at, place) in span.wanted {
+            let from = usize::try_from(u64::from(place.offset) - span.start).expect("within a file");
+            let record = bytes.slice(from..from + place.length as usize);
+            let entry = decode(group, at, &record).ok_or_else(|| LogError::Damaged {
+                file: span.file.path.clone(),
+                offset: u64::from(place.offset),
+                what: "an entry is not what was written",
+            })?;
+            entries.push(entry);
+        }
+    }
+    Ok(entries)
 }
 
 /// The entry in a record, if it is the one that belongs there.

@@ -12,12 +12,12 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::file::{LogFile, failed};
+use super::file::{Access, LogFile, failed};
 use super::format::{
     self, BATCH_HEADER, BLOCK, BatchHeader, FILE_HEADER, FileHeader, FirstBlock, GroupRecord, Kind, Mark,
     RECORD_HEADER, RecordHeader, VERSION, blocks,
 };
-use super::index::Place;
+use super::index::{Index, Place};
 use super::{LogError, LogOwner};
 use crate::{GroupId, Position};
 
@@ -60,8 +60,8 @@ pub fn file_number(path: &Path) -> Option<u64> {
     path.file_name()?.to_str()?.strip_suffix(".log")?.parse().ok()
 }
 
-pub fn recover(dir: &Path, owner: LogOwner) -> Result<Recovered, LogError> {
-    let files = find(dir, owner)?;
+pub fn recover(dir: &Path, owner: LogOwner, access: Access) -> Result<Recovered, LogError> {
+    let files = find(dir, owner, access)?;
     let highest =
         files.iter().filter_map(|found| found.header).map(|header| header.sequence).max().unwrap_or(0);
     let mut recovering =
@@ -78,13 +78,13 @@ pub fn recover(dir: &Path, owner: LogOwner) -> Result<Recovered, LogError> {
 }
 
 /// Opens every log file and looks at its first block.
-fn find(dir: &Path, owner: LogOwner) -> Result<Vec<Found>, LogError> {
+fn find(dir: &Path, owner: LogOwner, access: Access) -> Result<Vec<Found>, LogError> {
     let mut paths = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(failed("list", dir))? {
         let path = entry.map_err(failed("list", dir))?.path();
         if file_number(&path).is_some() {
             paths.push(path);
-        } else if path.extension().is_some_and(|extension| extension == "new") {
+        } else if access == Access::Write && path.extension().is_some_and(|extension| extension == "new") {
             // Its making was interrupted.
             std::fs::remove_file(&path).map_err(failed("remove", &path))?;
         }
@@ -92,7 +92,7 @@ fn find(dir: &Path, owner: LogOwner) -> Result<Vec<Found>, LogError> {
     paths.sort();
     let mut files = Vec::new();
     for path in paths {
-        let file = LogFile::open(path)?;
+        let file = LogFile::open(path, access)?;
         let mut first = vec![0; FILE_HEADER];
         file.read_at(&mut first, 0)?;
         let header = match format::read_file_header(&first) {
@@ -379,6 +379,11 @@ impl RecoveredGroup {
     fn new(record: GroupRecord) -> Self {
         let missing = record.last.map(|last| last.index);
         Self { record, first: 0, places: VecDeque::new(), installing: None, missing }
+    }
+
+    /// With no entry in memory.
+    pub fn into_index(self) -> Index {
+        Index::restored(&self.record, self.installing, self.first, self.places)
     }
 
     fn end(&self) -> u64 {

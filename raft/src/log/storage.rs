@@ -22,7 +22,7 @@ use crate::{GroupId, Position};
 
 /// Entries read in one go for a follower or for apply: a frame of this size is a few hundred microseconds of a
 /// 25 Gb/s link, and as much memory as we want to hold per follower and group.
-const READ_BYTES: u64 = 1 << 20;
+pub(super) const READ_BYTES: u64 = 1 << 20;
 
 /// openraft's log of one group. A handle: clones share the log.
 #[derive(Clone)]
@@ -90,7 +90,10 @@ impl GroupLog {
             }
             let from_disk = index.recent_first().clamp(start, end);
             let spans = match from_disk > start {
-                true => read::plan(&self.log.core(), &index, start, from_disk, bytes_max),
+                true => {
+                    let core = self.log.core();
+                    read::plan(|sequence| core.file(sequence), &index, start, from_disk, bytes_max)
+                }
                 false => Vec::new(),
             };
             (start, end, spans, from_disk)

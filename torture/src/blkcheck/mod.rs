@@ -15,6 +15,7 @@ mod run;
 pub mod stalls;
 mod work;
 
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 use crate::driver::{Device, DriverError};
 use options::Options;
 use report::Report;
+pub use run::files::Judged;
 
 /// What anybody may look at while it runs.
 #[derive(Debug, Default)]
@@ -44,7 +46,7 @@ pub struct Progress {
     pub hung: AtomicBool,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 enum Command {
     /// End the round now: drain, read everything, check.
     Round,
@@ -56,6 +58,8 @@ enum Command {
     Pause,
     /// Go to another server, see [`Handle::move_to`].
     Move(PathBuf),
+    /// See [`Handle::judge_file`].
+    JudgeFile(PathBuf, mpsc::Sender<io::Result<Judged>>),
 }
 
 pub struct Handle {
@@ -108,6 +112,16 @@ impl Handle {
             return false;
         }
         self.wait_beyond(&self.progress.moves, before, patience)
+    }
+
+    /// After [`Handle::pause`]: judges a raw image of the volume as if everything had been read from it now.
+    pub fn judge_file(&self, image: PathBuf, patience: Duration) -> io::Result<Judged> {
+        let (answer, judged) = mpsc::channel();
+        let ended = |_| io::Error::other("the load has ended, or the judgement takes too long");
+        self.commands
+            .send(Command::JudgeFile(image, answer))
+            .map_err(|_| io::Error::other("the load has ended"))?;
+        judged.recv_timeout(patience).map_err(ended)?
     }
 
     fn wait_beyond(&self, counter: &AtomicU64, before: u64, patience: Duration) -> bool {

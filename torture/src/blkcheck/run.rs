@@ -1,6 +1,7 @@
 //! The loop: one thread, all queues.
 
 mod elsewhere;
+pub mod files;
 mod judge;
 
 use std::collections::HashMap;
@@ -180,6 +181,8 @@ impl Run {
                 Ok(Command::Round) => {}
                 Ok(Command::Finish) => self.stop_after = true,
                 Ok(Command::Move(socket)) => self.moving_to = Some(socket),
+                // Whoever asked may have given up.
+                Ok(Command::JudgeFile(path, answer)) => drop(answer.send(self.judge_file(&path))),
                 Ok(Command::Stop) => self.phase = Phase::Ended,
                 Err(_) => return,
             }

@@ -52,6 +52,8 @@ pub struct Totals {
     pub failures: usize,
     pub checks_without_one: usize,
     pub replicas_read_through: usize,
+    pub replicas_in_files: usize,
+    pub sectors_in_files: u64,
     pub passed: usize,
     pub failed_runs: usize,
     pub faults: BTreeMap<Fault, OfFault>,
@@ -86,6 +88,8 @@ impl Totals {
         self.failures += run.failures.len();
         self.checks_without_one += run.checks_without_one;
         self.replicas_read_through += run.replicas_read_through;
+        self.replicas_in_files += run.replicas_in_files;
+        self.sectors_in_files += run.sectors_in_files;
         self.passed += usize::from(run.verdict == Verdict::Pass);
         self.failed_runs += usize::from(run.verdict == Verdict::Fail);
         self.with_stalls += usize::from(run.about.is_some());

@@ -123,6 +123,11 @@ fn sums(text: &mut String, runs: &[Named], totals: &Totals) {
         ("other failures", totals.failures.to_string()),
         ("replicas that led while everything was read at the end", totals.replicas_read_through.to_string()),
         ("complete last checks with one chunkserver dead", totals.checks_without_one.to_string()),
+        (
+            "replicas whose files were checked with no chunkserver running",
+            totals.replicas_in_files.to_string(),
+        ),
+        ("sectors judged in those files", totals.sectors_in_files.to_string()),
     ] {
         line!(text, "| {name} | {number} |");
     }

@@ -65,6 +65,9 @@ pub struct Cluster {
     pub backend: Process,
     pub chunkservers: Vec<Process>,
     pub disks: Vec<Disk>,
+    /// The program, for a look at the files of one that does not run.
+    pub chunkserver: PathBuf,
+    pub folder: PathBuf,
     /// Of the first backend.
     pub socket: PathBuf,
     pub backends: Backends,
@@ -113,8 +116,19 @@ impl Cluster {
             chunkservers.push(process(&name, "evolute-chunkserver", Place::Chunkserver(index), &words));
         }
         let evolute = Evolute { program: programs.join("evolute"), mds: mds_address, hub: network.hub() };
-        let mut cluster =
-            Self { mds, backend, chunkservers, disks, socket, backends, proxy: None, watcher: None, network };
+        let mut cluster = Self {
+            mds,
+            backend,
+            chunkservers,
+            disks,
+            chunkserver: programs.join("evolute-chunkserver"),
+            folder: folder.to_owned(),
+            socket,
+            backends,
+            proxy: None,
+            watcher: None,
+            network,
+        };
         cluster.mds.start()?;
         cluster.mds.wait_ready(READY_WITHIN)?;
         for chunkserver in &mut cluster.chunkservers {

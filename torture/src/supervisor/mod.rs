@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  schedule (seed) ─▶ inject ─▶ … ─▶ heal      every --round: heal all ─▶ wait whole ─▶ check all ─▶ go on
-//!                        │                      at the end: the same, through each leader, without each chunkserver
+//!                        │                      at the end: the same, through each leader, without each chunkserver,
+//!                                               and what each one's files hold
 //!                        ▼
 //!   processes, networks, disks, requests       the load goes on all the time, on its own thread
 //! ```
@@ -25,6 +26,7 @@ mod image;
 mod last_checks;
 mod leaders;
 mod network;
+mod offline;
 pub mod options;
 mod process;
 mod proxy;

@@ -107,6 +107,11 @@ pub struct Report {
     pub replicas_read_through: usize,
     #[serde(default)]
     pub replicas: usize,
+    /// Replicas whose files were read with no chunkserver running, and the sectors of them that were judged.
+    #[serde(default)]
+    pub replicas_in_files: usize,
+    #[serde(default)]
+    pub sectors_in_files: u64,
     /// 2 cores shared with a compiler say nothing about stalls.
     pub load_average_at_end: f64,
     pub load: Option<Load>,
@@ -182,6 +187,12 @@ impl Report {
                 self.replicas_read_through, self.replicas
             ));
         }
+        if self.replicas_in_files < self.replicas {
+            self.unknowns.push(format!(
+                "the files of only {} of {} replicas were checked",
+                self.replicas_in_files, self.replicas
+            ));
+        }
         match &self.load {
             None => self.unknowns.push("there is no report of the load".to_owned()),
             Some(load) => {
@@ -227,7 +238,7 @@ impl Report {
             lines.push(load.words());
         }
         lines.push(format!(
-            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} of {} replicas as leaders; load average {:.1}",
+            "{} kill -9, {} one-node and {} all-node power cuts, {} leader changes seen; {} last checks with one away, read through {} of {} replicas as leaders; {} sectors of {} replicas checked in their files; load average {:.1}",
             self.kills,
             self.power_cuts_one,
             self.power_cuts_all,
@@ -235,6 +246,8 @@ impl Report {
             self.checks_without_one,
             self.replicas_read_through,
             self.replicas,
+            self.sectors_in_files,
+            self.replicas_in_files,
             self.load_average_at_end
         ));
         lines.extend(self.failures.iter().map(|failure| format!("FAILURE: {failure}")));

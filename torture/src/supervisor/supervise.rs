@@ -52,6 +52,8 @@ pub(super) struct Run<'o> {
     pub(super) checks_without_one: usize,
     pub(super) led: BTreeSet<Leader>,
     pub(super) replicas: usize,
+    pub(super) replicas_in_files: usize,
+    pub(super) sectors_in_files: u64,
     pub(super) acks: Acks,
 }
 
@@ -117,6 +119,8 @@ fn run_in(
         checks_without_one: 0,
         led: BTreeSet::new(),
         replicas: 0,
+        replicas_in_files: 0,
+        sectors_in_files: 0,
         acks: Acks::default(),
     };
     run.go()
@@ -129,6 +133,7 @@ impl Run<'_> {
             if self.settle("after the last fault") && !self.stop.load(Ordering::SeqCst) {
                 self.through_each_leader()?;
                 self.without_each()?;
+                self.through_each_disk()?;
             }
         }
         let leader_changes = self.cluster.view().leader_changes;
@@ -161,7 +166,8 @@ impl Run<'_> {
                 + of(Fault::KillBackend)
                 + of(Fault::KillChunkservers) * servers
                 + of(Fault::KillEverything) * (servers + 2)
-                + self.checks_without_one,
+                + self.checks_without_one
+                + if self.replicas_in_files > 0 { servers } else { 0 },
             power_cuts_one: of(Fault::PowerOne),
             power_cuts_all: of(Fault::PowerAll),
             leader_changes,
@@ -172,6 +178,8 @@ impl Run<'_> {
             leaders_read_through: self.led.iter().map(|(_, on)| on).collect::<BTreeSet<_>>().len(),
             replicas_read_through: self.led.len(),
             replicas: self.replicas,
+            replicas_in_files: self.replicas_in_files,
+            sectors_in_files: self.sectors_in_files,
             load_average_at_end: load_average(),
             load,
             history: self.history,

@@ -6,16 +6,16 @@ use std::path::Path;
 
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop, prop_oneof, proptest};
 
-use super::{GROUPS, Model, Models, Op, apply, groups, held, open, run};
+use super::{GROUPS, Model, Models, Op, apply, groups, held, looked_at, open, run, without_votes};
 use crate::log::LogError;
 use crate::log::format::{self, BATCH_HEADER, FILE_HEADER, FirstBlock};
 
 /// What a disk writes whole or not at all.
 const SECTOR: usize = 512;
 
-type Image = BTreeMap<String, Vec<u8>>;
+pub type Image = BTreeMap<String, Vec<u8>>;
 
-fn image(dir: &Path) -> Image {
+pub fn image(dir: &Path) -> Image {
     let mut image = Image::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
@@ -114,11 +114,13 @@ proptest! {
                 random >> 62 != 0
             });
             let next = restore(&crashed);
+            let looked_at = looked_at(next.path()).expect("as little as an open does");
             state = run(async {
                 let log = open(next.path()).await.unwrap_or_else(|error| panic!("a crash never costs the log: {error}"));
                 held(&log).await
             });
             assert!(prefixes.contains(&state), "{state:?} is none of {prefixes:?}");
+            assert_eq!(looked_at, without_votes(&state), "looking finds what opening finds");
             assert!(!all || Some(&state) == prefixes.last(), "all of it made it");
             dir = next;
         }
@@ -153,14 +155,20 @@ proptest! {
         let at = place.index(last);
         damaged.get_mut(&name).unwrap()[at] ^= 1 << bit;
         let dir = restore(&damaged);
+        let looked_at = looked_at(dir.path());
         run(async {
             match open(dir.path()).await {
                 Err(LogError::Damaged { file, .. }) => assert!(file.starts_with(dir.path())),
                 // The version is looked at before anything else.
                 Err(LogError::NewerVersion { .. }) if (8..12).contains(&at) => {}
                 Err(other) => panic!("{other}"),
-                Ok(log) => assert_eq!(held(&log).await, state, "byte {at} of {used:?}"),
+                Ok(log) => {
+                    assert_eq!(held(&log).await, state, "byte {at} of {used:?}");
+                    assert_eq!(looked_at.expect("it opens"), without_votes(&state));
+                    return;
+                }
             }
+            assert!(looked_at.is_err(), "opening refuses what looking does not");
         });
     }
 }

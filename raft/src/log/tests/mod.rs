@@ -16,7 +16,8 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use openraft::{AsyncRuntime, EntryPayload};
 
-use super::{GroupLog, Log, LogError, LogOptions, LogOwner};
+use super::{GroupLog, Log, LogError, LogOptions, LogOwner, OfflineLog};
+use crate::machine::{Applying, Restored, StateMachine};
 use crate::runtime::LocalRt;
 use crate::types::{Entry, IoFlushed, Vote, log_id, position};
 use crate::{Command, GroupId, Position, ProcessId, ReplicaId};
@@ -138,6 +139,50 @@ async fn held(log: &Log) -> Models {
         all.insert(group.0, model);
     }
     all
+}
+
+/// An owner that writes down what it is told to apply.
+struct Told {
+    restored: Restored,
+    entries: Vec<(Position, Vec<u8>)>,
+}
+
+impl StateMachine for Told {
+    fn restored(&self) -> Restored {
+        self.restored.clone()
+    }
+
+    fn apply(&mut self, at: Position, what: Applying) -> Bytes {
+        let Applying::Command(command) = what else { panic!("{what:?}") };
+        let length = command.len();
+        self.entries.push((at, command.into_cursor().take(length).expect("all of it").to_vec()));
+        Bytes::new()
+    }
+}
+
+/// What a log is found to hold that is only looked at: of votes, the terms. It stays as it is.
+fn looked_at(dir: &Path) -> Result<BTreeMap<u64, (Option<u64>, Model)>, LogError> {
+    let before = crash::image(dir);
+    let opened = OfflineLog::open(dir, OWNER);
+    let log = opened.inspect_err(|_| assert_eq!(crash::image(dir), before))?;
+    let mut all = BTreeMap::new();
+    for id in 0..GROUPS {
+        let Some(group) = log.group(GroupId(id)) else { continue };
+        let restored = Restored { applied: group.purged, membership: None };
+        let mut told = Told { restored, entries: Vec::new() };
+        log.replay(GroupId(id), group.replica, &mut told).expect("nothing is missing");
+        assert_eq!(group.last, told.entries.last().map(|entry| entry.0).or(group.purged));
+        all.insert(id, (group.term, Model { vote: None, purged: group.purged, entries: told.entries }));
+    }
+    assert_eq!(crash::image(dir), before);
+    Ok(all)
+}
+
+/// The same of what a log holds that runs.
+fn without_votes(models: &Models) -> BTreeMap<u64, (Option<u64>, Model)> {
+    let of =
+        |model: &Model| (model.vote.map(|vote| vote.leader_id.term), Model { vote: None, ..model.clone() });
+    models.iter().map(|(group, model)| (*group, of(model))).collect()
 }
 
 async fn open(dir: &Path) -> Result<Log, LogError> {
