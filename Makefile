@@ -40,7 +40,8 @@ help:
 deps:
 	@.ci/deps
 
-build:
+# The dependencies first: without RocksDB's header the build fails in bindgen, in words that name no package.
+build: deps
 	@$(BINARIES)
 
 images: deps

@@ -171,7 +171,7 @@ mod tests {
     use crate::state::{Command, Reason};
     use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
     use evolute_protocol::rpc::{
-        ChangeMembers, DropVolume, MemberReport, RemoveReplica, TransferLeader, order,
+        ChangeMembers, DropVolume, MemberReport, RemoveReplica, ReplicaReport, Role, TransferLeader, order,
     };
     use std::time::Duration;
 
@@ -238,6 +238,58 @@ mod tests {
             world.lead(&[leader, 2, 3, 1, 2, 3]);
             world.report_only(four, CopysetId(copyset), replica);
             assert_eq!(told(&world, four, &Transfers::new()), [], "{copyset} {replica} led by {leader}");
+        }
+    }
+
+    /// Copyset 1 on 1 (leads), 2, 3. A chunkserver hosts one replica of a copyset, so one that is made anew in its own
+    /// place has to wait until the old one is away.
+    #[test]
+    fn a_replica_makes_room_for_the_one_in_its_own_place_when_nobody_counts_on_it() {
+        let three = ChunkserverId(3);
+        let (failed, well, member, left) = (true, false, true, false);
+        for (replaced_on, cancelled, failed, member, goes) in [
+            (three, false, failed, member, true),
+            (three, false, well, left, true),
+            (three, false, well, member, false),
+            (three, true, failed, left, false),
+            (ChunkserverId(4), false, failed, left, false),
+        ] {
+            let mut world = World::with_three_chunkservers();
+            world.register("z3");
+            let record = world.state.copysets()[&CopysetId(1)].clone();
+            let old = record.replica_on(three).expect("a member").id.0;
+            let (copyset, reason) = (1, Reason::Lost.into());
+            let begin = BeginReplace { copyset, old_replica: old, chunkserver: replaced_on.0, reason };
+            world.apply(&Command::BeginReplace(begin)).expect("begun");
+            let new = world.state.replicas_given();
+            if cancelled {
+                let cancel = CancelReplace { copyset, new_replica: new };
+                world.apply(&Command::CancelReplace(cancel)).expect("cancelled");
+            }
+            let members = record.replicas.iter().filter(|replica| member || replica.id.0 != old);
+            let members = members.map(super::member).collect();
+            let leads = ReplicaReport {
+                copyset,
+                replica: record.first_leader.0,
+                role: Role::Leader.into(),
+                term: 3,
+                leader_chunkserver: 1,
+                members,
+                ..ReplicaReport::default()
+            };
+            world.take(ONE, vec![leads]);
+            let says = |replica, failed: bool| {
+                let failed = if failed { "its log is damaged".to_owned() } else { String::new() };
+                vec![ReplicaReport { copyset, replica, failed, ..ReplicaReport::default() }]
+            };
+            world.take(three, says(old, failed));
+            let expected = order::What::RemoveReplica(RemoveReplica { copyset, replica: old });
+            let expected = if goes { vec![expected] } else { vec![] };
+            let case = format!("on {replaced_on}, cancelled {cancelled}, failed {failed}, member {member}");
+            assert_eq!(told(&world, three, &Transfers::new()), expected, "{case}");
+            // The new one is not what has to go.
+            world.take(three, says(new, true));
+            assert_eq!(told(&world, three, &Transfers::new()), [], "{case}");
         }
     }
 

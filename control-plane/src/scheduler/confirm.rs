@@ -88,7 +88,8 @@ mod tests {
     use super::plan;
     use crate::scheduler::world::World;
     use crate::state::command::{
-        BeginReplace, CreateVolume, CreatedReplica, DeleteVolume, ReplaceDone, ReplicasCreated, VolumeDropped,
+        BeginReplace, CancelReplace, CreateVolume, CreatedReplica, DeleteVolume, ReplaceDone, ReplaceUndone,
+        ReplicasCreated, VolumeDropped,
     };
     use crate::state::{Command, Reason};
     use evolute_protocol::id::{ChunkserverId, CopysetId};
@@ -111,52 +112,97 @@ mod tests {
         assert_eq!(plan(&world.state, &world.reports, world.now), [expected]);
     }
 
-    /// A leader that is deposed before anybody else has it takes its membership along.
-    #[test]
-    fn a_membership_counts_when_two_of_its_three_members_have_it() {
+    /// Copyset 1 on 1 (leads), 2, 3, the last of which chunkserver 4 is to replace; their replicas, and the new one.
+    fn being_replaced() -> (World, [u64; 3], u64) {
         let mut world = World::with_three_chunkservers();
         let four = world.register("z3");
         let copyset = world.state.copysets()[&CopysetId(1)].clone();
-        let [one, two, old] =
-            [1, 2, 3].map(|on| copyset.replica_on(ChunkserverId(on)).expect("a member").id.0);
+        let members = [1, 2, 3].map(|on| copyset.replica_on(ChunkserverId(on)).expect("a member").id.0);
         let reason = Reason::Silent.into();
-        let begin = BeginReplace { copyset: 1, old_replica: old, chunkserver: four.0, reason };
+        let begin = BeginReplace { copyset: 1, old_replica: members[2], chunkserver: four.0, reason };
         world.apply(&Command::BeginReplace(begin)).expect("begun");
         let new = world.state.replicas_given();
-        let say = |world: &mut World, on: u32, replica, role: Role, voters: &[(u64, u32)]| {
-            let member = |&(replica, chunkserver): &(u64, u32)| MemberReport {
-                replica,
-                chunkserver,
-                matched_index: 1000,
-                voter: true,
-            };
-            let report = ReplicaReport {
-                copyset: 1,
-                replica,
-                role: role.into(),
-                term: 3,
-                leader_chunkserver: 1,
-                members: voters.iter().map(member).collect(),
-                ..ReplicaReport::default()
-            };
-            world.take(ChunkserverId(on), vec![report]);
+        (world, members, new)
+    }
+
+    /// A report of one replica of copyset 1, with the members as it knows them. The one on chunkserver 1 leads.
+    fn say(world: &mut World, on: u32, replica: u64, voters: &[(u64, u32)], learners: &[(u64, u32)]) {
+        let members = voters.iter().map(|it| (it, true)).chain(learners.iter().map(|it| (it, false)));
+        let members = members.map(|(&(replica, chunkserver), voter)| MemberReport {
+            replica,
+            chunkserver,
+            matched_index: 1000,
+            voter,
+        });
+        let role = if on == 1 { Role::Leader } else { Role::Follower };
+        let report = ReplicaReport {
+            copyset: 1,
+            replica,
+            role: role.into(),
+            term: 3,
+            leader_chunkserver: 1,
+            members: members.collect(),
+            ..ReplicaReport::default()
         };
+        world.take(ChunkserverId(on), vec![report]);
+    }
+
+    /// A leader that is deposed before anybody else has it takes its membership along.
+    #[test]
+    fn a_membership_counts_when_two_of_its_three_members_have_it() {
+        let (mut world, [one, two, old], new) = being_replaced();
+        let four = ChunkserverId(4);
         let before = [(one, 1), (two, 2), (old, 3)];
         let half_way = [(one, 1), (two, 2), (old, 3), (new, 4)];
         let after = [(one, 1), (two, 2), (new, 4)];
-        for (leader, follower, counts) in [
-            (&before[..], &before[..], false),
-            (&half_way, &half_way, false),
-            (&after, &half_way, false),
-            (&after, &after, true),
+        // Three has been told of it as a learner, which has no vote.
+        let left = [(old, 3)];
+        for (leader, follower, follower_is, learners, counts) in [
+            (&before[..], &before[..], two, &[][..], false),
+            (&half_way, &half_way, two, &[], false),
+            (&after, &half_way, two, &[], false),
+            (&after, &after, two, &[], true),
+            // What another replica on that chunkserver says says nothing of this one.
+            (&after, &after, two + 1, &[], false),
+            (&after, &half_way, two, &left, false),
         ] {
-            say(&mut world, 1, one, Role::Leader, leader);
-            say(&mut world, 2, two, Role::Follower, follower);
+            say(&mut world, 1, one, leader, learners);
+            say(&mut world, 2, follower_is, follower, learners);
+            say(&mut world, 3, old, leader, learners);
             let (copyset, old_replica, new_replica) = (1, old, new);
             let done = ReplaceDone { copyset, old_replica, new_replica, chunkserver: four.0 };
             let expected = if counts { vec![Command::ReplaceDone(done)] } else { vec![] };
-            assert_eq!(plan(&world.state, &world.reports, world.now), expected, "{leader:?} {follower:?}");
+            let case = format!("{leader:?} {follower:?} of {follower_is}, {learners:?}");
+            assert_eq!(plan(&world.state, &world.reports, world.now), expected, "{case}");
         }
+        // Two that come, or two that go, are no exchange of one for another.
+        let two_come = [(one, 1), (two, 2), (new, 4), (new + 1, 5)];
+        let two_go = [(one, 1), (new, 4)];
+        for members in [&two_come[..], &two_go] {
+            say(&mut world, 1, one, members, &[]);
+            say(&mut world, 4, new, members, &[]);
+            say(&mut world, 2, two, members, &[]);
+            let planned = plan(&world.state, &world.reports, world.now);
+            let done = planned.iter().any(|command| matches!(command, Command::ReplaceDone(_)));
+            assert!(!done, "{members:?}: {planned:?}");
+        }
+    }
+
+    /// A new one that is still a learner may yet become a member: another change must not begin beside it.
+    #[test]
+    fn a_change_that_was_cancelled_is_over_when_the_group_is_without_the_new_one() {
+        let (mut world, [one, two, old], new) = being_replaced();
+        let members = [(one, 1), (two, 2), (old, 3)];
+        let learner = [(new, 4)];
+        let undone = Command::ReplaceUndone(ReplaceUndone { copyset: 1, new_replica: new });
+        say(&mut world, 1, one, &members, &[]);
+        assert_eq!(plan(&world.state, &world.reports, world.now), [], "it is still wanted");
+        let cancel = CancelReplace { copyset: 1, new_replica: new };
+        world.apply(&Command::CancelReplace(cancel)).expect("cancelled");
+        say(&mut world, 1, one, &members, &learner);
+        assert_eq!(plan(&world.state, &world.reports, world.now), [], "it is still there");
+        say(&mut world, 1, one, &members, &[]);
+        assert_eq!(plan(&world.state, &world.reports, world.now), [undone]);
     }
 
     #[test]

@@ -268,7 +268,8 @@ fn a_deleted_volume_is_gone_at_once_and_its_id_for_ever() {
     run(&mut state, &delete("web", false)).expect("deleted");
 }
 
-/// Two copysets, {1, 2, 3} and {4, 5, 6}, on chunkservers in a, b, c; 4 is in a as well, 5 in d.
+/// Two copysets, {1, 2, 3} and {4, 5, 6}, on chunkservers in a, b, c; 4 is in a as well, 5 in d, 7 in
+/// another pool.
 #[test]
 fn a_replica_is_replaced_by_a_fresh_one_in_a_zone_of_its_own() {
     let mut state = cluster();
@@ -276,6 +277,9 @@ fn a_replica_is_replaced_by_a_fresh_one_in_a_zone_of_its_own() {
         run(&mut state, &register(instance, zone)).expect("registered");
     }
     run(&mut state, &retire(6, true)).expect("known");
+    let Command::RegisterChunkserver(mut other_pool) = register(7, "e") else { unreachable!() };
+    other_pool.pool = "archive".to_owned();
+    run(&mut state, &Command::RegisterChunkserver(other_pool)).expect("registered");
     let done_plain = Ok(Done::Plain);
     let refused = |why| Err(why);
     for (step, (command, expected)) in [
@@ -285,6 +289,7 @@ fn a_replica_is_replaced_by_a_fresh_one_in_a_zone_of_its_own() {
         (begin(1, 2, 4, Reason::Silent), refused(Why::Invalid)), // 1 is in zone a and stays
         (begin(1, 1, 2, Reason::Silent), refused(Why::Invalid)), // 2 is a member
         (begin(1, 1, 1, Reason::Silent), refused(Why::Invalid)), // only what was lost is replaced in place
+        (begin(1, 1, 7, Reason::Silent), refused(Why::Invalid)), // of another pool
         (begin(1, 1, 6, Reason::Silent), refused(Why::Stale)),   // retiring
         (begin(1, 1, 4, Reason::Silent), done_plain.clone()),    // replica 7
         (begin(1, 2, 5, Reason::Silent), refused(Why::Stale)),   // one at a time
@@ -298,6 +303,7 @@ fn a_replica_is_replaced_by_a_fresh_one_in_a_zone_of_its_own() {
         (begin(1, 1, 1, Reason::Lost), done_plain.clone()), // replica 8, in place
         (done(1, 1, 99, 1), refused(Why::Invalid)),         // never given
         (done(1, 1, 6, 5), refused(Why::Invalid)),          // of the other copyset
+        (done(1, 1, 8, 7), refused(Why::Invalid)),          // of another pool
         (done(1, 9, 8, 1), refused(Why::Stale)),
         (done(1, 1, 8, 1), done_plain.clone()),
         (done(1, 1, 8, 1), done_plain.clone()), // said again

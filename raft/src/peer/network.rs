@@ -37,7 +37,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(2);
 /// Calls are given up after this at the latest, whatever openraft allows: an election does not wait longer.
 const CALL_MAX: Duration = Duration::from_secs(1);
 /// Appends of one session on their way: a bound on what a slow follower is sent before it answers.
-const UNANSWERED_MAX: u64 = 64;
+pub(super) const UNANSWERED_MAX: u64 = 64;
 
 pub(crate) struct Network {
     peers: Peers,

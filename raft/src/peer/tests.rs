@@ -12,13 +12,15 @@ use tokio::net::{TcpListener, TcpStream};
 
 use super::frame::{self, Frame, Kind, Outbox, Reader};
 use super::message::{get_append, get_vote_request, put_append_result, put_vote_response};
+use super::network::UNANSWERED_MAX;
 use super::snapshot::{Answer, Begin, WINDOW, get_answer, put_answer, put_begin, put_end, put_frame};
 use super::{Dial, DialFuture, Peers};
 use crate::machine::{SnapshotHead, SnapshotSink, encode_membership};
 use crate::types::{LeaderId, LogId, Payload, Vote, VoteResponse};
 use crate::{
-    Applying, Command, Group, GroupId, LocalFuture, Log, LogOptions, LogOwner, Member, Node, Position,
-    ProcessId, ReplicaId, Restored, SNAPSHOT_FRAME_BYTES_MAX, StateMachine, Timing, group, spawn_thread,
+    Applying, Command, Group, GroupId, Limits, LocalFuture, Log, LogOptions, LogOwner, Member, Node,
+    Position, ProcessId, ReplicaId, Restored, SNAPSHOT_FRAME_BYTES_MAX, StateMachine, Timing, group,
+    spawn_thread,
 };
 
 const GROUP: GroupId = GroupId(1);
@@ -61,11 +63,15 @@ impl SnapshotSink for Slow {
 }
 
 async fn replica(dir: &std::path::Path, other: SocketAddr) -> (Node, Group) {
+    replica_with(dir, other, Limits::default()).await
+}
+
+async fn replica_with(dir: &std::path::Path, other: SocketAddr, limits: Limits) -> (Node, Group) {
     let owner = LogOwner { cluster: [7; 16], process: ME.process };
     let log =
         Log::open(dir, LogOptions { file_bytes: 1 << 20, ..LogOptions::new(owner) }).await.expect("a log");
     let timing = Timing { heartbeat_ms: 20, election_ms_min: 100, election_ms_max: 200 };
-    let node = Node::new(log, Peers::new(ME.process, Rc::new(To(other))), timing);
+    let node = Node::with_limits(log, Peers::new(ME.process, Rc::new(To(other))), timing, limits);
     let group = node.start_group(GROUP, ME.replica, Slow).await.expect("a group");
     (node, group)
 }
@@ -177,6 +183,85 @@ fn an_acknowledgement_of_a_session_that_is_over_is_not_counted() {
             follower.ack(session, entries.last().map(|it| it.0).or(prev));
         }
         assert!(outcome.borrow().as_ref().is_some_and(Result::is_ok), "{outcome:?}");
+        node.shutdown().await;
+    });
+}
+
+/// Proposes one command after the other, and applies each before the next.
+async fn propose(group: &Group, commands: usize) {
+    for _ in 0..commands {
+        let (tell, told) = tokio::sync::oneshot::channel();
+        group.propose(Command::from(vec![1; 32 << 10]), move |it| drop(tell.send(it)));
+        told.await.expect("an answer").expect("applied");
+    }
+}
+
+/// openraft purges nothing that it is sending to a member. One that takes it slowly, and is never silent, would hold
+/// the log of all for as long as it likes.
+#[test]
+fn a_member_that_is_slow_to_take_what_is_to_be_purged_is_sent_no_more_of_it() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path().to_owned();
+    on_a_thread(move || async move {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("bound");
+        let (node, group) =
+            replica_with(&path, address, Limits { log_retain_bytes: 0, ..Limits::default() }).await;
+        group.initialize(vec![ME], ME.replica).await.expect("a new group");
+        while group.leadership().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let adding = group.clone();
+        tokio::task::spawn_local(async move { adding.add_learner(OTHER).await });
+        let mut learner = End::new(listener.accept().await.expect("a call").0);
+        // It keeps up, until what it is sent goes over one session.
+        let (mut session, mut matched) = (0, 0);
+        while matched < 10 {
+            propose(&group, 1).await;
+            let (of, prev, entries) = learner.append().await;
+            let upto = entries.last().map(|it| it.0).or(prev);
+            if !entries.is_empty() {
+                (session, matched) = (of, upto.map_or(0, |id| id.index));
+            }
+            learner.ack(of, upto);
+        }
+        // From here on it takes everything and answers nothing, until no more is sent to it.
+        let proposing = group.clone();
+        let proposed = tokio::task::spawn_local(async move { propose(&proposing, 150).await });
+        let (mut unanswered, mut first) = (0, None);
+        while unanswered < UNANSWERED_MAX {
+            let (of, prev, entries) = learner.append().await;
+            if of == session {
+                unanswered += 1;
+                first = first.or(entries.first().map(|it| it.0));
+            } else {
+                learner.ack(of, prev);
+            }
+        }
+        proposed.await.expect("all applied");
+        let last = group.applied().expect("something");
+        group.checkpointed(last, None);
+        while group.status().purged.is_none() && group.0.purging.get().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // It has room for one more, and for another whenever it has answered that.
+        learner.ack(session, first);
+        loop {
+            let frame = learner.hear().await;
+            match frame.kind {
+                Kind::Close if frame.session == session => break,
+                Kind::Append if frame.session == session => {
+                    let request = get_append(frame.body).expect("an append").request;
+                    let upto = request.entries.last().map(|entry| entry.log_id);
+                    assert!(upto.is_none_or(|id| id.index < last.index), "everything was sent");
+                    learner.ack(session, upto.or(request.prev_log_id));
+                }
+                _ => {}
+            }
+        }
+        while group.status().purged.is_none_or(|at| at.index < matched + UNANSWERED_MAX) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         node.shutdown().await;
     });
 }

@@ -88,4 +88,11 @@ fn a_leader_hands_over_to_a_follower_that_asks_and_to_nobody_else() {
     assert!(cluster.status(asking).term > term);
     cluster.propose("b");
     (0..3).for_each(|at| cluster.applied(at, &["a", "b"]));
+    // Whoever evens out leaders leaves this one alone, and nobody else: not one that asked for it and does not lead.
+    let stands_in = |at: usize| cluster.process(at).with_group(|group| group.stands_in());
+    assert_eq!([0, 1, 2].map(stands_in), [0, 1, 2].map(|at| at == asking));
+    let handle = cluster.process(asking).handle();
+    cluster.wait_for(handle.transfer_leader(cluster.members[leader].replica)).expect("transferred");
+    assert_eq!(cluster.leader(), leader);
+    assert_eq!([0, 1, 2].map(stands_in), [false; 3]);
 }

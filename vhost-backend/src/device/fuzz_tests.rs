@@ -196,6 +196,15 @@ fn an_evil_guest_gets_nowhere() {
     assert!(heads > 1000, "only {heads} heads tried");
 }
 
+/// Ends the other thread, also when this one panics: the scope waits for both.
+struct EndsWithMe<'a>(&'a AtomicBool);
+
+impl Drop for EndsWithMe<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// A driver with two minds: one thread offers requests, another rewrites descriptors and headers under our eyes.
 #[test]
 fn memory_that_changes_while_it_is_read_is_judged_in_one_copy() {
@@ -212,6 +221,7 @@ fn memory_that_changes_while_it_is_read_is_judged_in_one_copy() {
                 map.write_slice(&random.header(), GuestAddress(0x5000)).unwrap();
             }
         });
+        let _ends = EndsWithMe(&done);
         let disk = Geometry { capacity_bytes: CAPACITY, read_only: false, serial: [1; SERIAL_BYTES] };
         let mut backing = Judge { waiting: Vec::new(), random: Random(1) };
         let mut queues = Queues::new(disk, 1);
@@ -246,6 +256,5 @@ fn memory_that_changes_while_it_is_read_is_judged_in_one_copy() {
             queues.publish();
         }
         queues.abandon_all();
-        done.store(true, Ordering::Relaxed);
     });
 }

@@ -1,14 +1,19 @@
 //! Repair by situations, and from any situation to the end.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
-use evolute_protocol::id::{ChunkserverId, CopysetId};
+use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId};
+use evolute_protocol::rpc::{MemberReport, ReplicaReport, Role};
 use proptest::prelude::{Just, ProptestConfig, Strategy, any, prop_oneof, proptest};
 
 use super::{BALANCE_MAX, PER_CHUNKSERVER_MAX, plan};
 use crate::config::Limits;
-use crate::scheduler::groups::Groups;
-use crate::state::command::{AllocateSegment, Attach, CreateVolume};
+use crate::scheduler::groups::{Groups, REPAIR_AFTER, STEP};
+use crate::scheduler::world::World;
+use crate::state::command::{
+    AllocateSegment, Attach, BeginReplace, CancelReplace, CreateVolume, CreatedReplica, ReplaceUndone,
+    ReplicasCreated, RetireChunkserver,
+};
 use crate::state::{Command, Reason};
 
 /// Four chunkservers in z1, z2, z3, z3 and sixteen copysets.
@@ -78,6 +83,337 @@ fn nothing_is_planned_where_it_could_not_be_done() {
     assert!(!groups.pending().is_empty());
     groups.settle();
     assert_eq!(groups.spread()[&3], 0);
+}
+
+/// One leads, but who else is there is not enough: a majority could not agree on who the members are.
+#[test]
+fn a_leader_alone_is_not_enough_to_begin() {
+    let mut filling = Filling::new(Reason::Silent);
+    filling.cancel_and_undo();
+    filling.world.pass(REPAIR_AFTER);
+    silent(&mut filling, 2, 4);
+    filling.say();
+    assert_eq!(filling.planned(), [], "3 is silent for long, and 2 is away");
+    filling.absent = vec![3];
+    filling.say();
+    assert_eq!(begun(&filling.planned()), [(1, 4, Reason::Silent)]);
+}
+
+#[test]
+fn what_is_being_replaced_is_not_replaced_twice() {
+    let mut groups = with_a_spare();
+    groups.limits.repairs_max = 1;
+    groups.kill(3);
+    groups.steps(10);
+    let [(id, _)] = groups.pending()[..] else { panic!("{:?}", groups.pending()) };
+    groups.limits.repairs_max = 16;
+    let begun = begun(&planned(&groups));
+    assert!(!begun.is_empty() && begun.iter().all(|(copyset, ..)| *copyset != id.0), "{id}: {begun:?}");
+}
+
+#[test]
+fn nobody_is_moved_away_while_another_one_is_not_there() {
+    let mut groups = with_a_spare();
+    groups.retire(3, true);
+    groups.limits.repairs_max = 0;
+    groups.kill(2);
+    groups.steps(2);
+    groups.limits.repairs_max = 16;
+    assert_eq!(planned(&groups), [], "2 is away");
+    groups.start(2);
+    groups.limits.repairs_max = 0;
+    groups.steps(3);
+    groups.limits.repairs_max = 16;
+    assert!(begun(&planned(&groups)).iter().all(|(.., reason)| *reason == Reason::Retiring));
+    assert!(!planned(&groups).is_empty());
+}
+
+/// Copyset 1 on 1 (leads), 2 and 3; a replica on 4 is to take the place of the one on 3, which is away. It is hosted and
+/// a learner, and lacks much. Everybody has been there for long.
+struct Filling {
+    world: World,
+    new: ReplicaId,
+    /// Chunkservers that do not report.
+    absent: Vec<u32>,
+    /// Those that do, without a replica of the copyset.
+    without: Vec<u32>,
+    failed: Vec<u32>,
+    /// Entries that the one on each lacks.
+    behind: BTreeMap<u32, u64>,
+    voters: Vec<u32>,
+}
+
+impl Filling {
+    fn new(reason: Reason) -> Self {
+        let mut world = World::with_three_chunkservers();
+        world.register("z3");
+        let old = world.state.copysets()[&CopysetId(1)].replica_on(ChunkserverId(3)).expect("a member").id;
+        let begin = BeginReplace { copyset: 1, old_replica: old.0, chunkserver: 4, reason: reason.into() };
+        world.apply(&Command::BeginReplace(begin)).expect("begun");
+        let new = ReplicaId(world.state.replicas_given());
+        let mut filling = Self {
+            world,
+            new,
+            absent: Vec::new(),
+            without: Vec::new(),
+            failed: Vec::new(),
+            behind: BTreeMap::from([(4, 10_000)]),
+            voters: vec![1, 2, 3],
+        };
+        filling.say();
+        filling.world.pass(STEP * 6);
+        filling.absent = vec![3];
+        filling
+    }
+
+    fn created(&mut self) {
+        let replicas = vec![CreatedReplica { copyset: 1, replica: self.new.0 }];
+        self.world.apply(&Command::ReplicasCreated(ReplicasCreated { replicas })).expect("applied");
+    }
+
+    fn retire(&mut self, id: u32, retiring: bool) {
+        let retire = RetireChunkserver { chunkserver: id, retiring };
+        self.world.apply(&Command::RetireChunkserver(retire)).expect("known");
+    }
+
+    fn cancel(&mut self) {
+        let cancel = CancelReplace { copyset: 1, new_replica: self.new.0 };
+        self.world.apply(&Command::CancelReplace(cancel)).expect("cancelled");
+    }
+
+    fn cancel_and_undo(&mut self) {
+        self.cancel();
+        let undone = ReplaceUndone { copyset: 1, new_replica: self.new.0 };
+        self.world.apply(&Command::ReplaceUndone(undone)).expect("undone");
+    }
+
+    /// Everybody who is not absent reports.
+    fn say(&mut self) {
+        let id = CopysetId(1);
+        let mut hosts: Vec<(u32, u64)> = vec![(4, self.new.0)];
+        let replicas = &self.world.state.copysets()[&id].replicas;
+        hosts.extend(replicas.iter().map(|replica| (replica.chunkserver.0, replica.id.0)));
+        let last_index = 100_000;
+        let member = |&(chunkserver, replica): &(u32, u64)| MemberReport {
+            replica,
+            chunkserver,
+            matched_index: last_index - self.behind.get(&chunkserver).copied().unwrap_or(0),
+            voter: self.voters.contains(&chunkserver),
+        };
+        let members: Vec<_> = hosts.iter().map(member).collect();
+        for (on, replica) in hosts.into_iter().filter(|(on, _)| !self.absent.contains(on)) {
+            let role = if on == 1 { Role::Leader } else { Role::Follower };
+            let here = ReplicaReport {
+                copyset: 1,
+                replica,
+                role: role.into(),
+                term: 3,
+                leader_chunkserver: 1,
+                last_index,
+                members: members.clone(),
+                failed: if self.failed.contains(&on) { "damaged".to_owned() } else { String::new() },
+                ..ReplicaReport::default()
+            };
+            let reports = if self.without.contains(&on) { vec![] } else { vec![here] };
+            self.world.take(ChunkserverId(on), reports);
+        }
+    }
+
+    /// What is planned for the copyset.
+    fn planned(&self) -> Vec<Command> {
+        let limits = Limits { repair_after: REPAIR_AFTER, ..Limits::default() };
+        let planned = plan(&self.world.state, &self.world.reports, &limits, self.world.now);
+        let concerns = |command: &Command| match command {
+            Command::BeginReplace(begin) => begin.copyset == 1,
+            Command::CancelReplace(cancel) => cancel.copyset == 1,
+            other => panic!("{other:?}"),
+        };
+        planned.into_iter().filter(concerns).collect()
+    }
+}
+
+#[test]
+fn the_way_back_is_taken_for_each_of_its_reasons_and_for_no_other() {
+    type Happens = fn(&mut Filling);
+    let comes_back: Happens = |it| it.absent = vec![];
+    let stays_away: Happens = |_| {};
+    let cases: [(&str, Reason, Happens, bool); 26] = [
+        ("nothing", Reason::Silent, stays_away, false),
+        // The new one is no good.
+        ("it is silent for long", Reason::Silent, |it| silent(it, 4, 6), true),
+        ("it may be a restart", Reason::Silent, |it| silent(it, 4, 5), false),
+        ("it failed", Reason::Silent, |it| it.failed = vec![4], true),
+        (
+            "it was lost",
+            Reason::Silent,
+            |it| {
+                it.created();
+                it.without = vec![4];
+            },
+            true,
+        ),
+        ("it is not there yet", Reason::Silent, |it| it.without = vec![4], false),
+        (
+            "who lost it just came",
+            Reason::Silent,
+            |it| {
+                it.created();
+                it.without = vec![4];
+                it.world.reconnect(ChunkserverId(4));
+            },
+            false,
+        ),
+        ("its place is to be empty", Reason::Silent, |it| it.retire(4, true), true),
+        // The old one is back, and is as good.
+        ("came back", Reason::Silent, comes_back, true),
+        ("what was lost is there", Reason::Lost, comes_back, true),
+        (
+            "came back, and the new one knows as much",
+            Reason::Silent,
+            |it| {
+                it.absent = vec![];
+                it.behind = BTreeMap::new();
+            },
+            false,
+        ),
+        (
+            "came back, and lacks much",
+            Reason::Silent,
+            |it| {
+                it.absent = vec![];
+                it.behind.insert(3, 10_000);
+            },
+            false,
+        ),
+        (
+            "came back, and is to be empty",
+            Reason::Silent,
+            |it| {
+                it.absent = vec![];
+                it.retire(3, true);
+            },
+            false,
+        ),
+        (
+            "came back without it",
+            Reason::Silent,
+            |it| {
+                it.absent = vec![];
+                it.without = vec![3];
+            },
+            false,
+        ),
+        // It is not wanted any more.
+        (
+            "retires",
+            Reason::Retiring,
+            |it| {
+                it.absent = vec![];
+                it.retire(3, true);
+            },
+            false,
+        ),
+        ("retires no more", Reason::Retiring, comes_back, true),
+        ("evens out", Reason::Balance, comes_back, false),
+        (
+            "another is lost, while one retires",
+            Reason::Retiring,
+            |it| {
+                it.absent = vec![];
+                it.retire(3, true);
+                it.failed = vec![2];
+            },
+            true,
+        ),
+        (
+            "another is lost, while it evens out",
+            Reason::Balance,
+            |it| {
+                it.absent = vec![];
+                it.failed = vec![2];
+            },
+            true,
+        ),
+        (
+            "another is silent for long",
+            Reason::Balance,
+            |it| {
+                it.absent = vec![];
+                silent(it, 2, 10);
+            },
+            true,
+        ),
+        (
+            "another is away",
+            Reason::Balance,
+            |it| {
+                it.absent = vec![];
+                silent(it, 2, 9);
+            },
+            false,
+        ),
+        (
+            "the one that goes is lost",
+            Reason::Balance,
+            |it| {
+                it.absent = vec![];
+                it.failed = vec![3];
+            },
+            false,
+        ),
+        // There is no way back, or it is taken already.
+        (
+            "it votes, and failed",
+            Reason::Silent,
+            |it| {
+                it.voters.push(4);
+                it.failed = vec![4];
+            },
+            false,
+        ),
+        (
+            "it votes, and is silent",
+            Reason::Silent,
+            |it| {
+                it.voters.push(4);
+                silent(it, 4, 6);
+            },
+            false,
+        ),
+        (
+            "it votes, and the old one came back",
+            Reason::Silent,
+            |it| {
+                it.voters.push(4);
+                it.absent = vec![];
+            },
+            false,
+        ),
+        (
+            "it was cancelled",
+            Reason::Silent,
+            |it| {
+                it.cancel();
+                it.failed = vec![4];
+            },
+            false,
+        ),
+    ];
+    for (case, reason, happens, cancels) in cases {
+        let mut filling = Filling::new(reason);
+        happens(&mut filling);
+        filling.say();
+        let cancel = CancelReplace { copyset: 1, new_replica: filling.new.0 };
+        let expected = if cancels { vec![Command::CancelReplace(cancel)] } else { vec![] };
+        assert_eq!(filling.planned(), expected, "{case}, {reason:?}");
+    }
+}
+
+/// This one reports once more, and then not for so many report intervals.
+fn silent(filling: &mut Filling, id: u32, intervals: u32) {
+    filling.say();
+    filling.absent.push(id);
+    filling.world.pass(STEP * intervals);
 }
 
 #[test]

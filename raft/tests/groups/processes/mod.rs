@@ -39,6 +39,10 @@ impl Directory {
         self.0.lock().unwrap().addresses.insert(process, address);
     }
 
+    fn forget(&self, process: ProcessId) {
+        self.0.lock().unwrap().addresses.remove(&process);
+    }
+
     fn is_isolated(&self, process: ProcessId) -> bool {
         self.0.lock().unwrap().isolated.contains(&process)
     }
@@ -287,7 +291,10 @@ impl Cluster {
         self.processes[at].as_ref().expect("it runs")
     }
 
+    /// As kill -9 would. A kernel refuses whoever calls on a process that died, from then on; here its listening socket is
+    /// dropped some time after its connections, which on a busy machine was once later than anybody asks.
     pub fn kill(&mut self, at: usize) {
+        self.directory.forget(self.members[at].process);
         self.processes[at].take().expect("it runs").kill();
     }
 

@@ -28,6 +28,8 @@ pub const SERVERS: [ChunkserverId; 3] = [ChunkserverId(1), ChunkserverId(2), Chu
 pub struct Faults {
     /// Takes requests and says nothing.
     pub hung: bool,
+    /// Takes changes of these copysets and says nothing to them, but answers everything else.
+    pub holds: HashSet<CopysetId>,
     /// Refuses everything so.
     pub refuse: Option<Refusal>,
     /// Refuses the next data requests so, one each.
@@ -296,7 +298,7 @@ impl State {
         }
         let dice = self.random();
         let faults = self.fault(server);
-        if faults.hung {
+        if faults.hung || (tag.is_some() && faults.holds.contains(&copyset)) {
             return Deed::Nothing;
         }
         if let Some(refusal) = faults.refuse {

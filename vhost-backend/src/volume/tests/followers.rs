@@ -205,6 +205,9 @@ fn what_a_follower_has_shown_a_leader_must_know() {
     assert_eq!(rig.read(0, 4096), pattern(0, 4096));
     assert!(followed(&cluster) > 0);
     cluster.state().fault(SERVERS[0]).hung = false;
+    // If it was silent long enough to be mute it is not asked again before it is heard, or connected to anew.
+    cluster.kill(SERVERS[0]);
+    cluster.revive(SERVERS[0]);
     rig.until("heard of the deposed one", |rig| {
         let ticket = rig.submit(Request::Read { offset: BLOCK, len: 4096 });
         assert_eq!(rig.wait(ticket), data(1));

@@ -7,7 +7,7 @@ mod followers;
 mod rig;
 
 use std::collections::{HashMap, HashSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evolute_protocol::epoch::Epoch;
@@ -230,6 +230,62 @@ fn a_change_that_a_deposed_leader_holds_goes_to_the_next_while_that_one_refuses_
     assert_eq!(rig.wait(held), Outcome::Done);
     assert_eq!(rig.wait(after), Outcome::Done);
     assert_eq!(rig.volume.counters().take_overs_asked, 0, "it was reached all the time");
+    check_sequences(&cluster);
+}
+
+/// How often a chunkserver was sent a change.
+fn times_sent(cluster: &Cluster, to: ChunkserverId) -> usize {
+    cluster.state().received.iter().filter(|received| received.server == to).count()
+}
+
+/// All are hung. Each is asked, and again after five silences, as it may have lost the question; and not with every turn
+/// of the loop.
+#[test]
+fn what_nobody_answers_is_asked_now_and_then() {
+    let cluster = Cluster::start(1);
+    let mut rig = Rig::attached(&cluster, quick());
+    rig.until("connected to all", |rig| rig.volume.peers.iter().all(|peer| peer.is_open()));
+    SERVERS.iter().for_each(|server| cluster.state().fault(*server).hung = true);
+    let begun = Instant::now();
+    let write = rig.submit(Request::Write { offset: 0, data: Bytes::from(pattern(1, 4096)) });
+    rig.until("each was asked twice", |_| SERVERS.iter().all(|server| times_sent(&cluster, *server) >= 2));
+    let sent = SERVERS.map(|server| times_sent(&cluster, server));
+    let repeats = begun.elapsed().as_millis() / (5 * quick().silence).as_millis();
+    let most = usize::try_from(repeats).expect("few") + 1;
+    assert!(sent.iter().all(|sent| *sent <= most), "{sent:?} with time for {most}");
+    cluster.state().lead(C1, Some(SERVERS[2]));
+    cluster.state().fault(SERVERS[2]).hung = false;
+    assert_eq!(rig.wait(write), Outcome::Done);
+    check_sequences(&cluster);
+}
+
+/// A leader that lost its majority holds a change, and answers whatever else it is asked. Followers that name it do not
+/// know better; the one that leads by now is found all the same, and no silence is waited out for each question.
+#[test]
+fn a_change_is_not_taken_back_to_one_that_holds_it() {
+    // The fourth is led by the first as well: that it answers there is why it is not mute.
+    let cluster = Cluster::start(4);
+    // So long that sixteen of them would not end in time.
+    let options = VolumeOptions { silence: Duration::from_secs(2), ..VolumeOptions::default() };
+    let mut rig = Rig::attached(&cluster, options);
+    rig.until("connected to all", |rig| rig.volume.peers.iter().all(|peer| peer.is_open()));
+    {
+        let mut state = cluster.state();
+        state.fault(SERVERS[0]).holds.insert(C1);
+        state.fault(SERVERS[1]).refuse = Some(Refusal::NotLeader { leader: Some(SERVERS[0]) });
+        state.fault(SERVERS[2]).refuse = Some(Refusal::NotLeader { leader: None });
+    }
+    let held = rig.submit(Request::Write { offset: 0, data: Bytes::from(pattern(1, 4096)) });
+    rig.until("the last was asked often", |rig| {
+        let elsewhere = rig.submit(Request::Read { offset: 3 * CHUNK_BYTES, len: 4096 });
+        assert!(matches!(rig.wait(elsewhere), Outcome::Data(_)));
+        times_sent(&cluster, SERVERS[2]) >= 16
+    });
+    let counters = rig.volume.counters();
+    assert!((1..=8).contains(&counters.asked_another), "{counters:?}");
+    cluster.state().lead(C1, Some(SERVERS[2]));
+    cluster.state().fault(SERVERS[2]).refuse = None;
+    assert_eq!(rig.wait(held), Outcome::Done);
     check_sequences(&cluster);
 }
 
