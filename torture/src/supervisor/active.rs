@@ -110,6 +110,10 @@ pub fn begin(
             image(cluster, places[0])?.slow(true)?;
             4000 + random.below(8000)
         }
+        Fault::StuckDisk => {
+            image(cluster, places[0])?.freeze(true)?;
+            4000 + random.below(8000)
+        }
         Fault::FailingSync => {
             image(cluster, places[0])?.fail_flushes()?;
             2000 + random.below(3000)
@@ -201,6 +205,10 @@ pub fn heal(active: &mut Active, cluster: &mut Cluster) -> Result<Option<String>
             image(cluster, active.places[0])?.slow(false)?;
             return Ok(None);
         }
+        Fault::StuckDisk => {
+            image(cluster, active.places[0])?.freeze(false)?;
+            return Ok(None);
+        }
         Fault::FailingSync => {
             let place = active.places[0];
             let ended_itself = process(cluster, place).state() == State::Down;
@@ -275,6 +283,7 @@ fn targets(fault: Fault, cluster: &Cluster, active: &[Active], random: &mut Rand
         Fault::RestartChunkserver
         | Fault::PowerOne
         | Fault::SlowDisk
+        | Fault::StuckDisk
         | Fault::FailingSync
         | Fault::FullDisk => places(any(random)?),
         Fault::CutLeader | Fault::CutOneWay | Fault::CutBridge | Fault::IsolateLeader | Fault::CutClient => {

@@ -50,6 +50,7 @@ impl Fault {
             | Fault::IsolateLeader
             | Fault::PowerOne
             | Fault::SlowDisk
+            | Fault::StuckDisk
             | Fault::FailingSync
             | Fault::FullDisk => (true, true),
             // These hit none of the replicas, or all of them.

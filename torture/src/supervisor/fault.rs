@@ -27,6 +27,7 @@ pub enum Fault {
     PowerOne,
     PowerAll,
     SlowDisk,
+    StuckDisk,
     FailingSync,
     FullDisk,
     ZombieBackend,
@@ -35,7 +36,7 @@ pub enum Fault {
 }
 
 /// Name, group, what it does. The order is the order of reports.
-const ALL: [(Fault, &str, &str, &str); 26] = [
+const ALL: [(Fault, &str, &str, &str); 27] = [
     (Fault::KillLeader, "kill-leader", "kills", "kill -9 of the chunkserver that leads most copysets"),
     (Fault::KillFollower, "kill-follower", "kills", "kill -9 of the one that leads fewest"),
     (Fault::KillChunkservers, "kill-chunkservers", "kills", "kill -9 of all chunkservers at one moment"),
@@ -77,6 +78,12 @@ const ALL: [(Fault, &str, &str, &str); 26] = [
     (Fault::PowerOne, "power-one", "power", "power cut of one chunkserver: unsynced sectors lost or torn"),
     (Fault::PowerAll, "power-all", "power", "power cut of all chunkservers at one moment"),
     (Fault::SlowDisk, "slow-disk", "disks", "a chunkserver's disk does 20 operations a second"),
+    (
+        Fault::StuckDisk,
+        "stuck-disk",
+        "disks",
+        "a chunkserver's disk answers nothing for a while: no error, no end",
+    ),
     (
         Fault::FailingSync,
         "failing-sync",

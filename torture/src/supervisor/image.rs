@@ -217,6 +217,8 @@ fn one_write_at_a_time(export: &Path) -> Result<()> {
 
 impl Drop for Image {
     fn drop(&mut self) {
+        // Whoever waits for a disk that stands still waits for ever.
+        let _ = self.freeze(false);
         if self.detach().is_err() {
             // In the order of what hangs on what; each is better gone than not.
             let _ = tool("umount", &["-l", &self.path("mount")]);
