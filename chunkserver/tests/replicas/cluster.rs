@@ -25,6 +25,8 @@ pub const COPYSET: CopysetId = CopysetId(3);
 pub struct Cluster {
     servers: Vec<Server>,
     scrub_period_ms: u64,
+    /// What a chunkserver that starts finds.
+    pub disk: fn(u32) -> StoreOptions,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -46,6 +48,15 @@ impl Cluster {
 
     /// With scrubbers that begin a new round that often.
     pub fn scrubbed(count: usize, scrub_period_ms: u64) -> Self {
+        Self::start_with_all(count, scrub_period_ms, |_| StoreOptions::default())
+    }
+
+    /// Each on a disk of its own.
+    pub fn on_disks(count: usize, disk: fn(u32) -> StoreOptions) -> Self {
+        Self::start_with_all(count, 3_600_000, disk)
+    }
+
+    fn start_with_all(count: usize, scrub_period_ms: u64, disk: fn(u32) -> StoreOptions) -> Self {
         let listeners: Vec<_> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
         let servers = listeners
@@ -57,7 +68,7 @@ impl Cluster {
             })
             .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let mut cluster = Self { servers, scrub_period_ms, runtime };
+        let mut cluster = Self { servers, scrub_period_ms, disk, runtime };
         for (n, listener) in (1..).zip(listeners) {
             cluster.start_with(n, listener);
         }
@@ -84,10 +95,7 @@ impl Cluster {
                 chunkserver: ChunkserverId(n),
                 token: Bytes::from_static(b"token"),
             },
-            store: StoreOptions {
-                checkpoint_interval: Duration::from_millis(100),
-                ..StoreOptions::default()
-            },
+            store: StoreOptions { checkpoint_interval: Duration::from_millis(100), ..(self.disk)(n) },
             log_file_mib: 8,
             log_retain_mib: 64,
             scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: self.scrub_period_ms },
@@ -174,6 +182,11 @@ impl Cluster {
     /// A client of the one who leads.
     pub fn client(&self, n: u32) -> Client {
         Client::connect(self.server(n).address, CLUSTER, ChunkserverId(n), COPYSET)
+    }
+
+    /// The files of a chunkserver's log.
+    pub fn log_files(&self, n: u32) -> usize {
+        std::fs::read_dir(self.server(n).dir.path().join("log")).expect("listed").count()
     }
 
     /// The chunk files of a chunkserver.
