@@ -36,6 +36,9 @@ use crate::scrub::{Progress, ScrubOptions, Scrubber};
 use crate::server::Server;
 use crate::slow_disk;
 
+/// What a leader sends at once, about: without room for it, this replica is falling behind.
+const APPEND_BYTES: u64 = 4 * MIB;
+
 /// What the shard is made of.
 pub struct ShardOptions {
     pub data_dir: PathBuf,
@@ -229,6 +232,8 @@ async fn run(
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
+    let admitting = Rc::clone(&store);
+    node.admit(move |bytes| admitting.borrow().admits(bytes));
     let (others, led) = (Rc::<Others>::default(), Rc::<Notify>::default());
     let registry = Rc::new(Registry::new(node, Rc::clone(&store), Rc::clone(&repairs), Rc::clone(&others)));
     // Before anybody can ask for it.
@@ -457,7 +462,9 @@ impl Shard {
         }
         let failed = self.registry.failed().into_iter();
         let failed = failed.map(|(copyset, (replica, why))| (copyset, replica, why)).collect();
-        let usage = self.store.borrow().usage();
+        let mut usage = self.store.borrow().usage();
+        // Also when it is the log that found no room.
+        usage.full |= self.full.get();
         let mut trouble: Vec<_> = self.trouble.borrow().values().cloned().collect();
         if let Some(took) = self.slow.get() {
             trouble.push(format!("the disk is slow: a write of the log takes {} ms", took.as_millis()));
@@ -471,6 +478,11 @@ impl Shard {
         }
         if usage.damaged_chunks > 0 {
             trouble.push(format!("{} chunks are missing or damaged", usage.damaged_chunks));
+        }
+        if !self.store.borrow().admits(APPEND_BYTES) {
+            trouble.push(
+                "what waits for the disk fills the memory for it: nothing more is taken from leaders".into(),
+            );
         }
         if usage.full {
             trouble.push("the disk is full".into());

@@ -108,7 +108,7 @@ pub async fn watch(
             window_ends = Instant::now() + WINDOW;
             let window = log.take_latency();
             let slow = detector.observe(&window, others.usual_write());
-            let full = store.borrow().usage().full;
+            let full = store.borrow().usage().full || log.is_full();
             found(&Found { window, slow, full });
             if slow.is_some() != trouble.slow {
                 match slow {

@@ -554,6 +554,47 @@ fn at_the_reserve_new_chunks_are_refused_and_old_ones_overwritten() {
     assert_eq!(store.get().pressure(), Pressure::Free, "space came back");
 }
 
+/// What is overwritten has its space, however sparse the chunk is: its checksum sectors tell what is new.
+#[test]
+fn on_a_disk_full_to_the_last_block_what_is_there_is_overwritten() {
+    // Every other block of 16, the page of their checksums and the header's.
+    let capacity_bytes = Some((8 + 2) * 4096);
+    let mut store = Store::with(StoreOptions { capacity_bytes, ..StoreOptions::default() });
+    (0..8).for_each(|block| store.write(CHUNK, block * 8192, &pattern(1, 4096)));
+    store.checkpoint().unwrap();
+    assert_eq!(store.get().usage().free, 0);
+    (0..8).for_each(|block| store.write(CHUNK, block * 8192, &pattern(2, 4096)));
+    store.write(CHUNK, 0, &pattern(3, 512));
+    store.checkpoint().unwrap();
+    assert_eq!(store.get().usage().overlay_bytes, 0);
+    store.write(CHUNK, 4096, &pattern(4, 4096));
+    let error = store.checkpoint().unwrap_err();
+    assert!(matches!(error, StoreError::NoSpace { needed: 4096, available: 0 }), "{error}");
+    let mut expected = [pattern(2, 4096), pattern(4, 4096)].concat();
+    expected[..512].copy_from_slice(&pattern(3, 512));
+    assert_eq!(store.read(CHUNK, 0, 8192).unwrap(), expected);
+}
+
+#[test]
+fn what_others_order_is_let_in_while_there_is_memory_for_it() {
+    let mut store = Store::with(StoreOptions {
+        overlay_bytes_max: 20 * MIB,
+        capacity_bytes: Some(MIB),
+        ..StoreOptions::default()
+    });
+    assert!(store.get().admits(40 * MIB) && !store.get().admits(40 * MIB + 1));
+    // Frozen and waiting for space, or not frozen yet: both are memory.
+    store.write(CHUNK, 0, &pattern(1, 10 << 20));
+    store.checkpoint().unwrap_err();
+    store.write(other(1), 0, &pattern(1, 10 << 20));
+    assert!(store.get().admits(19 * MIB) && !store.get().admits(20 * MIB));
+    let mut small = Store::with(StoreOptions { overlay_bytes_max: MIB, ..StoreOptions::default() });
+    assert!(
+        small.get().admits(17 * MIB) && !small.get().admits(17 * MIB + 1),
+        "the longest append finds room"
+    );
+}
+
 #[test]
 fn what_a_replica_left_is_never_taken_for_the_next_ones() {
     for drained in [false, true] {

@@ -12,7 +12,8 @@ use evolute_protocol::rpc::{ChunkserverStatus, CopysetStatus, Health, ReplicaSta
 
 use crate::config::Limits;
 use crate::heartbeat::reports::Reports;
-use crate::placement::room::is_near_full;
+use crate::heartbeat::room;
+use crate::placement::room::{Fit, is_near_full};
 use crate::scheduler::obstacles;
 use crate::state::copyset::REPLICAS;
 use crate::state::{Copyset, Replica, State};
@@ -245,6 +246,24 @@ impl Sight<'_> {
     fn chunkserver_reasons(&self) -> Vec<(Health, String)> {
         let mut found = Vec::new();
         let mut zones = BTreeSet::new();
+        let rooms = self.state.copysets().values();
+        let rooms =
+            rooms.map(|copyset| room::of(copyset, self.state, self.reports, self.now).map(|(fit, _)| fit));
+        // The best there is: what new volumes and segments get.
+        let allocated = rooms.max().flatten();
+        match allocated {
+            Some(Fit::Whole | Fit::Waiting) => {}
+            Some(Fit::Partly | Fit::PartlyWaiting) => found.push((
+                Health::Degraded,
+                "new space is allocated in copysets with a near-full member: no copyset has room on all three"
+                    .to_owned(),
+            )),
+            None if self.state.copysets().is_empty() => {}
+            None => found.push((
+                Health::Degraded,
+                "new space is refused: every copyset has two near-full members".to_owned(),
+            )),
+        }
         for (&id, chunkserver) in self.state.chunkservers() {
             found.extend(self.not_replaced(id, chunkserver.retiring).map(|why| (Health::Degraded, why)));
             let Some(report) = self.reports.online(id, self.now) else { continue };
@@ -254,8 +273,12 @@ impl Sight<'_> {
                     .push((Health::Degraded, format!("{} is in trouble: {}", self.name(id), report.trouble)));
             }
             if is_near_full(report.capacity_bytes, report.free_bytes) {
+                let placed = match allocated {
+                    Some(Fit::Partly | Fit::PartlyWaiting) => "what is new is placed there all the same",
+                    Some(Fit::Whole | Fit::Waiting) | None => "nothing new is placed there",
+                };
                 let reason = format!(
-                    "{} is near-full, nothing new is placed there: {} of {} free",
+                    "{} is near-full, {placed}: {} of {} free",
                     self.name(id),
                     gib(report.free_bytes),
                     gib(report.capacity_bytes)
@@ -387,7 +410,7 @@ mod tests {
         let before = judged(&world);
         for expected in [
             "chunkserver-1 (127.0.0.1:7801) is in trouble: its disk answers slowly",
-            "chunkserver-2 (127.0.0.1:7802) is near-full, nothing new is placed there: 1.0 GiB of 1024.0 GiB free",
+            "chunkserver-2 (127.0.0.1:7802) is near-full, what is new is placed there all the same: 1.0 GiB of 1024.0 GiB free",
             "copyset-2 has 2 of 3 replicas: chunkserver-3 (127.0.0.1:7803) has lost its replica",
         ] {
             assert!(
@@ -408,6 +431,26 @@ mod tests {
         }
         let many = judged(&world).reasons;
         assert!(many.len() == 50 && many[49].starts_with("and "), "{:?}", many.last());
+    }
+
+    #[test]
+    fn space_that_is_allocated_beside_a_full_disk_is_named_and_so_is_space_that_is_not() {
+        let mut world = World::with_three_chunkservers();
+        world.say_free(ChunkserverId(2), 1 << 30);
+        let near_full = |n: u32, placed: &str| {
+            format!("chunkserver-{n} (127.0.0.1:780{n}) is near-full, {placed}: 1.0 GiB of 1024.0 GiB free")
+        };
+        let all_the_same = "what is new is placed there all the same";
+        let allocated =
+            "new space is allocated in copysets with a near-full member: no copyset has room on all three";
+        assert_eq!(judged(&world).reasons, [allocated.to_owned(), near_full(2, all_the_same)]);
+        world.say_free(ChunkserverId(3), 1 << 30);
+        let nothing = "nothing new is placed there";
+        let refused = "new space is refused: every copyset has two near-full members";
+        assert_eq!(
+            judged(&world).reasons,
+            [refused.to_owned(), near_full(2, nothing), near_full(3, nothing)]
+        );
     }
 
     #[test]

@@ -181,12 +181,14 @@ impl Group {
             return done(Err(ProposeError::Busy));
         }
         let Some(raft) = state.running() else { return done(Err(ProposeError::Stopped)) };
+        let Some(taken) = state.intake.propose(bytes as u64) else { return done(Err(ProposeError::Busy)) };
         state.proposals.set(state.proposals.get() + 1);
         state.proposed_bytes.set(state.proposed_bytes.get() + bytes);
         let answering = state.clone();
         let answer = Answer::new(move |outcome: Option<ClientWriteResult>| {
             answering.proposals.set(answering.proposals.get() - 1);
             answering.proposed_bytes.set(answering.proposed_bytes.get() - bytes);
+            drop(taken);
             done(match outcome {
                 Some(Ok(response)) => Ok(Applied { at: position(&response.log_id), result: response.data }),
                 Some(Err(error)) => Err(match propose_error(error) {

@@ -19,6 +19,8 @@
 //!   ([`spawn_thread`]), and a write crosses no other between socket and log.
 //! - Votes are on disk before they are answered, entries before they are acknowledged.
 //! - A log whose write or sync failed is dead ([`Log::failed`]); nothing is retried on it.
+//! - A process takes no entries that it has no place for (`intake.rs`): neither memory nor the log grows with what a full
+//!   disk keeps from being finished.
 //! - The log kept for members that lag is bounded ([`Limits`]). A replica that needs more than is left gets a raft
 //!   snapshot from the leader's owner, whole or not at all.
 //!
@@ -29,6 +31,7 @@
 
 mod command;
 mod group;
+mod intake;
 mod log;
 mod machine;
 mod node;

@@ -9,6 +9,7 @@ use std::time::Duration;
 use openraft::{Config, SnapshotPolicy, StepDownPolicy};
 
 use crate::group::{Group, PROPOSALS_MAX};
+use crate::intake::Intake;
 use crate::log::{Log, LogError};
 use crate::machine::{Machine, StateMachine, decode_membership};
 use crate::peer::{Network, Peers, Rate};
@@ -124,6 +125,7 @@ struct Inner {
     timing: Timing,
     limits: Limits,
     rate: Rc<Rate>,
+    intake: Rc<Intake>,
     groups: RefCell<BTreeMap<GroupId, Group>>,
 }
 
@@ -136,7 +138,8 @@ impl Node {
     /// The same with other limits than usual.
     pub fn with_limits(log: Log, peers: Peers, timing: Timing, limits: Limits) -> Self {
         let rate = Rc::new(Rate::new(limits.snapshot_bytes_per_second));
-        Self(Rc::new(Inner { log, peers, timing, limits, rate, groups: RefCell::default() }))
+        let intake = Intake::new(log.clone());
+        Self(Rc::new(Inner { log, peers, timing, limits, rate, intake, groups: RefCell::default() }))
     }
 
     pub fn log(&self) -> &Log {
@@ -145,6 +148,13 @@ impl Node {
 
     pub fn peers(&self) -> &Peers {
         &self.0.peers
+    }
+
+    /// From now on entries that other leaders send are taken only while the owner has room for them. `admits` is asked for
+    /// each append, with the bytes of all that are let in and not answered yet, and must be quick. What it keeps out is
+    /// tried again.
+    pub fn admit(&self, admits: impl Fn(u64) -> bool + 'static) {
+        self.0.intake.ask(admits);
     }
 
     /// Starts this process's replica of a group: with an empty log when the log has never heard of it, where it left
@@ -178,6 +188,7 @@ impl Node {
                 election_max: Duration::from_millis(inner.timing.election_ms_max),
                 retain_bytes: inner.limits.log_retain_bytes,
             },
+            inner.intake.clone(),
         );
         state.found(log.clone());
         log.tell(state.clone());

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::group::LeaderChange;
+use crate::intake::Intake;
 use crate::log::GroupLog;
 use crate::peer::Receiving;
 use crate::retain::Pins;
@@ -43,6 +44,7 @@ pub(crate) struct State {
     pub succession: Succession,
     /// The raft snapshot that arrives here, or arrived last.
     pub receiving: RefCell<Option<Rc<Receiving>>>,
+    pub intake: Rc<Intake>,
     pub proposals: Cell<usize>,
     pub proposed_bytes: Cell<usize>,
     /// Set while a refused proposal's answer is dropped, so that it says `Busy`.
@@ -82,6 +84,7 @@ impl State {
         applied: Option<Position>,
         checkpointed: SnapshotMeta,
         bounds: Bounds,
+        intake: Rc<Intake>,
     ) -> Rc<Self> {
         Rc::new(Self {
             id,
@@ -99,6 +102,7 @@ impl State {
             pins: RefCell::default(),
             succession: Succession::default(),
             receiving: RefCell::default(),
+            intake,
             proposals: Cell::new(0),
             proposed_bytes: Cell::new(0),
             refusing: Cell::new(false),

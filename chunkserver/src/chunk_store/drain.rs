@@ -26,8 +26,9 @@ use super::catalog::{Catalog, CheckpointBatch};
 use super::chunk_file::{ChunkFile, Fault, Run, Wait, open_verified};
 use super::error::StoreError;
 use super::format::{
-    BLOCK, BlockOnDisk, CHECKSUM_SECTORS, CHECKSUMS_AT, CHUNKS_DIR, ChecksumSector, FILE_BYTES, FileId,
-    SECTOR, UnverifiedChecksumSector, checksum_place, checksum_sector_at, data_at, encode_header, volume_dir,
+    BLOCK, BLOCKS_PER_CHECKSUM_SECTOR, BlockOnDisk, CHECKSUM_SECTORS, CHECKSUMS_AT, CHUNKS_DIR,
+    ChecksumSector, FILE_BYTES, FileId, SECTOR, UnverifiedChecksumSector, checksum_place, checksum_sector_at,
+    data_at, encode_header, volume_dir,
 };
 use super::options::CopysetRecord;
 use super::overlay::{ChunkLayer, Layer};
@@ -36,6 +37,9 @@ use super::table::{ChunkRecord, FIRST_GENERATION, Table};
 
 /// Left alone by checkpoints, so that RocksDB always finds room for its batch.
 pub const SLACK_BYTES: u64 = 32 * MIB;
+/// Others may fill the same file system. With less than this no checkpoint is begun, whatever it needs: a batch that finds no
+/// room is the end of the store. Twice what RocksDB writes at once.
+const BATCH_BYTES: u64 = 8 * MIB;
 /// Files written before the first of them is synced: the disk works on all of them at once.
 const FILES_AT_ONCE: usize = 128;
 
@@ -148,30 +152,56 @@ impl Drainer {
         self.read_table().get(id.key).is_none_or(|record| record.generation != id.generation)
     }
 
-    /// A full disk is found out before anything is written: the blocks that may need new space, as far as the
-    /// records tell, must fit.
+    /// A full disk is found out before anything is written: the blocks that need new space must fit. The records tell how
+    /// many those are at most. Only if that is too much the files are asked: what is overwritten has its space.
     fn check_space(&self, layer: &Layer) -> Result<(), StoreError> {
-        let table = self.read_table();
-        let mut needed = 0;
-        for (key, chunk) in layer.chunks() {
-            let record = table.get(key).filter(|_| !chunk.base_gone);
-            let mut wanted = [0_u64; CHECKSUM_SECTORS];
-            for (block, state) in chunk.blocks() {
-                wanted[checksum_place(block).0] += u64::from(!matches!(state, Block::Zero));
-            }
-            for (sector, wanted) in wanted.into_iter().enumerate() {
-                let free = 64 - record.map_or(0, |record| u64::from(record.written[sector]));
-                needed += wanted.min(free) * BLOCK_BYTES;
-            }
-            needed += if record.is_none() && chunk.block_count() > 0 { 2 * BLOCK_BYTES } else { 0 };
-        }
         let space = self.disk.space().map_err(|e| StoreError::io("asking for free space", e))?;
-        let allowed = self.capacity.saturating_sub(table.file_bytes() + table.trash_bytes());
+        let taken = {
+            let table = self.read_table();
+            table.file_bytes() + table.trash_bytes()
+        };
+        let allowed = self.capacity.saturating_sub(taken);
         let available = space.available.saturating_sub(SLACK_BYTES).min(allowed);
-        if needed > available {
-            return Err(StoreError::NoSpace { needed, available });
+        let needed = |asking: bool| -> u64 {
+            layer.chunks().map(|(key, chunk)| self.new_bytes(key, chunk, asking)).sum()
+        };
+        let mut most = needed(false);
+        if most > available {
+            most = needed(true);
+        }
+        if most > available {
+            return Err(StoreError::NoSpace { needed: most, available });
+        }
+        if space.available < BATCH_BYTES {
+            return Err(StoreError::NoSpace { needed: BATCH_BYTES, available: space.available });
         }
         Ok(())
+    }
+
+    /// New space that a chunk's blocks need at most, as far as its record tells, or `asking` its file.
+    fn new_bytes(&self, key: ChunkKey, chunk: &ChunkLayer, asking: bool) -> u64 {
+        let record = self.read_table().get(key).cloned().filter(|_| !chunk.base_gone);
+        let mut wanted = [0_u64; CHECKSUM_SECTORS];
+        for (block, state) in chunk.blocks() {
+            let (sector, place) = checksum_place(block);
+            wanted[sector] |= u64::from(!matches!(state, Block::Zero)) << place;
+        }
+        let Some(record) = record else {
+            let blocks: u32 = wanted.iter().map(|wanted| wanted.count_ones()).sum();
+            let file = if chunk.block_count() > 0 { 2 } else { 0 };
+            return (u64::from(blocks) + file) * BLOCK_BYTES;
+        };
+        let id = FileId::new(self.cluster, key, record.generation);
+        let file = (asking && !record.lost).then(|| open_verified(&*self.disk, &id).ok()).flatten();
+        let mut blocks = 0;
+        for (sector, wanted) in wanted.into_iter().enumerate().filter(|(_, wanted)| *wanted > 0) {
+            let has = u64::from(record.written[sector]);
+            blocks += match file.as_deref().and_then(|file| read_sector(file, &id, sector).ok()) {
+                Some(old) if has > 0 => u64::from((wanted & !old.written()).count_ones()),
+                _ => u64::from(wanted.count_ones()).min(BLOCKS_PER_CHECKSUM_SECTOR as u64 - has),
+            };
+        }
+        blocks * BLOCK_BYTES
     }
 
     /// Step 1.
@@ -415,15 +445,18 @@ impl Target {
         let Some(file) = self.file.as_ref().filter(|_| self.written[number] > 0) else {
             return ChecksumSector::EMPTY;
         };
-        let mut raw = [0; SECTOR];
-        let read = file.read(&mut raw, checksum_sector_at(number)).map_err(Fault::from);
-        let verified =
-            read.and_then(|()| UnverifiedChecksumSector(raw).verify(&self.id, number).map_err(Fault::from));
+        let verified = read_sector(&**file, &self.id, number);
         verified.unwrap_or_else(|error| {
             tracing::error!(chunk = %self.id.key, number, %error, "a checksum sector is lost; its blocks must be repaired");
             ChecksumSector::LOST
         })
     }
+}
+
+fn read_sector(file: &dyn File, id: &FileId, number: usize) -> Result<ChecksumSector, Fault> {
+    let mut raw = [0; SECTOR];
+    file.read(&mut raw, checksum_sector_at(number))?;
+    Ok(UnverifiedChecksumSector(raw).verify(id, number)?)
 }
 
 /// The file or its first block is not there any more. Other errors (no memory, no descriptors) say nothing of it.

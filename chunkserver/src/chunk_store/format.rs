@@ -232,6 +232,11 @@ impl ChecksumSector {
         self.damaged = self.damaged & !bit | damaged;
     }
 
+    /// Blocks that hold data or should, a bit for each.
+    pub fn written(&self) -> u64 {
+        self.written
+    }
+
     /// Blocks that hold data, 0 to 64.
     pub fn written_count(&self) -> u8 {
         self.written.count_ones().to_le_bytes()[0]

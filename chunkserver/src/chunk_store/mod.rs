@@ -352,6 +352,12 @@ impl ChunkStore {
         self.shard.borrow().pressure()
     }
 
+    /// Whether there is memory for `bytes` of changes that were ordered elsewhere. Not when nothing is drained: on a full
+    /// disk, or one that is far too slow. Nanoseconds.
+    pub fn admits(&self, bytes: u64) -> bool {
+        self.shard.borrow().admits(bytes)
+    }
+
     /// Whether the disk has room for a write of this range: ask before admitting it. On a full disk: yes to what is
     /// there already. Discards are always admitted. Nanoseconds.
     pub fn has_room_for(&self, chunk: ChunkKey, offset: u32, len: u32) -> bool {

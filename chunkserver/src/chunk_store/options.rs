@@ -11,7 +11,8 @@ use smallvec::SmallVec;
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
     /// Memory for writes that are not yet in chunk files. At the bound writes are paced; a checkpoint is due at
-    /// half of it. More means fewer device writes for blocks written again and again, and a longer restart.
+    /// half of it; at twice the bound (16 MiB more, if that is more) nothing is taken from other
+    /// leaders. More means fewer device writes for blocks written again and again, and a longer restart.
     pub overlay_bytes_max: u64,
     /// A checkpoint is due this long after the last one, if there is anything to write. Shorter means a quicker
     /// restart, longer means fewer device writes.

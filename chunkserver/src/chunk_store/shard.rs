@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
 
-use evolute_protocol::geometry::CHUNK_BYTES;
+use evolute_protocol::geometry::{CHUNK_BYTES, MIB};
 use evolute_protocol::id::{ChunkKey, ClusterId, CopysetId, VolumeId};
 
 use crate::disk::{Disk, Space};
@@ -54,6 +54,10 @@ pub struct Shard {
     /// As last asked for.
     pub space: Space,
 }
+
+/// What this store follows may fill the overlay twice, so that a disk that is merely a little slower than its leaders' is not
+/// noticed; however small the overlay is, a few of the longest appends find room.
+const FOLLOWED_BYTES_MIN: u64 = 16 * MIB;
 
 impl Shard {
     pub fn view(&self, key: ChunkKey) -> (RwLockReadGuard<'_, Table>, Layers<'_>) {
@@ -213,6 +217,12 @@ impl Shard {
         } else {
             Pressure::Free
         }
+    }
+
+    /// What a leader's pace does not bound is what others send: they do not know this disk.
+    pub fn admits(&self, bytes: u64) -> bool {
+        let max = self.options.overlay_bytes_max;
+        self.overlay_bytes() + bytes <= max + max.max(FOLLOWED_BYTES_MIN)
     }
 
     /// Above half of the reserve any chunk we have may still grow; below only what is certain to need no new space

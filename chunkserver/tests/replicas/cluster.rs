@@ -27,8 +27,14 @@ const HOUR_MS: u64 = 3_600_000;
 pub struct Cluster {
     servers: Vec<Server>,
     scrub_period_ms: u64,
-    checkpoint_interval: Duration,
+    /// What a chunkserver that starts finds.
+    pub disk: fn(u32) -> StoreOptions,
     runtime: tokio::runtime::Runtime,
+}
+
+/// A disk with room, and checkpoints one after the other.
+pub fn roomy(_: u32) -> StoreOptions {
+    StoreOptions { checkpoint_interval: Duration::from_millis(100), ..StoreOptions::default() }
 }
 
 struct Server {
@@ -50,15 +56,23 @@ impl Cluster {
 
     /// With scrubbers that begin a new round that often.
     pub fn scrubbed(count: usize, scrub_period_ms: u64) -> Self {
-        Self::start_all(count, scrub_period_ms, Duration::from_millis(100))
+        Self::start_with_all(count, scrub_period_ms, roomy)
     }
 
     /// What is written stays in the log.
     pub fn without_checkpoints(count: usize) -> Self {
-        Self::start_all(count, HOUR_MS, Duration::from_millis(HOUR_MS))
+        Self::start_with_all(count, HOUR_MS, |_| StoreOptions {
+            checkpoint_interval: Duration::from_millis(HOUR_MS),
+            ..StoreOptions::default()
+        })
     }
 
-    fn start_all(count: usize, scrub_period_ms: u64, checkpoint_interval: Duration) -> Self {
+    /// Each on a disk of its own.
+    pub fn on_disks(count: usize, disk: fn(u32) -> StoreOptions) -> Self {
+        Self::start_with_all(count, HOUR_MS, disk)
+    }
+
+    fn start_with_all(count: usize, scrub_period_ms: u64, disk: fn(u32) -> StoreOptions) -> Self {
         let listeners: Vec<_> =
             (0..count).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
         let servers = listeners
@@ -70,7 +84,7 @@ impl Cluster {
             })
             .collect();
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let mut cluster = Self { servers, scrub_period_ms, checkpoint_interval, runtime };
+        let mut cluster = Self { servers, scrub_period_ms, disk, runtime };
         for (n, listener) in (1..).zip(listeners) {
             cluster.start_with(n, listener);
         }
@@ -98,7 +112,7 @@ impl Cluster {
                 chunkserver: ChunkserverId(n),
                 token: Bytes::from_static(b"token"),
             },
-            store: StoreOptions { checkpoint_interval: self.checkpoint_interval, ..StoreOptions::default() },
+            store: (self.disk)(n),
             log_file_mib: 8,
             log_retain_mib: 64,
             scrub: ScrubOptions { bytes_per_second: 1 << 30, period_ms: self.scrub_period_ms },
@@ -189,6 +203,11 @@ impl Cluster {
 
     pub fn dir(&self, n: u32) -> &Path {
         self.server(n).dir.path()
+    }
+
+    /// The files of a chunkserver's log.
+    pub fn log_files(&self, n: u32) -> usize {
+        std::fs::read_dir(self.server(n).dir.path().join("log")).expect("listed").count()
     }
 
     /// The chunk files of a chunkserver.

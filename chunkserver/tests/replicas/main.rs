@@ -8,6 +8,7 @@ mod client;
 mod cluster;
 mod compare;
 mod damage;
+mod full;
 mod offline;
 mod transfer;
 

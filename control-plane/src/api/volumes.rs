@@ -16,8 +16,9 @@ use tonic::{Request, Response, Status};
 use super::{Volumes, invalid, unexpected};
 use crate::heartbeat::group::Group;
 use crate::heartbeat::reports::Reports;
+use crate::heartbeat::room;
 use crate::mds::{Mds, unix_ms};
-use crate::placement::room::is_near_full;
+use crate::placement::room::best;
 use crate::placement::segment;
 use crate::placement::volume::{Candidate, choose};
 use crate::state::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach};
@@ -234,27 +235,6 @@ fn used_bytes(state: &State, reports: &Reports, now: Instant) -> BTreeMap<Volume
     sums
 }
 
-/// The least free bytes among the members, and none when one of them is too full for anything new. Who has not
-/// reported since this MDS leads is taken to be empty: it refuses by itself what it has no room for.
-fn room(copyset: &Copyset, state: &State, reports: &Reports) -> Option<u64> {
-    let mut least = u64::MAX;
-    for replica in &copyset.replicas {
-        let free = match reports.last(replica.chunkserver) {
-            Some(report) if is_near_full(report.capacity_bytes, report.free_bytes) => return None,
-            Some(report) => report.free_bytes,
-            None => state.chunkservers().get(&replica.chunkserver).map_or(0, |c| c.capacity_bytes),
-        };
-        least = least.min(free);
-    }
-    Some(least)
-}
-
-fn has_majority(copyset: &Copyset, reports: &Reports, now: Instant) -> bool {
-    let online =
-        copyset.replicas.iter().filter(|replica| reports.is_online(replica.chunkserver, now)).count();
-    online > copyset.replicas.len() / 2
-}
-
 fn place_volume(
     state: &State,
     reports: &Reports,
@@ -274,18 +254,17 @@ fn place_volume(
         }
     }
     let candidate = |(&id, copyset): (&CopysetId, &Copyset)| {
-        let free_bytes = room(copyset, state, reports)?;
+        let (fit, free_bytes) = room::of(copyset, state, reports, now)?;
         let leader = copyset.first_leader_chunkserver()?;
         let load = load.get(&id).copied().unwrap_or(0);
-        Some((has_majority(copyset, reports, now), Candidate { id, leader, free_bytes, load }))
+        Some((fit, Candidate { id, leader, free_bytes, load }))
     };
-    let (able, waiting): (Vec<_>, Vec<_>) = state.copysets().iter().filter_map(candidate).partition(|c| c.0);
-    // Those whose writes would wait are for when there are no others.
-    let candidates = if able.is_empty() { waiting } else { able };
-    let candidates: Vec<Candidate> = candidates.into_iter().map(|(_, candidate)| candidate).collect();
+    let candidates = best(state.copysets().iter().filter_map(candidate));
     let chosen = choose(&candidates, width, state.volumes_given());
     if chosen.is_empty() {
-        return Err(ErrorWord::NoPlacement.status("every copyset has a chunkserver that is near-full"));
+        return Err(ErrorWord::NoPlacement.status(
+            "every copyset has two chunkservers that are near-full: add chunkservers or free space",
+        ));
     }
     Ok(chosen)
 }
@@ -311,15 +290,14 @@ fn place_segment(
     if let Some(chunk_copysets) = volume.segments.get(&index) {
         return Ok(Placed::Already(chunk_copysets.to_vec()));
     }
-    let roomy = |id: &&CopysetId| state.copysets().get(id).is_some_and(|c| room(c, state, reports).is_some());
-    let roomy: Vec<CopysetId> = volume.copysets.iter().filter(roomy).copied().collect();
-    let able = |id: &&CopysetId| state.copysets().get(id).is_some_and(|c| has_majority(c, reports, now));
-    let able: Vec<CopysetId> = roomy.iter().filter(able).copied().collect();
-    // Space where writes would wait is given out only when there is no other.
-    let ring = if able.is_empty() { roomy } else { able };
+    let fit = |&id: &CopysetId| {
+        let (fit, _) = room::of(state.copysets().get(&id)?, state, reports, now)?;
+        Some((fit, id))
+    };
+    let ring = best(volume.copysets.iter().filter_map(fit));
     if ring.is_empty() {
         return Err(ErrorWord::NoPlacement.status(format!(
-            "every copyset of {id} has a chunkserver that is near-full: add chunkservers or free space"
+            "every copyset of {id} has two chunkservers that are near-full: add chunkservers or free space"
         )));
     }
     Ok(Placed::Now(segment::deal(&ring, index)))

@@ -12,3 +12,4 @@ pub mod group;
 pub mod orders;
 pub mod progress;
 pub mod reports;
+pub mod room;

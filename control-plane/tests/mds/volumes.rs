@@ -133,31 +133,40 @@ async fn two_who_ask_at_the_same_time_get_the_same_segment_and_not_the_same_atta
     assert!(segments.iter().all(|segment| map.segments.contains(segment)));
 }
 
+/// With three chunkservers every copyset has a replica on each of them. One that is near-full is like one that is away.
 #[tokio::test]
-async fn nothing_new_is_placed_where_there_is_no_room() {
+async fn one_near_full_disk_of_three_stops_nobody_and_two_do() {
     let mds = Mds::start().await;
-    let [one, _two, _three] = three_chunkservers(mds.address).await;
+    let [one, two, _three] = three_chunkservers(mds.address).await;
     let mut client = volumes(mds.address).await;
     client.create(create("web", 4 * GIB, 0)).await.expect("created");
     client.attach(attach("web", "host-a", false)).await.expect("attached");
     client.allocate_segment(allocate(1, 0)).await.expect("there is room");
-    // With three chunkservers every copyset has a replica on each of them.
-    one.seen.lock().expect("lock").free_bytes = GIB;
-    one.report().await;
-    until("there is none", || {
-        let mut client = client.clone();
-        async move { client.create(create("more", GIB, 0)).await.is_err() }
-    })
-    .await;
-    let refused = client.allocate_segment(allocate(1, 1)).await.expect_err("full");
+    let say_free = async |chunkserver: &crate::support::Chunkserver, free_bytes| {
+        chunkserver.seen.lock().expect("lock").free_bytes = free_bytes;
+        chunkserver.report().await;
+    };
+    let warned = async |what: &'static str| {
+        until(what, || async {
+            crate::support::status(mds.address).await.reasons.iter().any(|reason| reason.starts_with(what))
+        })
+        .await;
+    };
+    say_free(&one, GIB).await;
+    warned("new space is allocated in copysets with a near-full member").await;
+    client.allocate_segment(allocate(1, 1)).await.expect("two of three have room");
+    client.create(create("more", GIB, 0)).await.expect("two of three have room");
+    say_free(&two, GIB).await;
+    warned("new space is refused").await;
+    let refused = client.allocate_segment(allocate(1, 2)).await.expect_err("full");
     assert_eq!(ErrorWord::of(&refused), Some(ErrorWord::NoPlacement));
     assert!(refused.message().contains("near-full"), "{}", refused.message());
+    assert_eq!(word(client.create(create("most", GIB, 0)).await), ErrorWord::NoPlacement);
     client.allocate_segment(allocate(1, 0)).await.expect("what is there stays usable");
-    one.seen.lock().expect("lock").free_bytes = TIB - GIB;
-    one.report().await;
+    say_free(&one, TIB - GIB).await;
     until("there is room again", || {
         let mut client = client.clone();
-        async move { client.allocate_segment(allocate(1, 1)).await.is_ok() }
+        async move { client.allocate_segment(allocate(1, 2)).await.is_ok() }
     })
     .await;
 }

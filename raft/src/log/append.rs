@@ -37,6 +37,9 @@ const BATCH_BYTES: usize = 1 << 20;
 const BUFFER_BYTES: usize = 64 << 10;
 /// Buffers kept for the next batches.
 const BUFFERS_KEPT: usize = IN_FLIGHT_MAX + 2;
+/// This part of the last file there is room for is kept for votes and marks: a quarter. A write of one takes 4 KiB, so a
+/// usual file of 64 MiB has room for 4096 elections.
+const KEPT: u64 = 4;
 /// Empty files kept ready. One is needed at the next change of files, one more while it is being written.
 const SPARES_KEPT: usize = 2;
 
@@ -139,6 +142,8 @@ pub struct Core {
     completed: Vec<Completion>,
     /// A file is being made.
     pub making_spare: bool,
+    /// The last try to make one failed.
+    pub no_spare: bool,
 }
 
 impl Core {
@@ -178,6 +183,7 @@ impl Core {
             file_count,
             completed: Vec::new(),
             making_spare: false,
+            no_spare: false,
         };
         let groups: Vec<_> = core.groups.values().cloned().collect();
         for group in groups {
@@ -228,6 +234,17 @@ impl Core {
             return Ok(());
         }
         self.next_file()
+    }
+
+    /// Whether this many bytes of entries find room. Yes, unless this is the last file and no other can be made: then what
+    /// is left of it must hold them and what is kept.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        if !self.no_spare || !self.spares.is_empty() {
+            return true;
+        }
+        let end = self.open.as_ref().map_or(self.tail, Batch::end).offset;
+        let left = self.options.file_bytes.saturating_sub(end);
+        bytes + self.options.file_bytes / KEPT <= left
     }
 
     /// Goes on in a new file: its header and the state of all groups begin the open batch.
@@ -506,6 +523,7 @@ impl Core {
         self.file_count += 1;
         self.spares.push(Arc::new(file));
         self.starved = false;
+        self.no_spare = false;
     }
 
     /// A spare file beyond those worth keeping, to be removed.

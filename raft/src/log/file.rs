@@ -67,7 +67,11 @@ impl LogFile {
             std::fs::rename(&unfinished, &path)?;
             sync_dir(&path)
         };
-        fill().map_err(failed("create", &path))?;
+        if let Err(error) = fill() {
+            // What there is of it is space that others need. Should it stay, the next try begins it anew.
+            let _ = std::fs::remove_file(&unfinished);
+            return Err(failed("create", &path)(error));
+        }
         Self::open(path, Access::Write)
     }
 

@@ -53,12 +53,13 @@ pub use offline::{OfflineGroup, OfflineLog};
 pub(crate) use storage::GroupLog;
 
 use crate::runtime::oneshot;
+use crate::types::Entry;
 use crate::{GroupId, Position, ProcessId, ReplicaId};
 use append::{Core, Full, Record, Waiting};
 use device::Device;
 use file::{Access, LogFile};
 use format::Kind;
-use index::{Index, Place};
+use index::{Index, Place, memory_bytes};
 use recover::{Recovered, file_name, file_number, recover};
 
 /// No record is longer, whatever the files' size.
@@ -125,6 +126,14 @@ pub enum LogError {
     Closed,
 }
 
+impl LogError {
+    /// There was no space for it.
+    fn is_full(&self) -> bool {
+        let full = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded];
+        matches!(self, Self::Io { source, .. } if full.contains(&source.kind()))
+    }
+}
+
 /// How full a log is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LogUsage {
@@ -154,6 +163,12 @@ struct Inner {
     tasks: RefCell<Vec<AbortHandle>>,
     /// Held as long as the log is open.
     _lock: std::fs::File,
+}
+
+/// What these take of a log file, at most.
+pub(crate) fn log_bytes(entries: &[Entry]) -> u64 {
+    let records: usize = entries.iter().map(memory_bytes).sum();
+    format::blocks(format::BATCH_HEADER + records) as u64
 }
 
 type Told = Vec<(Waiting, Result<(), LogError>)>;
@@ -188,15 +203,15 @@ impl Log {
                 }
                 fits
             });
-            if recovered.spares.is_empty() {
-                recovered.spares.push(Arc::new(LogFile::create(free_name(&path)?, file_bytes)?));
-            }
             Ok(recovered)
         });
-        let recovered = match reading.await {
+        let mut recovered = match reading.await {
             Ok(recovered) => recovered?,
             Err(stopped) => return Err(file::failed("recover", dir)(io::Error::other(stopped))),
         };
+        if recovered.spares.is_empty() {
+            recovered.spares.push(Arc::new(first_spare(dir, file_bytes).await?));
+        }
         let (device, event) = open_device(options.io_uring).map_err(file::failed("open a ring for", dir))?;
         let groups =
             recovered.groups.into_iter().map(|(id, group)| (id, Rc::new(RefCell::new(group.into_index()))));
@@ -273,6 +288,16 @@ impl Log {
             }
             failed.await;
         }
+    }
+
+    /// No new file can be made and the last one is nearly full: no entries are taken until one is free or there is space.
+    pub fn is_full(&self) -> bool {
+        !self.has_room(0)
+    }
+
+    /// Whether this many bytes of entries find room. Nanoseconds.
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        self.core().has_room(bytes)
     }
 
     /// The longest command a group may propose.
@@ -419,7 +444,29 @@ impl Drop for Inner {
 /// How long to wait before trying again to make a file: the disk is full.
 const SPARE_RETRY: std::time::Duration = std::time::Duration::from_millis(500);
 
+/// A log that is opened on a full disk waits like one that fills it: what was acknowledged is all there, and an operator
+/// makes room.
+async fn first_spare(dir: &Path, file_bytes: u64) -> Result<LogFile, LogError> {
+    let mut said = false;
+    loop {
+        let path = dir.to_owned();
+        let making = tokio::task::spawn_blocking(move || LogFile::create(free_name(&path)?, file_bytes));
+        match making.await {
+            Ok(Err(error)) if error.is_full() => {
+                if !said {
+                    tracing::warn!(%error, "the log is not opened before there is space");
+                    said = true;
+                }
+                tokio::time::sleep(SPARE_RETRY).await;
+            }
+            Ok(made) => return made,
+            Err(stopped) => return Err(file::failed("create a file in", dir)(io::Error::other(stopped))),
+        }
+    }
+}
+
 async fn make_spare(inner: Weak<Inner>, file_bytes: u64) {
+    let mut said = false;
     while let Some(strong) = inner.upgrade() {
         let dir = strong.dir.clone();
         drop(strong);
@@ -434,13 +481,22 @@ async fn make_spare(inner: Weak<Inner>, file_bytes: u64) {
                 return;
             }
             // Not the end: nothing was promised yet. Writes wait until there is room, or a file is free.
-            Ok(Err(error)) => tracing::warn!(%error, "no new log file"),
+            Ok(Err(error)) => {
+                if !said {
+                    tracing::warn!(%error, "no new log file, until there is space or one is free");
+                    said = true;
+                }
+                inner.core.borrow_mut().no_spare = true;
+            }
             // The runtime is going away.
             Err(_) => return,
         }
-        if !inner.core.borrow().needs_spare() {
-            inner.core.borrow_mut().making_spare = false;
-            return;
+        {
+            let mut core = inner.core.borrow_mut();
+            if !core.needs_spare() {
+                (core.making_spare, core.no_spare) = (false, false);
+                return;
+            }
         }
         drop(inner);
         tokio::time::sleep(SPARE_RETRY).await;

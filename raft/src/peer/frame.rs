@@ -45,7 +45,8 @@ pub(super) enum Kind {
     Voted = 6,
     Transfer = 7,
     Transferred = 8,
-    /// The group (or that replica of it) is not here: the answer to anything.
+    /// The group (or that replica of it) is not here: the answer to anything. To an append also: there is no room for its
+    /// entries now.
     NotHere = 9,
     /// Leader → follower: a raft snapshot begins, or goes on over this connection.
     Snapshot = 10,

@@ -1,6 +1,7 @@
 //! The connections other processes call us on.
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 
@@ -17,6 +18,8 @@ use super::message::{
 use super::snapshot::receive;
 use crate::ReplicaId;
 use crate::group::Group;
+use crate::intake::Taken;
+use crate::log::log_bytes;
 use crate::types::{AppendRequest, VoteResponse};
 
 /// Appends of one session that openraft has not taken yet. It takes 64 at a time; a leader sends no more than that
@@ -55,6 +58,32 @@ struct Serving {
     outbox: Rc<Outbox>,
     number: u64,
     sessions: HashMap<u64, mpsc::Sender<AppendRequest>>,
+}
+
+/// What one session's appends go through on their way to openraft: those with entries wait there for room.
+struct Door {
+    group: Group,
+    waiting: mpsc::Receiver<AppendRequest>,
+    /// One for each append that openraft has and has not answered, in its order.
+    taken: Rc<RefCell<VecDeque<Taken>>>,
+    outbox: Rc<Outbox>,
+    session: u64,
+}
+
+impl Door {
+    /// The next append for openraft. `None`: the session is over, perhaps because there is no room.
+    async fn next(mut self) -> Option<(AppendRequest, Self)> {
+        let request = self.waiting.recv().await?;
+        let bytes = if request.entries.is_empty() { 0 } else { log_bytes(&request.entries) };
+        let Some(taken) = self.group.0.intake.wait(bytes).await else {
+            // What comes after it is of no use without it.
+            tracing::debug!(group = %self.group.id(), bytes, "there is no room for entries");
+            self.outbox.frame(Kind::NotHere, self.group.id(), self.session, |_| {});
+            return None;
+        };
+        self.taken.borrow_mut().push_back(taken);
+        Some((request, self))
+    }
 }
 
 fn senseless() -> io::Error {
@@ -122,16 +151,18 @@ impl Serving {
             None => {
                 let (requests, waiting) = mpsc::channel(APPENDS_WAITING_MAX);
                 let Some(raft) = group.0.running() else { return Ok(()) };
-                let input = futures::stream::unfold(waiting, |mut waiting| async {
-                    waiting.recv().await.map(|request| (request, waiting))
-                });
-                let answers = raft.stream_append(Box::pin(input));
+                let taken = Rc::<RefCell<VecDeque<Taken>>>::default();
+                let outbox = self.outbox.clone();
+                let door = Door { group: group.clone(), waiting, taken: taken.clone(), outbox, session };
+                let answers = raft.stream_append(Box::pin(futures::stream::unfold(door, Door::next)));
                 let outbox = self.outbox.clone();
                 tokio::task::spawn_local(async move {
                     let mut answers = std::pin::pin!(answers);
                     while let Some(Ok(result)) = answers.next().await {
                         outbox.frame(Kind::Appended, id, session, |out| put_append_result(out, &result));
+                        taken.borrow_mut().pop_front();
                     }
+                    taken.borrow_mut().clear();
                 });
                 self.sessions.entry(session).or_insert(requests)
             }

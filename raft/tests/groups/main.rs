@@ -4,4 +4,5 @@ mod cluster;
 mod members;
 mod processes;
 mod snapshots;
+mod space;
 mod succession;

@@ -15,6 +15,7 @@ use openraft::testing::log::{StoreBuilder, Suite};
 use openraft::{AsyncRuntime, OptionalSend, StorageError};
 
 use crate::group::no_membership;
+use crate::intake::Intake;
 use crate::log::{GroupLog, Log, LogOptions, LogOwner};
 use crate::machine::{Applying, Machine, Restored, SnapshotData, StateMachine};
 use crate::runtime::LocalRt;
@@ -103,11 +104,12 @@ impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
         };
         let log = Log::open(dir.path(), options).await.expect("a log");
         let group = GroupId(self.groups.fetch_add(1, Ordering::Relaxed));
+        let intake = Intake::new(log.clone());
         let log = log.group(group, me.replica).await.expect("a group");
         let meta = SnapshotMeta { last_log_id: None, last_membership: no_membership() };
         let bounds =
             Bounds { command_bytes_max: 4096, election_max: Duration::from_secs(1), retain_bytes: u64::MAX };
-        let state = State::new(group, me, None, meta, bounds);
+        let state = State::new(group, me, None, meta, bounds, intake);
         let machine = Machine::new(Box::new(Nothing), state.clone(), no_membership());
         Ok((dir, log, Obliging(machine, state)))
     }
