@@ -153,7 +153,7 @@ impl Machine {
             }
         };
         let result = self.owner.apply(at, what);
-        self.state.applied.set(Some(at));
+        self.state.set_applied(at);
         result
     }
 }
@@ -221,7 +221,7 @@ impl Machine {
         self.owner.install(head, sink).await?;
         self.membership = meta.last_membership.clone();
         *self.state.checkpointed.borrow_mut() = meta.clone();
-        self.state.applied.set(Some(at));
+        self.state.set_applied(at);
         self.state.set_consistent(Consistent::From(consistent_from));
         tracing::info!(group = %self.state.id, %at, consistent_from, "a raft snapshot is installed");
         Ok(())
