@@ -7,7 +7,9 @@
 //!
 //! Consensus is taken for granted: one log per copyset, a committed prefix that stays, a tail that a new leader may or may
 //! not have. A replica is how far it has applied; one that led before and has not heard of its end still says that it
-//! leads. Values are numbers in the order in which the guests wrote them, so that newer is greater.
+//! leads. What else a replica holds is decided when somebody looks: the log of any leader there was, as far as that one
+//! came ([`Bounds::proofs`]). So one that was cut off may lead again, and an entry of its former term be committed then.
+//! Values are numbers in the order in which the guests wrote them, so that newer is greater.
 //!
 //! The rules are those of `chunkserver/src/copyset/{fence,apply,read,write}.rs` and
 //! `vhost-backend/src/volume/{sending,answers,followers,recent}.rs`.
@@ -30,8 +32,14 @@ pub enum Mutant {
     RetryWithNewSequence,
     /// M13: a follower is asked for whatever it has applied.
     FollowerWithoutIndex,
-    /// A follower is asked for bytes that a change in flight overlaps.
-    FollowerBesideChange,
+    /// For bytes that a change in flight overlaps no more is named than what was acknowledged of them.
+    NeededBesideChange,
+    /// What a leader's answer names is what it had applied before it read, not what the data can hold.
+    LeaderNamesLess,
+    /// A replica answers from its log if that is long enough, whoever wrote it.
+    ProofWithoutTerm,
+    /// A follower names what it shows by the term of the last entry applied, not by the one it heard of it in.
+    TermOfEntry,
     /// What a follower has shown does not raise what a leader must know.
     FollowerNotRemembered,
     /// A leader's answer is not judged by its term.
@@ -53,6 +61,8 @@ pub struct Bounds {
     pub takeover: bool,
     pub elections: u8,
     pub entries: u8,
+    /// Followers answer from their logs, too. Then entries have terms, and a leader begins with a blank one.
+    pub proofs: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -81,9 +91,35 @@ impl Message {
     }
 }
 
+/// A place in the log, and a term: the leaders of this one and of all later ones have every entry up to there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+struct Place {
+    term: u8,
+    index: u8,
+}
+
+impl Place {
+    /// Remembers the one that covers more; of two that cover the same, the one that more logs come up to.
+    fn raise(&mut self, to: Self) {
+        if (to.index, self.term) > (self.index, to.term) {
+            *self = to;
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct Entry {
+    /// Of the leader that wrote it.
+    term: u8,
+    /// `None`: a leader's first.
+    message: Option<Message>,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 struct Replica {
     applied: u8,
+    /// The term in which it heard that this is committed.
+    heard_in: u8,
     /// It believes that it leads, in this term.
     leads: Option<u8>,
     /// Only with [`Mutant::FenceInMemory`].
@@ -92,7 +128,9 @@ struct Replica {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 struct Copyset {
-    log: Vec<Message>,
+    log: Vec<Entry>,
+    /// Logs of leaders that were deposed, as far as they are not part of the log.
+    former: Vec<Vec<Entry>>,
     committed: u8,
     term: u8,
     leader: u8,
@@ -133,8 +171,8 @@ struct Reading {
     /// What a leader's answer must carry.
     term: u8,
     index: u8,
-    /// A follower was asked, for this index.
-    follower: Option<(u8, u8)>,
+    /// The followers were asked, for this.
+    asked: Option<Place>,
 }
 
 /// What a backend knows of one copyset.
@@ -143,6 +181,8 @@ struct Seen {
     fenced: bool,
     term: u8,
     index: u8,
+    /// The most that anything seen can have been part of.
+    shown: Place,
     /// Index of the newest acknowledged change, or of the fence.
     changed: u8,
     /// The newest value acknowledged, or read.
@@ -202,21 +242,28 @@ pub enum Action {
         copyset: u8,
         replica: u8,
     },
-    /// Another leads; so much of the tail survives. The former one has not heard of it.
+    /// Another leads, with so much of the log, or of a former leader's. The one before has not heard of it.
     Elect {
         copyset: u8,
         replica: u8,
+        of: Option<u8>,
         keeps: u8,
     },
     BeginRead {
         backend: usize,
         copyset: u8,
     },
-    AskFollower {
+    AskFollowers(usize),
+    /// It has applied what was asked for.
+    FollowerAnswers {
         backend: usize,
         replica: u8,
     },
-    FollowerAnswers(usize),
+    /// Its log is the leader's, or a former one's.
+    FollowerProves {
+        backend: usize,
+        of: Option<u8>,
+    },
     /// One that believes that it leads; its answer says that it knows so much less than the data holds.
     LeaderAnswers {
         backend: usize,
@@ -226,16 +273,16 @@ pub enum Action {
 }
 
 impl Writers {
-    fn apply(&self, log: &[Message]) -> Applied {
+    fn apply(&self, log: &[Entry]) -> Applied {
         let mut applied = Applied::default();
-        for message in log {
-            match *message {
+        for message in log.iter().filter_map(|entry| entry.message) {
+            match message {
                 Message::Fence { epoch, .. } if epoch > applied.epoch => {
                     applied = Applied { epoch, value: applied.value, ..Applied::default() };
                 }
                 Message::Fence { .. } => {}
                 Message::Write { sequence, floor, value, .. } => {
-                    if self.judge(&applied, *message) == Verdict::Apply {
+                    if self.judge(&applied, message) == Verdict::Apply {
                         applied.floor = applied.floor.max(floor);
                         applied.sequences.insert(sequence);
                         applied.value = value;
@@ -306,6 +353,18 @@ impl Writers {
         seen.term = seen.term.max(term);
         seen.index = seen.index.max(index);
         seen.changed = seen.changed.max(index);
+        self.name(seen, Place { term, index });
+    }
+
+    fn name(&self, seen: &mut Seen, shown: Place) {
+        if self.bounds.reads > 0 {
+            seen.shown.raise(shown);
+        }
+    }
+
+    /// The log of the leader, or of a former one.
+    fn log_of(copyset: &Copyset, of: Option<u8>) -> &[Entry] {
+        of.map_or(&copyset.log, |of| &copyset.former[usize::from(of)])
     }
 
     fn give_to_guest(state: &mut State, backend: usize, value: u8) {
@@ -373,7 +432,8 @@ impl Writers {
                 if copyset.log.len() >= usize::from(self.bounds.entries) {
                     return None;
                 }
-                copyset.log.push(message);
+                let term = if self.bounds.proofs { term } else { 0 };
+                copyset.log.push(Entry { term, message: Some(message) });
             }
         }
         Some(())
@@ -383,9 +443,10 @@ impl Writers {
         let copyset = &mut state.copysets[usize::from(at)];
         let (leader, term) = (usize::from(copyset.leader), copyset.term);
         let index = usize::from(copyset.committed);
-        let message = copyset.log[index];
+        let entry = copyset.log[index];
         copyset.committed += 1;
         copyset.replicas[leader].applied = copyset.committed;
+        let Some(message) = entry.message else { return };
         let before = self.apply(&copyset.log[..index]);
         let verdict = self.judge(&before, message);
         if let (Verdict::Apply, Message::Write { epoch, value, .. }) = (verdict, message) {
@@ -422,13 +483,16 @@ impl Writers {
             return;
         };
         let copyset = &state.copysets[usize::from(reading.copyset)];
-        if reading.follower.is_some() {
-            actions.push(Action::FollowerAnswers(backend));
+        if reading.asked.is_none() {
+            actions.push(Action::AskFollowers(backend));
+        } else if self.bounds.proofs {
+            let former = (0..).zip(&copyset.former).map(|(of, _)| Some(of));
+            let all = std::iter::once(None).chain(former);
+            actions.extend(all.map(|of| Action::FollowerProves { backend, of }));
         }
-        let changing = of.out.is_some_and(|out| out.copyset == reading.copyset);
         for (replica, is) in (0..).zip(&copyset.replicas) {
-            if reading.follower.is_none() && (!changing || self.mutant == Mutant::FollowerBesideChange) {
-                actions.push(Action::AskFollower { backend, replica });
+            if reading.asked.is_some() {
+                actions.push(Action::FollowerAnswers { backend, replica });
             }
             if is.leads.is_some() {
                 actions.extend([0, 1].map(|less| Action::LeaderAnswers { backend, replica, less }));
@@ -440,7 +504,7 @@ impl Writers {
         let reading = state.backends[backend].reading?;
         let applied = self.applied(state, reading.copyset, replica);
         let is = &state.copysets[usize::from(reading.copyset)].replicas[usize::from(replica)];
-        let (term, index) = (is.leads?, is.applied.checked_sub(less)?);
+        let (term, index, applies) = (is.leads?, is.applied.checked_sub(less)?, is.applied);
         let known = self.mutant == Mutant::FenceInMemory || applied.epoch == state.backends[backend].epoch;
         let fresh = (term >= reading.term || self.mutant == Mutant::NoTerm) && index >= reading.index;
         if !known || !fresh {
@@ -448,24 +512,62 @@ impl Writers {
         }
         let seen = &mut state.backends[backend].seen[usize::from(reading.copyset)];
         (seen.term, seen.index) = (seen.term.max(term), seen.index.max(index));
+        let shown = if self.mutant == Mutant::LeaderNamesLess { index } else { applies };
+        self.name(seen, Place { term, index: shown });
         Self::give_to_guest(state, backend, applied.value);
         Some(())
     }
 
-    fn follower_answers(&self, state: &mut State, backend: usize) -> Option<()> {
+    /// What followers are asked to have.
+    fn needed(&self, state: &State, backend: usize) -> Option<Place> {
+        let of = &state.backends[backend];
+        let reading = of.reading?;
+        let seen = &of.seen[usize::from(reading.copyset)];
+        let changing = of.out.is_some_and(|out| out.copyset == reading.copyset);
+        Some(match self.mutant {
+            Mutant::FollowerWithoutIndex => Place { index: 0, ..seen.shown },
+            Mutant::NeededBesideChange => Place { index: seen.changed, ..seen.shown },
+            _ if changing => seen.shown,
+            _ => Place { index: seen.changed, ..seen.shown },
+        })
+    }
+
+    fn follower_answers(&self, state: &mut State, backend: usize, replica: u8) -> Option<()> {
         let reading = state.backends[backend].reading?;
-        let (replica, needed) = reading.follower?;
         let applied = self.applied(state, reading.copyset, replica);
-        let index = state.copysets[usize::from(reading.copyset)].replicas[usize::from(replica)].applied;
+        let copyset = &state.copysets[usize::from(reading.copyset)];
+        let is = &copyset.replicas[usize::from(replica)];
+        let (index, heard_in) = (is.applied, is.heard_in);
         let known = self.mutant == Mutant::FenceInMemory || applied.epoch == state.backends[backend].epoch;
-        if !known || index < needed {
+        if !known || index < reading.asked?.index {
             return None;
         }
+        let last = usize::from(index).checked_sub(1).map_or(0, |last| copyset.log[last].term);
+        let term = if self.mutant == Mutant::TermOfEntry { last } else { heard_in };
+        let seen = &mut state.backends[backend].seen[usize::from(reading.copyset)];
         if self.mutant != Mutant::FollowerNotRemembered {
-            let seen = &mut state.backends[backend].seen[usize::from(reading.copyset)];
             seen.index = seen.index.max(index);
         }
+        self.name(seen, Place { term, index });
         Self::give_to_guest(state, backend, applied.value);
+        Some(())
+    }
+
+    /// A replica whose log's last entry is of the term that was asked for, or a later one, has what was asked for as it
+    /// is committed. It shows that and no more, whatever it has applied.
+    fn follower_proves(&self, state: &mut State, backend: usize, of: Option<u8>) -> Option<()> {
+        let reading = state.backends[backend].reading?;
+        let asked = reading.asked?;
+        let log = Self::log_of(&state.copysets[usize::from(reading.copyset)], of);
+        let term = log.last()?.term;
+        if term < asked.term && self.mutant != Mutant::ProofWithoutTerm {
+            return None;
+        }
+        let shown = self.apply(log.get(..usize::from(asked.index))?);
+        if shown.epoch != state.backends[backend].epoch {
+            return None;
+        }
+        Self::give_to_guest(state, backend, shown.value);
         Some(())
     }
 }
@@ -506,16 +608,25 @@ impl Model for Writers {
         }
         actions.extend(state.network.iter().copied().map(Action::Deliver));
         for (at, copyset) in (0..).zip(&state.copysets) {
-            let tail = u8::try_from(copyset.log.len()).unwrap_or(u8::MAX) - copyset.committed;
-            if tail > 0 {
-                actions.extend([true, false].map(|answered| Action::Commit { copyset: at, answered }));
+            let committed = usize::from(copyset.committed);
+            if let Some(next) = copyset.log.get(committed) {
+                let answered = [true, false].into_iter().take(1 + usize::from(next.message.is_some()));
+                actions.extend(answered.map(|answered| Action::Commit { copyset: at, answered }));
             }
+            let logs = std::iter::once(None).chain((0..).zip(&copyset.former).map(|(of, _)| Some(of)));
+            let whole = logs
+                .filter(|of| Self::log_of(copyset, *of).get(..committed) == Some(&copyset.log[..committed]));
+            let whole: Vec<_> = whole.collect();
             for (n, replica) in (0..).zip(&copyset.replicas) {
                 if replica.applied < copyset.committed && n != copyset.leader {
                     actions.push(Action::Apply { copyset: at, replica: n });
                 }
                 if n != copyset.leader && state.elections < self.bounds.elections {
-                    actions.extend((0..=tail).map(|keeps| Action::Elect { copyset: at, replica: n, keeps }));
+                    for &of in &whole {
+                        let length = u8::try_from(Self::log_of(copyset, of).len()).unwrap_or(u8::MAX);
+                        let elect = |keeps| Action::Elect { copyset: at, replica: n, of, keeps };
+                        actions.extend((copyset.committed..=length).map(elect));
+                    }
                 }
             }
         }
@@ -556,32 +667,47 @@ impl Model for Writers {
             Action::Deliver(message) => self.deliver(&mut state, message)?,
             Action::Commit { copyset, answered } => self.commit(&mut state, copyset, answered),
             Action::Apply { copyset, replica } => {
-                state.copysets[usize::from(copyset)].replicas[usize::from(replica)].applied += 1;
+                let copyset = &mut state.copysets[usize::from(copyset)];
+                let is = &mut copyset.replicas[usize::from(replica)];
+                is.applied += 1;
+                if self.bounds.proofs {
+                    // Whoever hears of it hears it from the leader.
+                    (is.heard_in, is.leads) = (copyset.term, None);
+                }
             }
-            Action::Elect { copyset, replica, keeps } => {
+            Action::Elect { copyset, replica, of, keeps } => {
                 state.elections += 1;
                 let copyset = &mut state.copysets[usize::from(copyset)];
-                copyset.log.truncate(usize::from(copyset.committed + keeps));
                 copyset.term += 1;
                 copyset.leader = replica;
+                let mut log = Self::log_of(copyset, of)[..usize::from(keeps)].to_vec();
+                if self.bounds.proofs {
+                    log.push(Entry { term: copyset.term, message: None });
+                }
+                let before = std::mem::replace(&mut copyset.log, log);
+                if self.bounds.proofs && !copyset.log.starts_with(&before) {
+                    copyset.former.push(before);
+                }
                 // It serves once it has applied what was committed before.
+                let heard_in = if self.bounds.proofs { copyset.term } else { 0 };
                 let new = &mut copyset.replicas[usize::from(replica)];
-                *new = Replica { applied: copyset.committed, leads: Some(copyset.term), epoch_in_memory: 0 };
+                let leads = Some(copyset.term);
+                *new = Replica { applied: copyset.committed, heard_in, leads, epoch_in_memory: 0 };
             }
             Action::BeginRead { backend, copyset } => {
                 let of = &mut state.backends[backend];
                 of.reads += 1;
                 let Seen { term, index, value, .. } = of.seen[usize::from(copyset)];
-                of.reading = Some(Reading { copyset, least: value, term, index, follower: None });
+                of.reading = Some(Reading { copyset, least: value, term, index, asked: None });
             }
-            Action::AskFollower { backend, replica } => {
-                let of = &mut state.backends[backend];
-                let reading = of.reading.as_mut()?;
-                let changed = of.seen[usize::from(reading.copyset)].changed;
-                let needed = if self.mutant == Mutant::FollowerWithoutIndex { 0 } else { changed };
-                reading.follower = Some((replica, needed));
+            Action::AskFollowers(backend) => {
+                let needed = self.needed(&state, backend);
+                state.backends[backend].reading.as_mut()?.asked = needed;
             }
-            Action::FollowerAnswers(backend) => self.follower_answers(&mut state, backend)?,
+            Action::FollowerAnswers { backend, replica } => {
+                self.follower_answers(&mut state, backend, replica)?;
+            }
+            Action::FollowerProves { backend, of } => self.follower_proves(&mut state, backend, of)?,
             Action::LeaderAnswers { backend, replica, less } => {
                 self.leader_answers(&mut state, backend, replica, less)?;
             }

@@ -12,6 +12,7 @@ const ONE: Bounds = Bounds {
     takeover: false,
     elections: 1,
     entries: 5,
+    proofs: false,
 };
 
 /// Two guests' writes in turn to one block: an old message may come at any time, also after a restart.
@@ -21,7 +22,9 @@ const TAKEOVER: Bounds = Bounds { copysets: 2, replicas: 1, takeover: true, elec
 /// One of them in memory would do, were it not for the next leader.
 const TAKEOVER_AND_ELECTION: Bounds = Bounds { takeover: true, writes: 1, ..ONE };
 /// Two reads beside two writes.
-const READS: Bounds = Bounds { reads: 2, entries: 3, ..ONE };
+const READS: Bounds = Bounds { reads: 2, entries: 4, proofs: true, ..ONE };
+/// One that led comes back with what it had.
+const RETURN: Bounds = Bounds { writes: 1, entries: 3, elections: 2, ..READS };
 
 fn explore(bounds: Bounds, mutant: Mutant) -> impl Checker<Writers> {
     let start = std::time::Instant::now();
@@ -59,6 +62,7 @@ fn nothing_of_an_older_epoch_is_applied_once_an_attach_returned() {
 #[test]
 fn no_read_goes_back_in_time_whoever_answers() {
     holds(READS);
+    holds(RETURN);
 }
 
 #[test]
@@ -87,8 +91,23 @@ fn a_follower_asked_for_no_index_is_stale() {
 }
 
 #[test]
-fn a_follower_asked_beside_a_change_unsees_it() {
-    fails(READS, Mutant::FollowerBesideChange, STALE);
+fn a_follower_asked_beside_a_change_for_what_was_acknowledged_unsees_it() {
+    fails(READS, Mutant::NeededBesideChange, STALE);
+}
+
+#[test]
+fn what_a_leader_showed_and_did_not_name_is_unseen() {
+    fails(READS, Mutant::LeaderNamesLess, STALE);
+}
+
+#[test]
+fn a_log_that_is_long_enough_proves_nothing_without_its_term() {
+    fails(READS, Mutant::ProofWithoutTerm, STALE);
+}
+
+#[test]
+fn the_term_of_an_entry_is_not_the_term_it_was_committed_in() {
+    fails(RETURN, Mutant::TermOfEntry, STALE);
 }
 
 #[test]

@@ -31,9 +31,13 @@ fn requests() -> Vec<Request> {
         Request::Discard(Discard { chunk, tag, range }),
         Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
         Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
-        Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 99 }),
+        Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 99, term: 4 }),
         Request::Digests(AskDigests {
-            of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 99 },
+            of: ReadAtLeast {
+                read: Read { chunk, epoch, range: blocks },
+                index: 99,
+                term: ReadAtLeast::APPLIED_ONLY,
+            },
         }),
         Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
         Request::TakeOver(TakeOver { volume: VolumeId(5), epoch }),
@@ -45,7 +49,7 @@ fn replies() -> Vec<Reply> {
     let data = Bytes::from_static(&[7; 512]);
     vec![
         Reply::Done(fresh),
-        Reply::Data { fresh, checksums: checksums(0, &data), data: [data].into_iter().collect() },
+        Reply::Data { fresh, shown: 101, checksums: checksums(0, &data), data: [data].into_iter().collect() },
         Reply::Info { fresh, info: ChunkInfo { allocated_bytes: 8192, generation: 2 } },
         Reply::Refused(Refusal::NotLeader { leader: Some(ChunkserverId(3)) }),
         Reply::Refused(Refusal::Fenced { current: Epoch { attachment: 2, incarnation: 7 } }),

@@ -238,6 +238,31 @@ impl Group {
         self.0.applied.get()
     }
 
+    /// A term whose leader has everything that is applied here in its log, as have the leaders of all later ones.
+    ///
+    /// Not the last applied entry's: that one may have been committed by a much later leader, and one in between may lack
+    /// it. Whoever told this replica that it is committed led in no later term than the replica knew of by then.
+    pub fn applied_in(&self) -> u64 {
+        self.0.applied_in.get()
+    }
+
+    /// The last entry of the log here, committed or not. All before it are as the leader of its term had them.
+    pub fn last_logged(&self) -> Option<Position> {
+        self.0.log()?.bounds().1
+    }
+
+    /// The commands among the entries from `first` to `last`, applied or not. `None`: not all of them are in the log, or
+    /// they are longer than about `bytes_max`.
+    pub async fn commands(&self, first: u64, last: u64, bytes_max: u64) -> Option<Vec<(Position, Command)>> {
+        match self.0.log()?.commands(first, last, bytes_max).await {
+            Ok(commands) => commands,
+            Err(error) => {
+                tracing::warn!(group = %self.0.id, first, last, %error, "entries cannot be read back");
+                None
+            }
+        }
+    }
+
     /// Everything worth reporting. Takes microseconds.
     pub fn status(&self) -> GroupStatus {
         let state = &self.0;

@@ -149,7 +149,7 @@ impl Machine {
             self.state.membership_applied(&self.membership);
         }
         let result = self.owner.apply(at, applying(id, payload));
-        self.state.applied.set(Some(at));
+        self.state.set_applied(at);
         result
     }
 }
@@ -228,7 +228,7 @@ impl Machine {
         self.owner.install(head, sink).await?;
         self.membership = meta.last_membership.clone();
         *self.state.checkpointed.borrow_mut() = meta.clone();
-        self.state.applied.set(Some(at));
+        self.state.set_applied(at);
         self.state.set_consistent(Consistent::From(consistent_from));
         tracing::info!(group = %self.state.id, %at, consistent_from, "a raft snapshot is installed");
         Ok(())

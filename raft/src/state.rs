@@ -30,6 +30,8 @@ pub(crate) struct State {
     /// The highest term this replica knows of.
     pub term: Cell<u64>,
     pub applied: Cell<Option<Position>>,
+    /// The highest term this replica knew of when it applied that.
+    pub applied_in: Cell<u64>,
     /// What the owner's storage holds durably; openraft's snapshot.
     pub checkpointed: RefCell<SnapshotMeta>,
     consistent: Cell<Consistent>,
@@ -94,6 +96,7 @@ impl State {
             leading: Cell::new(None),
             term: Cell::new(0),
             applied: Cell::new(applied),
+            applied_in: Cell::new(0),
             checkpointed: RefCell::new(checkpointed),
             consistent: Cell::new(Consistent::Unheard),
             retain_floor: Cell::new(None),
@@ -116,6 +119,7 @@ impl State {
     /// Before [`Self::started`]: what this replica remembers.
     pub fn found(&self, log: GroupLog) {
         self.term.set(log.term().unwrap_or(0));
+        self.applied_in.set(self.term.get());
         assert!(self.log.set(log).is_ok(), "{} started twice", self.id);
     }
 
@@ -148,6 +152,11 @@ impl State {
         };
         let applied = self.applied.get().map(|at| at.index);
         (applied < Some(from)).then_some(from)
+    }
+
+    pub fn set_applied(&self, at: Position) {
+        self.applied.set(Some(at));
+        self.applied_in.set(self.term.get());
     }
 
     pub fn set_consistent(&self, consistent: Consistent) {

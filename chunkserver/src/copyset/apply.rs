@@ -14,7 +14,7 @@ use evolute_raft::{
 };
 
 use super::command::{self, Change};
-use super::fence::{Verdict, Writers};
+use super::fence::Verdict;
 use super::state::{Created, State};
 use super::transfer::{Arriving, Sending, TransferError};
 use crate::chunk_store::ChunkStore;
@@ -62,25 +62,16 @@ impl Replica {
         let mut store = self.store.borrow_mut();
         let mut results = Results::default();
         for (n, change) in changes.iter().enumerate() {
-            let writers = state.writers_mut(change.volume());
-            writers.touch(at.index);
-            let verdict = self.apply_change(change, writers, &mut store);
+            let verdict = state.writers_mut(change.volume()).take(at.index, change);
+            if verdict == Verdict::Apply {
+                self.do_change(change, &mut store);
+            }
             results.note(n, verdict);
         }
         results.finish(changes.len())
     }
 
-    fn apply_change(&self, change: &Change, writers: &mut Writers, store: &mut ChunkStore) -> Verdict {
-        let verdict = match change {
-            Change::Write(write) => writers.admit(&write.tag),
-            Change::Discard(discard) => writers.admit(&discard.tag),
-            Change::WriteZeroes(zeroes) => writers.admit(&zeroes.tag),
-            Change::Fence(fence) => writers.fence(fence.epoch),
-            Change::DropVolume(_) => writers.fence(Epoch::DELETED),
-        };
-        if verdict != Verdict::Apply {
-            return verdict;
-        }
+    fn do_change(&self, change: &Change, store: &mut ChunkStore) {
         match change {
             Change::Write(write) => {
                 store.write(
@@ -101,7 +92,6 @@ impl Replica {
             Change::Fence(_) => {}
             Change::DropVolume(volume) => store.drop_volume(self.copyset, *volume),
         }
-        verdict
     }
 }
 

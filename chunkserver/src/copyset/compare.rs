@@ -400,7 +400,7 @@ impl Copyset {
 
     pub(super) fn doubted(self: &Rc<Self>, Doubt { of }: Doubt, caller: &Caller) {
         let Read { chunk, range, .. } = of;
-        let of = ReadAtLeast { read: of, index: 0 };
+        let of = ReadAtLeast { read: of, index: 0, term: ReadAtLeast::APPLIED_ONLY };
         let serving = match self.may_read_at_least(&of).and_then(|()| self.serve()) {
             Ok(serving) => serving,
             Err(refused) => return self.answer(caller, &refused),

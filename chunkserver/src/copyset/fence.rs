@@ -2,7 +2,7 @@
 //!
 //! Part of a copyset's replicated state, so every replica comes to the same verdict for the same entry. Asked twice:
 //! by `write.rs` before a change is proposed, to refuse early, and by `apply.rs`, whose verdict counts, because a
-//! fence may be committed between the two.
+//! fence may be committed between the two. And, on a copy, by `ahead.rs`, which must come to what `apply.rs` will.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,6 +10,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::VolumeId;
 use evolute_protocol::wire::request::{ChangeTag, Lane, Sequence};
+
+use super::command::Change;
 
 /// Sequences a lane may have applied above its floor: a guest's queues hold 256 × 1024 requests at most, far less in
 /// practice. 64 Ki × 8 B bounds the memory one hostile client can take per lane at 0.5 MiB.
@@ -116,6 +118,18 @@ impl Writers {
             lane.applied.insert(tag.sequence);
         }
         verdict
+    }
+
+    /// What the entry at `index` makes of one of its changes.
+    pub fn take(&mut self, index: u64, change: &Change) -> Verdict {
+        self.touch(index);
+        match change {
+            Change::Write(write) => self.admit(&write.tag),
+            Change::Discard(discard) => self.admit(&discard.tag),
+            Change::WriteZeroes(zeroes) => self.admit(&zeroes.tag),
+            Change::Fence(fence) => self.fence(fence.epoch),
+            Change::DropVolume(_) => self.fence(Epoch::DELETED),
+        }
     }
 
     /// Raises the epoch. The same one again changes nothing; a lower one is refused.

@@ -8,7 +8,7 @@
 //!                       ▲                   │
 //!  server ◀──Reply──────┘◀──── apply.rs ◀───┘ committed
 //!                                 └──────────────▶ chunk_store
-//!  server ──Read───▶ read.rs ──▶ chunk_store      (a follower, too: ReadAtLeast)
+//!  server ──Read───▶ read.rs ──▶ chunk_store      (a follower, too: ReadAtLeast; what it has not applied yet: ahead.rs)
 //!  scrub ──────────▶ compare.rs ──▶ chunk_store, and the same blocks of the other replicas
 //! ```
 //!
@@ -25,6 +25,7 @@
 //!
 //! Start at [`Copyset::submit`].
 
+mod ahead;
 pub mod apply;
 pub mod command;
 pub mod compare;

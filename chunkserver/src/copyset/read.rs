@@ -7,8 +7,10 @@
 //!   the data was read, and the volume discards one that is older than what it has seen. A leader serves once it has
 //!   applied an entry of its own term, so that everything committed before it led is applied.
 //! - `ReadAtLeast` is for any replica. The volume says which entry the bytes may depend on; a replica that has applied
-//!   it answers, the others refuse. The answer carries the index *after* the data was read: the data can hold nothing
-//!   newer, and the volume will not be content with less from anybody.
+//!   it answers, one whose log proves that it has it lays it over what it has applied (`ahead.rs`), the others refuse.
+//!
+//! Either answer says, too, what the data can hold at most: the index *after* it was read, and a term whose leader and
+//! all later ones have that entry. The volume will not be content with less from anybody.
 
 use std::rc::Rc;
 
@@ -33,6 +35,16 @@ impl Copyset {
     pub(super) fn read_at_least(self: &Rc<Self>, ask: ReadAtLeast, caller: Caller) {
         match self.may_read_at_least(&ask) {
             Ok(()) => self.read_data(ask.read, caller, None),
+            Err(Reply::Refused(Refusal::Behind { .. })) if self.may_read_ahead(&ask) => {
+                let copyset = Rc::clone(self);
+                tokio::task::spawn_local(async move {
+                    match copyset.read_ahead(&ask).await {
+                        Some(reply) => copyset.answer(&caller, &reply),
+                        // All of it is applied by now.
+                        None => copyset.read_at_least(ask, caller),
+                    }
+                });
+            }
             Err(refused) => self.answer(&caller, &refused),
         }
     }
@@ -45,27 +57,38 @@ impl Copyset {
         if let Ok(Some(data)) = tried {
             drop(store);
             let fresh = fresh.map_or_else(|| self.read_by(read.chunk.volume), Ok);
-            return self.answer(&caller, &data_reply(fresh, data));
+            return self.answer(&caller, &data_reply(fresh.map(|fresh| (fresh, fresh.index)), data));
         }
         let reading = store.read(read.chunk, offset, length);
         let copyset = Rc::clone(self);
         tokio::task::spawn_local(async move {
             let reply = match reading.await {
-                Ok(data) => data_reply(fresh.map_or_else(|| copyset.read_by(read.chunk.volume), Ok), data),
-                Err(error) => match fresh {
-                    Some(fresh) => match copyset.read_repaired(read.chunk, read.range).await {
-                        Ok(data) => data_reply(Ok(fresh), data),
-                        Err(error) => copyset.unreadable(&read, &error),
-                    },
-                    // Others may have it, and may be asking because they do not: never wait for them here.
-                    None => copyset.repair_later(&read, &error),
+                Ok(data) => data_reply(copyset.held(fresh, read.chunk.volume), data),
+                // Others may have it, and may be asking because they do not: never wait for them here.
+                Err(error) if fresh.is_none() => copyset.repair_later(&read, &error),
+                Err(_) => match copyset.read_repaired(read.chunk, read.range).await {
+                    Ok(data) => data_reply(copyset.held(fresh, read.chunk.volume), data),
+                    Err(error) => copyset.unreadable(&read, &error),
                 },
             };
             copyset.answer(&caller, &reply);
         });
     }
 
-    fn repair_later(self: &Rc<Self>, read: &Read, error: &ReadError) -> Reply {
+    /// What data that have just been read hold at least and at most.
+    fn held(&self, before: Option<Freshness>, volume: VolumeId) -> Result<(Freshness, u64), Reply> {
+        let after = self.read_by(volume)?;
+        match before {
+            None => Ok((after, after.index)),
+            // Under another leader, what came in between may be unknown to the one of `before`.
+            Some(before) if self.group.leadership().map(|leads| leads.term) == Some(before.term) => {
+                Ok((before, after.index))
+            }
+            Some(_) => Err(self.not_leader()),
+        }
+    }
+
+    pub(super) fn repair_later(self: &Rc<Self>, read: &Read, error: &ReadError) -> Reply {
         let (chunk, ReadError::Unreadable { block }) = (read.chunk, *error);
         let copyset = Rc::clone(self);
         tokio::task::spawn_local(async move { copyset.repair(chunk, block).await });
@@ -110,11 +133,10 @@ impl Copyset {
         }
     }
 
-    /// How much of a volume is applied here, and the term of the replica's last applied entry.
+    /// How much of a volume is applied here, and a term whose leader and all later ones have that.
     pub(super) fn applied_of(&self, volume: VolumeId) -> Freshness {
-        let state = self.state.borrow();
-        let index = state.writers().get(&volume).map_or(0, Writers::last_index);
-        Freshness { term: state.applied().map_or(0, |at| at.term), index }
+        let index = self.state.borrow().writers().get(&volume).map_or(0, Writers::last_index);
+        Freshness { term: self.group.applied_in(), index }
     }
 
     /// What data that have just been read can hold at most. Not known when this replica was replaced meanwhile: it
@@ -135,9 +157,9 @@ impl Copyset {
     }
 }
 
-fn data_reply(fresh: Result<Freshness, Reply>, read: ReadData) -> Reply {
-    match fresh {
-        Ok(fresh) => Reply::Data { fresh, checksums: read.checksums, data: read.data },
+pub(super) fn data_reply(held: Result<(Freshness, u64), Reply>, read: ReadData) -> Reply {
+    match held {
+        Ok((fresh, shown)) => Reply::Data { fresh, shown, checksums: read.checksums, data: read.data },
         Err(refused) => refused,
     }
 }

@@ -162,7 +162,8 @@ impl Copyset {
         let state = self.state.borrow();
         let writers = state.writers().get(&chunk.volume)?;
         let read = Read { chunk, epoch: writers.epoch(), range };
-        Some(ReadAtLeast { read, index: writers.last_index() })
+        // Replicas are held against what others have applied and store, not against the log that all of them have.
+        Some(ReadAtLeast { read, index: writers.last_index(), term: ReadAtLeast::APPLIED_ONLY })
     }
 
     /// Waits until everything that data so fresh may hold is applied here.
@@ -186,7 +187,7 @@ pub(super) fn block_range(block: BlockIndex) -> ChunkRange {
 
 /// What a reply says `range` holds, if it says so and can be believed.
 pub(super) fn data_of(range: ChunkRange, reply: Reply) -> Option<(Freshness, Bytes)> {
-    let Reply::Data { fresh, checksums, data } = reply else { return None };
+    let Reply::Data { fresh, checksums, data, .. } = reply else { return None };
     let data = data.into_iter().next().unwrap_or_default();
     data_is_intact(range.offset(), range.length(), &data, &checksums).then_some((fresh, data))
 }

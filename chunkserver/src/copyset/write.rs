@@ -128,7 +128,7 @@ impl Copyset {
         self.entries_in_flight.set(self.entries_in_flight.get() - 1);
         match outcome {
             Ok(applied) => {
-                let done = Reply::Done(Freshness { term: applied.at.term, index: applied.at.index });
+                let done = Reply::Done(Freshness { term: self.group.applied_in(), index: applied.at.index });
                 for (n, caller) in callers.iter().enumerate() {
                     match result_of(&applied.result, n) {
                         Ok(()) => self.answer(caller, &done),

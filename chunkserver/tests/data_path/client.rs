@@ -11,7 +11,8 @@ use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, Copys
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{
-    ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write, WriteZeroes,
+    AskDigests, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write,
+    WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 
@@ -153,9 +154,7 @@ impl Client {
     }
 
     pub fn discard(&mut self, offset: u32, length: u32, sequence: u64) {
-        let range = ChunkRange::new(offset, length).expect("a good range");
-        let discard = Discard { chunk: self.chunk(), tag: self.tag(sequence), range };
-        done(self.ask(&Request::Discard(discard)));
+        done(self.ask(&self.discard_of(offset, length, sequence)));
     }
 
     pub fn write_zeroes(&mut self, offset: u32, length: u32, sequence: u64) {
@@ -172,7 +171,42 @@ impl Client {
     pub fn try_read_at_least(&mut self, offset: u32, length: u32, index: u64) -> Reply {
         let range = ChunkRange::new(offset, length).expect("a good range");
         let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
-        self.ask(&Request::ReadAtLeast(ReadAtLeast { read, index }))
+        self.ask(&Request::ReadAtLeast(ReadAtLeast { read, index, term: ReadAtLeast::APPLIED_ONLY }))
+    }
+
+    /// From the log, too, where that proves that it has this.
+    pub fn try_read_ahead(&mut self, offset: u32, length: u32, at: Freshness) -> Reply {
+        let range = ChunkRange::new(offset, length).expect("a good range");
+        let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
+        self.ask(&Request::ReadAtLeast(ReadAtLeast { read, index: at.index, term: at.term }))
+    }
+
+    /// The checksums of whole blocks, as they are stored.
+    pub fn try_digests(&mut self, offset: u32, length: u32, index: u64) -> Reply {
+        let range = ChunkRange::new(offset, length).expect("a good range");
+        let read = Read { chunk: self.chunk(), epoch: self.epoch, range };
+        let of = ReadAtLeast { read, index, term: ReadAtLeast::APPLIED_ONLY };
+        self.ask(&Request::Digests(AskDigests { of }))
+    }
+
+    /// All in one go, and waits for no answer.
+    pub fn send_all(&mut self, requests: &[Request]) {
+        let mut out = BytesMut::new();
+        for request in requests {
+            self.next += 1;
+            let payload = request.put(self.copyset, RequestId(self.next), &mut out);
+            out.put(payload.unwrap_or_default());
+        }
+        self.socket.write_all(&out).expect("sent");
+    }
+
+    pub fn write_of(&self, offset: u32, data: Bytes, sequence: u64) -> Request {
+        Request::Write(self.write_request(offset, data, sequence))
+    }
+
+    pub fn discard_of(&self, offset: u32, length: u32, sequence: u64) -> Request {
+        let range = ChunkRange::new(offset, length).expect("a good range");
+        Request::Discard(Discard { chunk: self.chunk(), tag: self.tag(sequence), range })
     }
 
     pub fn read(&mut self, offset: u32, length: u32) -> Bytes {

@@ -3,10 +3,12 @@
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 
+use bytes::Bytes;
 use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::StoreOptions;
 use evolute_protocol::id::{ChunkserverId, ReplicaId};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
+use evolute_protocol::wire::request::{Fence, Request};
 
 use super::client::{Client, block};
 use super::{CLUSTER, COPYSET, FIRST, Running, SECOND, VOLUME, refusal};
@@ -83,7 +85,7 @@ impl Three {
     }
 }
 
-fn data(reply: Reply) -> Option<(Freshness, bytes::Bytes)> {
+fn data(reply: Reply) -> Option<(Freshness, Bytes)> {
     match reply {
         Reply::Data { fresh, data, .. } => Some((fresh, data[0].clone())),
         Reply::Refused(Refusal::Behind { .. }) => None,
@@ -119,6 +121,94 @@ fn a_follower_answers_with_what_was_asked_for_or_says_that_it_is_behind() {
     for client in followers.iter_mut().chain([&mut writer]) {
         assert!(matches!(client.try_read_at_least(0, 512, beyond), Reply::Refused(Refusal::Behind { .. })));
     }
+    three.end();
+}
+
+/// One follower is gone, so the other has whatever is acknowledged, in its log: it knows of no commit yet, and need not,
+/// because who asks does. Then the leader dies, and there will never be another one.
+#[test]
+fn what_was_acknowledged_is_read_from_a_follower_at_once_and_after_the_leader_died() {
+    let mut three = Three::start();
+    let (leader, mut writer) = three.leader();
+    writer.fence(VOLUME, FIRST);
+    let (one, other) = ((leader + 1) % 3, (leader + 2) % 3);
+    let mut follower = three.client(one).expect("running");
+    follower.epoch = FIRST;
+    let at = writer.write(0, block(255), 1);
+    follower.until(|follower| data(follower.try_read_at_least(0, 4096, at.index)).is_some());
+    three.stop(other);
+    let mut last = at;
+    for n in 1..=200u8 {
+        last = writer.write(0, block(n), u64::from(n) + 1);
+        let (fresh, bytes) = data(follower.try_read_ahead(0, 4096, last)).expect("it has it");
+        assert!(fresh.index >= last.index && bytes == block(n), "{fresh:?} of {last:?}, {}", bytes[0]);
+    }
+    three.stop(leader);
+    let (_, bytes) = data(follower.try_read_ahead(0, 4096, last)).expect("it has it");
+    assert_eq!(bytes, block(200));
+    let beyond = Freshness { index: last.index + 100, ..last };
+    assert!(data(follower.try_read_ahead(0, 4096, beyond)).is_none());
+    three.end();
+}
+
+/// A client says of entries that they are committed which never will be. It is shown what would be, by the rules that
+/// hold for all: and nothing of it happened.
+#[test]
+fn who_names_an_entry_that_is_not_committed_spoils_their_own_read_and_nothing_else() {
+    let mut three = Three::start();
+    let (leader, mut writer) = three.leader();
+    writer.fence(VOLUME, FIRST);
+    let at = writer.write(0, Bytes::from(vec![1; 4 * 4096]), 1);
+    (0..3).filter(|n| *n != leader).for_each(|n| three.stop(n));
+    let mut reader = three.client(leader).expect("running");
+    reader.epoch = FIRST;
+    let before = reader.try_digests(0, 16384, at.index);
+    assert!(matches!(before, Reply::Digests { .. }));
+    writer.send_all(&[
+        writer.write_of(512, Bytes::from(vec![2; 1024]), 2),
+        writer.discard_of(4096 + 512, 4096, 3),
+        // Again, as something else: the first counts. And what was applied long ago.
+        writer.write_of(0, block(9), 2),
+        writer.write_of(0, block(9), 1),
+    ]);
+    let ahead = Freshness { index: at.index + 1, ..at };
+    let mut shown = None;
+    reader.until(|reader| {
+        shown = data(reader.try_read_ahead(0, 16384, ahead));
+        shown.is_some()
+    });
+    let mut expected = vec![1; 16384];
+    expected[512..1536].fill(2);
+    expected[4608..8704].fill(0);
+    let (fresh, bytes) = shown.expect("until then");
+    assert!(bytes == expected && fresh == ahead, "{fresh:?} of {ahead:?}");
+    // Part of it, by sectors, and one that nothing changed.
+    let (_, part) = data(reader.try_read_ahead(1024, 1024, ahead)).expect("as before");
+    assert!(part[..] == expected[1024..2048]);
+    let (_, same) = data(reader.try_read_ahead(12288, 4096, ahead)).expect("as before");
+    assert_eq!(same, block(1));
+    // No leader of a later term knows of it.
+    let later = Freshness { term: at.term + 1, ..ahead };
+    assert!(data(reader.try_read_ahead(0, 4096, later)).is_none());
+    // Nor is it there for anybody else.
+    assert!(data(reader.try_read_at_least(0, 4096, ahead.index)).is_none());
+    let (fresh, bytes) = data(reader.try_read_at_least(0, 4096, at.index)).expect("applied");
+    assert_eq!((fresh.index, bytes), (at.index, block(1)));
+    // A fence in the log ends the epoch for who believes in it.
+    let fence = Request::Fence(Fence { volume: VOLUME, epoch: SECOND });
+    writer.send_all(&[fence]);
+    let fenced = Freshness { index: at.index + 2, ..at };
+    reader.until(|reader| {
+        matches!(reader.try_read_ahead(0, 4096, fenced),
+            Reply::Refused(Refusal::Fenced { current }) if current == SECOND)
+    });
+    assert!(data(reader.try_read_ahead(0, 4096, ahead)).is_some());
+    reader.epoch = SECOND;
+    assert!(data(reader.try_read_ahead(0, 4096, ahead)).is_none());
+    assert!(data(reader.try_read_ahead(0, 4096, fenced)).is_some());
+    reader.epoch = FIRST;
+    assert_eq!(reader.try_digests(0, 16384, at.index), before);
+    drop((reader, writer));
     three.end();
 }
 

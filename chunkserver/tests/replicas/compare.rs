@@ -293,7 +293,7 @@ fn blocks_from_0(client: &Client, length: u32) -> Read {
 }
 
 fn digests(client: &mut Client, length: u32, index: u64) -> Reply {
-    let of = ReadAtLeast { read: blocks_from_0(client, length), index };
+    let of = ReadAtLeast { read: blocks_from_0(client, length), index, term: ReadAtLeast::APPLIED_ONLY };
     client.ask(&Request::Digests(AskDigests { of }))
 }
 

@@ -70,6 +70,9 @@ pub enum Reply {
     /// The bytes that were asked for.
     Data {
         fresh: Freshness,
+        /// The data holds nothing beyond the volume's entry of this index, which the leaders of `fresh.term` and of all
+        /// later terms have. (`fresh.index` says what it does hold.)
+        shown: u64,
         checksums: Checksums,
         data: ReplyData,
     },
@@ -93,10 +96,11 @@ impl Reply {
     pub fn put(&self, copyset: CopysetId, id: RequestId, out: &mut BytesMut) {
         match self {
             Self::Done(fresh) => put_frame(out, DONE, copyset, id, 0, |head| put_fresh(head, fresh)),
-            Self::Data { fresh, checksums, data } => {
+            Self::Data { fresh, shown, checksums, data } => {
                 let bytes = data.iter().map(Bytes::len).sum();
                 put_frame(out, DATA, copyset, id, bytes, |head| {
                     put_fresh(head, fresh);
+                    head.put_u64_le(*shown);
                     for checksum in checksums {
                         head.put_u32_le(*checksum);
                     }
@@ -125,9 +129,9 @@ impl Reply {
         let reply = match frame.kind {
             DONE => Self::Done(get_fresh(&mut fields)?),
             DATA => {
-                let fresh = get_fresh(&mut fields)?;
-                let checksums = get_checksums(&mut fields, frame)?;
-                Self::Data { fresh, checksums, data: ReplyData::from_iter([frame.payload.clone()]) }
+                let (fresh, shown) = (get_fresh(&mut fields)?, fields.u64()?);
+                let checksums = get_checksums(&mut fields, frame, 24)?;
+                Self::Data { fresh, shown, checksums, data: ReplyData::from_iter([frame.payload.clone()]) }
             }
             INFO => {
                 let fresh = get_fresh(&mut fields)?;
@@ -136,7 +140,7 @@ impl Reply {
             }
             DIGESTS => {
                 let fresh = get_fresh(&mut fields)?;
-                Self::Digests { fresh, digests: get_checksums(&mut fields, frame)? }
+                Self::Digests { fresh, digests: get_checksums(&mut fields, frame, 16)? }
             }
             REFUSED => Self::Refused(get_refusal(&mut fields)?),
             unknown => return Err(WireError::UnknownKind(unknown)),
@@ -163,9 +167,9 @@ fn get_fresh(fields: &mut Fields) -> Result<Freshness, WireError> {
     Ok(Freshness { term: fields.u64()?, index: fields.u64()? })
 }
 
-/// All that is left behind the freshness.
-fn get_checksums(fields: &mut Fields, frame: &Frame) -> Result<Checksums, WireError> {
-    fields.checksums((frame.head.len() as u64).saturating_sub(16) / 4)
+/// All that is left behind so many bytes.
+fn get_checksums(fields: &mut Fields, frame: &Frame, before: u64) -> Result<Checksums, WireError> {
+    fields.checksums((frame.head.len() as u64).saturating_sub(before) / 4)
 }
 
 fn put_refusal(head: &mut BytesMut, refusal: &Refusal) {
@@ -223,7 +227,12 @@ mod tests {
         let sums = checksums(0, &data);
         let mut replies = vec![
             Reply::Done(fresh),
-            Reply::Data { fresh, checksums: sums.clone(), data: ReplyData::from_iter([data.clone()]) },
+            Reply::Data {
+                fresh,
+                shown: 101,
+                checksums: sums.clone(),
+                data: ReplyData::from_iter([data.clone()]),
+            },
             Reply::Info { fresh, info: ChunkInfo { allocated_bytes: 8192, generation: 2 } },
             Reply::Digests { fresh, digests: (0..256).collect() },
         ];

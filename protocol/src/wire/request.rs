@@ -108,13 +108,21 @@ pub struct Read {
     pub range: ChunkRange,
 }
 
-/// Return these bytes, whether or not you lead, if you have applied this much of the volume. Why that is enough:
-/// `docs/semantics.md`, "Reads".
+/// Return these bytes, whether or not you lead, if you have applied this much of the volume, or have it in your log and
+/// the log is good for it. Why that is enough: `docs/semantics.md`, "Reads".
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadAtLeast {
     pub read: Read,
     /// The index of an entry of this volume: the newest that these bytes may depend on.
     pub index: u64,
+    /// The leaders of this term and of all later ones have that entry, so a log that ends with an entry of one of them
+    /// has it, too.
+    pub term: u64,
+}
+
+impl ReadAtLeast {
+    /// As a term: no log is good enough, the entry must be applied.
+    pub const APPLIED_ONLY: u64 = u64::MAX;
 }
 
 /// Look at these blocks, as you would read them, and tell the checksum of each. For comparing replicas.
@@ -253,11 +261,9 @@ impl Request {
                 return Ok(Self::Write(Write { chunk, tag, range, checksums, data: frame.payload.clone() }));
             }
             READ => Self::Read(get_read(&mut fields)?),
-            READ_AT_LEAST => {
-                Self::ReadAtLeast(ReadAtLeast { read: get_read(&mut fields)?, index: fields.u64()? })
-            }
+            READ_AT_LEAST => Self::ReadAtLeast(get_read_at_least(get_read(&mut fields)?, &mut fields)?),
             DIGESTS => {
-                let of = ReadAtLeast { read: get_blocks(&mut fields)?, index: fields.u64()? };
+                let of = get_read_at_least(get_blocks(&mut fields)?, &mut fields)?;
                 Self::Digests(AskDigests { of })
             }
             DOUBT => Self::Doubt(Doubt { of: get_blocks(&mut fields)? }),
@@ -328,6 +334,11 @@ fn put_read_at_least(head: &mut BytesMut, ask: &ReadAtLeast) {
     put_chunk(head, ask.read.chunk, ask.read.epoch);
     put_range(head, ask.read.range);
     head.put_u64_le(ask.index);
+    head.put_u64_le(ask.term);
+}
+
+fn get_read_at_least(read: Read, fields: &mut Fields) -> Result<ReadAtLeast, WireError> {
+    Ok(ReadAtLeast { read, index: fields.u64()?, term: fields.u64()? })
 }
 
 fn put_change(head: &mut BytesMut, chunk: ChunkKey, tag: &ChangeTag, range: ChunkRange) {
@@ -377,9 +388,13 @@ mod tests {
             Request::Discard(Discard { chunk, tag, range }),
             Request::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Request::ChunkInfo(AskChunkInfo { chunk, epoch }),
-            Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 77 }),
+            Request::ReadAtLeast(ReadAtLeast { read: Read { chunk, epoch, range }, index: 77, term: 6 }),
             Request::Digests(AskDigests {
-                of: ReadAtLeast { read: Read { chunk, epoch, range: blocks }, index: 78 },
+                of: ReadAtLeast {
+                    read: Read { chunk, epoch, range: blocks },
+                    index: 78,
+                    term: ReadAtLeast::APPLIED_ONLY,
+                },
             }),
             Request::Doubt(Doubt { of: Read { chunk, epoch, range: blocks } }),
             Request::TakeOver(TakeOver { volume: chunk.volume, epoch }),
@@ -428,7 +443,7 @@ mod tests {
         {
             let range = ChunkRange::new(offset, length).expect("in the chunk");
             let read = Read { chunk, epoch: Epoch::default(), range };
-            let of = ReadAtLeast { read, index: 1 };
+            let of = ReadAtLeast { read, index: 1, term: 1 };
             for request in [Request::Digests(AskDigests { of }), Request::Doubt(Doubt { of: read })] {
                 let mut reader = FrameReader::default();
                 reader.space().put(bytes_of(&request));

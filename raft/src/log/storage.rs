@@ -18,7 +18,7 @@ use super::index::{Index, memory_bytes};
 use super::{Log, LogError, read};
 use crate::state::State;
 use crate::types::{Entry, IoFlushed, LogId, LogState, Payload, Types, Vote, log_id, position};
-use crate::{GroupId, Position};
+use crate::{Command, GroupId, Position};
 
 /// Entries read in one go for a follower or for apply: a frame of this size is a few hundred microseconds of a
 /// 25 Gb/s link, and as much memory as we want to hold per follower and group.
@@ -109,6 +109,26 @@ impl GroupLog {
             entries.extend(self.recent(read, end, bytes_max - bytes));
         }
         Ok(entries)
+    }
+
+    /// See [`crate::Group::commands`].
+    pub async fn commands(
+        &self,
+        first: u64,
+        last: u64,
+        bytes_max: u64,
+    ) -> Result<Option<Vec<(Position, Command)>>, LogError> {
+        let entries = self.entries(first, last.saturating_add(1), bytes_max).await?;
+        // Without a hole, so both ends will do.
+        let ends = entries.first().zip(entries.last()).map(|(a, b)| (a.log_id().index(), b.log_id().index()));
+        if ends != Some((first, last)) {
+            return Ok(None);
+        }
+        let command = |entry: Entry| match entry.payload {
+            Payload::Normal(command) => Some((position(&entry.log_id), command)),
+            Payload::Blank | Payload::Membership(_) => None,
+        };
+        Ok(Some(entries.into_iter().filter_map(command).collect()))
     }
 
     fn recent(&self, start: u64, end: u64, bytes_max: u64) -> Vec<Entry> {

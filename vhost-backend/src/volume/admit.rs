@@ -174,6 +174,8 @@ impl Volume {
             floor,
             asked: SmallVec::new(),
             followers_tried: 0,
+            rounds: 0,
+            follower_asked: None,
             sent: false,
             since,
             failures: 0,

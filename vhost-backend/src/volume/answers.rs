@@ -15,9 +15,10 @@ use super::inflight::{Key, Purpose};
 use super::retry::{Move, Standing, Trouble, next_move};
 use super::routing::{Fencing, Route, RouteIndex};
 
-/// A good answer, and how much its sender knew.
+/// A good answer, how much its sender knew, and how much of that it can have shown.
 struct Answer {
     fresh: Freshness,
+    shown: u64,
     data: Bytes,
 }
 
@@ -72,14 +73,14 @@ impl Volume {
         }
         let answer = match (reply, &operation.request) {
             (Reply::Refused(refusal), _) => Err(Trouble::Refused(refusal)),
-            (Reply::Data { fresh, checksums, data }, WireRequest::Read(read)) => {
+            (Reply::Data { fresh, shown, checksums, data }, WireRequest::Read(read)) => {
                 let data = data.into_iter().next().unwrap_or_default();
                 if !data_is_intact(read.range.offset(), read.range.length(), &data, &checksums) {
                     Err(Trouble::DamagedOnTheWay)
                 } else if !Route::is_fresh(fresh, operation.floor) {
                     Err(Trouble::Stale)
                 } else {
-                    Ok(Answer { fresh, data })
+                    Ok(Answer { fresh, shown, data })
                 }
             }
             (Reply::Data { .. } | Reply::Info { .. } | Reply::Digests { .. }, _)
@@ -94,7 +95,7 @@ impl Volume {
             ) => {
                 return Err(Lost::WrongAnswer);
             }
-            (Reply::Done(fresh), _) => Ok(Answer { fresh, data: Bytes::new() }),
+            (Reply::Done(fresh), _) => Ok(Answer { fresh, shown: fresh.index, data: Bytes::new() }),
         };
         match answer {
             Ok(answer) => self.succeeded(key, index, peer, answer),
@@ -125,7 +126,9 @@ impl Volume {
         } else if let Some(at) = operation.was_asked(peer) {
             self.pace.note(peer, self.now.saturating_duration_since(at));
         }
-        let found = self.routing[index].answered(peer, answer.fresh);
+        let route = &mut self.routing[index];
+        route.show(Freshness { index: answer.shown, ..answer.fresh });
+        let found = route.answered(peer, answer.fresh);
         if !is_fence {
             self.routing[index].setbacks = 0;
         }
@@ -280,9 +283,13 @@ impl Volume {
             return;
         }
         let asked = self.leader_is_away(index) && self.ask_follower(key);
+        if !asked {
+            self.look_soon();
+        }
         // Somebody must go on looking for the leader.
         let route = &mut self.routing[index];
-        if !asked || (!route.confirmed && route.probe.is_none() && route.parked.is_empty()) {
+        let looks = route.confirmed || route.probe.is_some() || !route.parked.is_empty();
+        if (!asked || !looks) && !route.parked.contains(&key) {
             route.parked.push_back(key);
         }
     }

@@ -2,21 +2,23 @@
 //!
 //! ```text
 //!  leader known and answering ──▶ Read to the leader … and, when that takes long, one ReadAtLeast elsewhere (paid for)
-//!  leader silent or unknown ────▶ ReadAtLeast to the other replicas, one after the other; then wait for a leader
+//!  leader silent or unknown ────▶ ReadAtLeast to the other replicas, one after the other; again after a while, or a leader
 //! ```
 //!
 //! The first good answer ends the read; the other finds nobody. Why no such answer is ever stale is argued in
 //! `docs/semantics.md`, section "Reads". What it takes of this side, and what always holds:
 //!
-//! - Bytes that a change in flight overlaps are asked of the leader alone: whether that change is visible yet must not
-//!   depend on whom the guest's next read happens to reach.
-//! - For all other bytes the replica must have applied every acknowledged change to them ([`super::recent`]).
-//! - What a follower has shown raises what the leader must know ([`Route::seen`](super::routing::Route::seen)).
+//! - The replica must have every acknowledged change to these bytes ([`super::recent`]): applied, or in a log that proves
+//!   that it is committed, by the term we name with it.
+//! - Of bytes that a change in flight overlaps it must have everything that we were ever shown: whether that change is
+//!   visible must not depend on whom the guest's next read happens to reach.
+//! - What any replica has shown raises that ([`Route::show`](super::routing::Route::show)), and what a follower has shown
+//!   raises what the leader must know.
 //! - A follower's word moves no route: it neither makes nor deposes a leader, unless it knows that we are fenced out.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use evolute_protocol::wire::reply::{Refusal, Reply, data_is_intact};
+use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{Read, ReadAtLeast, Request as WireRequest};
 
 use super::connection::{Lost, PeerIndex};
@@ -27,6 +29,10 @@ use super::{Stage, Volume};
 
 /// How often reads out are looked over for late ones.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How soon followers that could not answer are asked again while no leader does: a busy one applies what it has, or is
+/// sent what it lacks, in less. Each time twice as long, up to sixteen times.
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(20);
+const DOUBLINGS_MAX: u32 = 4;
 /// How often lost connections to replicas that lead nothing are made again, so that they are there when needed.
 const COMPANY_EVERY: Duration = Duration::from_secs(2);
 
@@ -47,6 +53,7 @@ impl Volume {
         let place = self.routing[index].replicas.iter().position(|peer| *peer == to);
         let Some(operation) = self.operations.get_mut(key) else { return false };
         operation.followers_tried |= 1 << place.unwrap_or_default();
+        operation.follower_asked = Some(self.now);
         operation.asked.push(Asked { peer: to, at: self.now, how: AskedAs::Follower { index: ask.index } });
         let id = key.to_follower_request_id();
         self.peers[to].put(&WireRequest::ReadAtLeast(ask), copyset, id, self.now);
@@ -56,6 +63,19 @@ impl Volume {
         true
     }
 
+    /// The same once more, when all have been asked and have said that they cannot answer.
+    fn ask_follower_again(&mut self, key: Key) {
+        let Some(operation) = self.operations.get_mut(key) else { return };
+        let wait = ASK_AGAIN_AFTER * (1 << operation.rounds.min(DOUBLINGS_MAX));
+        if operation.follower_asked.is_some_and(|at| self.now.saturating_duration_since(at) < wait) {
+            return;
+        }
+        if std::mem::take(&mut operation.followers_tried) != 0 {
+            operation.rounds += 1;
+        }
+        self.ask_follower(key);
+    }
+
     /// What to ask, if anybody but the leader can answer.
     fn question(&self, key: Key) -> Option<(RouteIndex, ReadAtLeast)> {
         let operation = self.operations.get(key)?;
@@ -63,11 +83,15 @@ impl Volume {
             return None;
         };
         let route = &self.routing[index];
-        if self.stage != Stage::Serving || route.fencing != Fencing::Done || self.is_being_changed(read) {
+        if self.stage != Stage::Serving || route.fencing != Fencing::Done {
             return None;
         }
-        let needed = route.recent.needed(read.chunk.index, read.range)?;
-        Some((index, ReadAtLeast { read: *read, index: needed }))
+        let Freshness { term, index: shown } = route.shown;
+        let changed = route.recent.needed(read.chunk.index, read.range);
+        let needed = changed.filter(|_| !self.is_being_changed(read)).unwrap_or(shown);
+        // Each acknowledgement was shown to us. So a leader that has the one entry has the other, below it.
+        debug_assert!(needed <= shown, "entry {needed} is needed of {}, and {shown} known", route.copyset);
+        Some((index, ReadAtLeast { read: *read, index: needed, term }))
     }
 
     fn is_being_changed(&self, read: &Read) -> bool {
@@ -99,7 +123,7 @@ impl Volume {
         let (range, ours) = (read.range, read.epoch);
         let Some((at, needed)) = operation.take_follower(peer) else { return Ok(()) };
         match reply {
-            Reply::Data { fresh, checksums, data } => {
+            Reply::Data { fresh, shown, checksums, data } => {
                 let data = data.into_iter().next().unwrap_or_default();
                 if !data_is_intact(range.offset(), range.length(), &data, &checksums) {
                     self.counters.damaged += 1;
@@ -108,7 +132,7 @@ impl Volume {
                 } else {
                     self.counters.followers_answered += 1;
                     self.pace.note(peer, self.now.saturating_duration_since(at));
-                    self.routing[index].seen(fresh.index);
+                    self.routing[index].seen(Freshness { index: shown.max(fresh.index), ..fresh });
                     self.end_operation(key, Ok(data));
                     return Ok(());
                 }
@@ -140,37 +164,42 @@ impl Volume {
     /// A read went to its leader: it is looked after.
     pub(super) fn read_sent(&mut self) {
         self.pace.earn();
+        self.look_soon();
+    }
+
+    /// There is something to look after.
+    pub(super) fn look_soon(&mut self) {
         if self.next_look.is_none() {
             self.next_look = Some(self.now + LOOK_EVERY);
         }
     }
 
-    /// Asks elsewhere what the leader has not answered for long: as often as is paid for, or, when the leader says
-    /// nothing to anybody, all of it.
+    /// Asks elsewhere what the leader has not answered for long: as often as is paid for, or, when there is none or it
+    /// says nothing to anybody, all of it, again and again.
     pub(super) fn look_after_reads(&mut self) {
         if self.next_look.is_none_or(|at| at > self.now) {
             return;
         }
-        let late: Vec<(Key, PeerIndex, RouteIndex, Instant)> = self
+        let waiting: Vec<(Key, RouteIndex)> = self
             .operations
             .iter_mut()
-            .filter(|(_, operation)| matches!(operation.request, WireRequest::Read(_)))
-            .filter_map(|(key, operation)| match operation.asked[..] {
-                [Asked { peer, at, how: AskedAs::Leader }] => Some((key, peer, operation.route?, at)),
-                _ => None,
+            .filter(|(_, operation)| {
+                matches!(operation.request, WireRequest::Read(_)) && operation.waits_for_no_follower()
             })
+            .filter_map(|(key, operation)| Some((key, operation.route?)))
             .collect();
-        self.next_look = (!late.is_empty()).then_some(self.now + LOOK_EVERY);
-        for (key, peer, index, at) in late {
-            if self.operations.get(key).is_none_or(|operation| operation.followers_tried != 0) {
-                continue;
-            }
-            let mute = self.peers[peer].is_mute(self.now);
-            let late =
-                self.now.saturating_duration_since(at) >= self.pace.delay(&self.routing[index].replicas);
-            if mute {
-                self.ask_follower(key);
-            } else if late && self.pace.can_spend() && self.ask_follower(key) {
+        self.next_look = (!waiting.is_empty()).then_some(self.now + LOOK_EVERY);
+        for (key, index) in waiting {
+            let Some(operation) = self.operations.get(key) else { continue };
+            let mute = operation.asked.iter().all(|asked| self.peers[asked.peer].is_mute(self.now));
+            if self.leader_is_away(index) || (mute && !operation.asked.is_empty()) {
+                self.ask_follower_again(key);
+            } else if let [Asked { at, .. }] = operation.asked[..]
+                && operation.followers_tried == 0
+                && self.now.saturating_duration_since(at) >= self.pace.delay(&self.routing[index].replicas)
+                && self.pace.can_spend()
+                && self.ask_follower(key)
+            {
                 self.pace.spend();
                 self.counters.second_questions += 1;
             }

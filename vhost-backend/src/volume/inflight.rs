@@ -162,7 +162,7 @@ pub struct Asked {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AskedAs {
     Leader,
-    /// Any replica that has applied the volume's entry of this index.
+    /// Any replica that has the volume's entry of this index.
     Follower {
         index: u64,
     },
@@ -181,8 +181,11 @@ pub struct Operation {
     pub floor: Freshness,
     /// Sent and not answered: the leader, and perhaps one we ask because the leader is silent.
     pub asked: SmallVec<[Asked; 2]>,
-    /// Replicas that were asked as followers, by their place in the route: each once.
+    /// Replicas that were asked as followers, by their place in the route: each once in a round.
     pub followers_tried: u8,
+    /// Rounds of asking followers before this one, and when one was last asked.
+    pub rounds: u32,
+    pub follower_asked: Option<Instant>,
     /// Sent at least once.
     pub sent: bool,
     /// When it was made.
@@ -219,6 +222,11 @@ impl Operation {
             Asked { at, how: AskedAs::Follower { index }, .. } => Some((at, index)),
             Asked { how: AskedAs::Leader, .. } => None,
         }
+    }
+
+    /// Nobody was asked as a follower who may yet answer.
+    pub fn waits_for_no_follower(&self) -> bool {
+        self.asked.iter().all(|asked| asked.how == AskedAs::Leader)
     }
 
     /// The bytes it changes; `None`: it changes none.

@@ -17,7 +17,7 @@
 //! - A change keeps its sequence, data and checksums however often it is sent, and to whomever. Its lane's floor never
 //!   passes a sequence that may still be sent again.
 //! - A read is answered by a leader that knows all this volume had seen when the read began, or by any replica that
-//!   has applied every change these bytes depend on (`followers`); and only with bytes that match their checksums.
+//!   has every change these bytes depend on (`followers`); and only with bytes that match their checksums.
 //!   (The leader's bar is what was seen when the read *began*, not when it is answered: a read from a slow disk among
 //!   quick writes would never get over a bar that rises while it waits.)
 //! - Before the cluster agreed that this epoch writes, in every copyset, nothing is sent but fences.

@@ -6,7 +6,7 @@
 //! changes only the highest index is kept, and the fence is such a change: everything of former epochs is below it.
 //!
 //! What always holds: [`RecentChanges::needed`] is never below the entry of an acknowledged change to these bytes.
-//! Changes in flight are the asker's care ([`super::followers`]).
+//! Changes in flight are the asker's care ([`super::followers`]), and so are those that were given up.
 
 use std::collections::VecDeque;
 
@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 
 /// Changes kept one by one, for each copyset: a tenth of a second of the busiest. 1024 × 24 B.
 const KEPT: usize = 1024;
-/// Changes with an unknown end that are kept; more, and no follower of the copyset is asked any more.
+/// Changes with an unknown end that are kept; more, and all bytes count as theirs.
 const GIVEN_UP_MAX: usize = 64;
 
 #[derive(Debug, Clone, Copy)]
@@ -74,7 +74,8 @@ impl RecentChanges {
         }
     }
 
-    /// What a replica must have applied of this volume to read these bytes; `None`: only a leader may be asked.
+    /// What a replica must have of this volume to read these bytes. `None`: everything that we were shown, because a
+    /// change of them was given up, and may show or not.
     pub fn needed(&self, chunk: ChunkIndex, range: ChunkRange) -> Option<u64> {
         let bytes = Bytes::new(chunk, range);
         let unknown = self.given_up.iter().any(|other| other.overlap(&bytes));
@@ -114,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn a_change_whose_end_nobody_knows_is_for_the_leader_alone() {
+    fn for_a_change_whose_end_nobody_knows_no_entry_is_enough() {
         let mut recent = RecentChanges::default();
         recent.gave_up(C, sectors(8, 8));
         assert_eq!(recent.needed(C, sectors(9, 1)), None);

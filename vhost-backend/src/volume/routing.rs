@@ -90,6 +90,9 @@ pub struct Route {
     pub paused_until: Option<Instant>,
     /// The highest term and the highest index seen in any answer of this copyset.
     pub fresh: Freshness,
+    /// What followers are asked for at most. Nothing we were shown or told is part of an entry beyond this index, and the
+    /// leaders of this term and of all later ones have that entry.
+    pub shown: Freshness,
     pub fencing: Fencing,
     /// What was changed lately.
     pub recent: RecentChanges,
@@ -116,6 +119,7 @@ impl Route {
             setbacks: 0,
             paused_until: None,
             fresh: Freshness::default(),
+            shown: Freshness::default(),
             fencing: Fencing::Needed,
             recent: RecentChanges::default(),
             parked: VecDeque::new(),
@@ -182,8 +186,17 @@ impl Route {
     }
 
     /// A replica that need not lead has shown this much.
-    pub fn seen(&mut self, index: u64) {
-        self.fresh.index = self.fresh.index.max(index);
+    pub fn seen(&mut self, at: Freshness) {
+        self.fresh.index = self.fresh.index.max(at.index);
+        self.show(at);
+    }
+
+    /// Something was shown that can be part of the entry `at`. Of two terms for one entry the lower one: more logs come
+    /// up to it.
+    pub fn show(&mut self, at: Freshness) {
+        if (at.index, self.shown.term) > (self.shown.index, at.term) {
+            self.shown = at;
+        }
     }
 
     /// `peer` answered as only a leader can. Says whether it is another than we followed, or we were searching.
@@ -192,6 +205,7 @@ impl Route {
         let leads = fresh.term >= self.fresh.term;
         self.fresh.term = self.fresh.term.max(fresh.term);
         self.fresh.index = self.fresh.index.max(fresh.index);
+        self.show(fresh);
         if !leads || (self.confirmed && self.target == peer) {
             return false;
         }
@@ -404,6 +418,25 @@ mod tests {
         assert_eq!(seen.iter().collect::<std::collections::HashSet<_>>().len(), 3);
         assert_eq!(route.searching(start + Duration::from_secs(3)), Duration::from_secs(2));
         assert!(!route.is_clear());
+    }
+
+    #[test]
+    fn of_what_was_shown_the_most_counts_and_the_term_that_most_logs_come_up_to() {
+        let (mut routing, _) = learned();
+        let route = routing.iter_mut().next().expect("two routes");
+        let at = |term, index| Freshness { term, index };
+        for (shown, most) in [
+            (at(3, 10), at(3, 10)),
+            (at(4, 9), at(3, 10)),
+            (at(5, 10), at(3, 10)),
+            (at(2, 10), at(2, 10)),
+            (at(6, 11), at(6, 11)),
+            // Of one that was deposed, and had applied it.
+            (at(5, 12), at(5, 12)),
+        ] {
+            route.show(shown);
+            assert_eq!(route.shown, most, "after {shown:?}");
+        }
     }
 
     #[test]

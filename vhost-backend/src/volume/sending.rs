@@ -71,6 +71,8 @@ impl Volume {
             floor: Freshness::default(),
             asked: SmallVec::new(),
             followers_tried: 0,
+            rounds: 0,
+            follower_asked: None,
             sent: false,
             since: self.now,
             failures: 0,

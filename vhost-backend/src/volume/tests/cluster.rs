@@ -44,6 +44,10 @@ pub struct Faults {
     pub deposed: Option<Past>,
     /// Has applied no more than this, while it follows.
     pub behind: HashMap<CopysetId, Past>,
+    /// What its log holds, while it follows, although it has not applied it: up to this index, by a leader of this term.
+    pub logged: Option<Freshness>,
+    /// Its answers say that their data can hold so many entries more, while it leads.
+    pub shows_more: u64,
     /// Answers as a follower whether or not it has applied enough.
     pub careless: bool,
     /// Reads are answered this much later.
@@ -95,6 +99,8 @@ pub struct State {
     /// Reads that were answered as a follower, and those refused because it was behind.
     pub followed: HashMap<ChunkserverId, u64>,
     pub refused_behind: u64,
+    /// What followers were asked.
+    pub asked: Vec<ReadAtLeast>,
     down: HashSet<ChunkserverId>,
     streams: Vec<(ChunkserverId, TcpStream)>,
     random: u32,
@@ -353,6 +359,7 @@ impl State {
     /// What a follower answers: from its own past if it is behind. A leader is never behind.
     fn follow(&mut self, server: ChunkserverId, copyset: CopysetId, ask: &ReadAtLeast) -> Reply {
         let faults = self.fault(server).clone();
+        self.asked.push(*ask);
         let Some(group) = self.groups.get(&copyset) else {
             return Reply::Refused(Refusal::NoSuchCopyset);
         };
@@ -362,12 +369,15 @@ impl State {
         let past = faults.behind.get(&copyset).or(faults.deposed.as_ref());
         let past = past.filter(|_| group.leader != Some(server));
         let applied = past.map_or(group.index, |past| past.index);
-        if applied < ask.index && !faults.careless {
+        let proven = |logged: Freshness| logged.term >= ask.term && logged.index >= ask.index;
+        let ahead = applied < ask.index && faults.logged.is_some_and(proven);
+        if applied < ask.index && !ahead && !faults.careless {
             self.refused_behind += 1;
             return Reply::Refused(Refusal::Behind { applied });
         }
+        let applied = if ahead { ask.index } else { applied };
         let range = ask.read.range;
-        let sectors = past.map_or(&self.sectors, |past| &past.sectors);
+        let sectors = past.filter(|_| !ahead).map_or(&self.sectors, |past| &past.sectors);
         let data = collect(sectors, ask.read.chunk.index, range.offset(), range.length());
         let fresh = Freshness { term: group.term, index: applied };
         *self.followed.entry(server).or_default() += 1;
@@ -429,13 +439,23 @@ impl State {
         let Request::Read(read) = request else { unreachable!("the volume asks nothing else") };
         let mut data = collect(&self.sectors, read.chunk.index, read.range.offset(), read.range.length());
         let reply = data_reply(fresh, read.range.offset(), data.clone());
+        let more = self.fault(server).shows_more;
         match reply {
-            Reply::Data { fresh, checksums, .. } if damage => {
+            Reply::Data { fresh, shown, checksums, .. } if damage => {
                 data[0] ^= 1;
-                Reply::Data { fresh, checksums, data: ReplyData::from_iter([Bytes::from(data)]) }
+                Reply::Data { fresh, shown, checksums, data: ReplyData::from_iter([Bytes::from(data)]) }
+            }
+            Reply::Data { fresh, shown, checksums, data } => {
+                Reply::Data { fresh, shown: shown + more, checksums, data }
             }
             reply => reply,
         }
+    }
+
+    /// A change that its writer does not hear of: some have applied it.
+    pub fn change_unheard(&mut self, copyset: CopysetId, sector: u32, bytes: [u8; 512]) {
+        self.groups.get_mut(&copyset).expect("a group of the test").index += 1;
+        self.sectors.insert((ChunkIndex(0), sector), bytes);
     }
 
     fn write(&mut self, request: &Request) -> bool {
@@ -502,5 +522,5 @@ fn collect(
 fn data_reply(fresh: Freshness, offset: u32, data: Vec<u8>) -> Reply {
     let data = Bytes::from(data);
     let checksums = checksums(u64::from(offset), &data);
-    Reply::Data { fresh, checksums, data: ReplyData::from_iter([data]) }
+    Reply::Data { fresh, shown: fresh.index, checksums, data: ReplyData::from_iter([data]) }
 }

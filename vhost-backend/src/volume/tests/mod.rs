@@ -327,9 +327,17 @@ fn with_a_limit_requests_fail_after_it_and_new_ones_work_later() {
     let mut rig = Rig::attached(&cluster, options);
     cluster.state().lead(C1, None);
     assert_eq!(rig.write(0, pattern(1, 4096)), Outcome::Failed(Failure::Io));
-    assert_eq!(rig.perform(Request::Read { offset: 0, len: 512 }), Outcome::Failed(Failure::Io));
+    let past = cluster.state().past(C1);
+    assert_eq!(rig.read(0, 512), vec![0; 512], "a follower knows as much as we do");
     cluster.state().lead(C1, Some(SERVERS[0]));
     assert_eq!(rig.write(0, pattern(2, 4096)), Outcome::Done);
+    cluster.state().lead(C1, None);
+    // Nobody is left who has what was acknowledged.
+    SERVERS.iter().for_each(|server| {
+        cluster.state().fault(*server).behind.insert(C1, past.clone());
+    });
+    assert_eq!(rig.perform(Request::Read { offset: 0, len: 512 }), Outcome::Failed(Failure::Io));
+    cluster.state().lead(C1, Some(SERVERS[0]));
     assert_eq!(rig.read(0, 4096), pattern(2, 4096));
 }
 
