@@ -378,7 +378,7 @@ impl Copyset {
     pub(super) fn digests(self: &Rc<Self>, ask: AskDigests, caller: Caller) {
         let serving = match self.may_read_at_least(&ask.of).and_then(|()| self.serve()) {
             Ok(serving) => serving,
-            Err(refused) => return self.answer(&caller, &refused),
+            Err(refusal) => return self.answer(&caller, &Reply::Refused(refusal)),
         };
         let (chunk, (first, count)) = (ask.of.read.chunk, blocks_of(ask.of.read.range));
         let reading = self.store.borrow().extents_of_disk(chunk, first, count);
@@ -387,9 +387,9 @@ impl Copyset {
             let here = Digests::of(first, count, &reading.await);
             let reply = match here.digests.iter().copied().collect::<Option<Checksums>>() {
                 Some(digests) => copyset.read_by(chunk.volume).map(|fresh| Reply::Digests { fresh, digests }),
-                None => Ok(Reply::Refused(Refusal::Busy)),
+                None => Err(Refusal::Busy),
             };
-            copyset.answer(&caller, &reply.unwrap_or_else(|refused| refused));
+            copyset.answer(&caller, &reply.unwrap_or_else(Reply::Refused));
             drop(serving);
             // Only now: whoever asked waits for nobody's repair.
             for (block, _) in (first..).zip(here.digests).filter(|(_, digest)| digest.is_none()) {
@@ -403,7 +403,7 @@ impl Copyset {
         let of = ReadAtLeast { read: of, index: 0, term: ReadAtLeast::APPLIED_ONLY };
         let serving = match self.may_read_at_least(&of).and_then(|()| self.serve()) {
             Ok(serving) => serving,
-            Err(refused) => return self.answer(caller, &refused),
+            Err(refusal) => return self.answer(caller, &Reply::Refused(refusal)),
         };
         let copyset = Rc::clone(self);
         tokio::task::spawn_local(async move {
@@ -413,10 +413,10 @@ impl Copyset {
         self.answer(caller, &Reply::Done(self.applied_of(chunk.volume)));
     }
 
-    fn serve(&self) -> Result<Serving, Reply> {
+    fn serve(&self) -> Result<Serving, Refusal> {
         let serving = &self.repairs.comparisons.serving;
         if serving.get() >= SERVED_MAX {
-            return Err(Reply::Refused(Refusal::Busy));
+            return Err(Refusal::Busy);
         }
         serving.set(serving.get() + 1);
         Ok(Serving(Rc::clone(&self.repairs)))

@@ -178,15 +178,15 @@ impl Copyset {
             return self.answer(caller, &Reply::Refused(refusal));
         }
         self.group.take_over();
-        self.answer(caller, &self.not_leader());
+        self.answer(caller, &Reply::Refused(self.not_leader()));
     }
 
     fn answer(&self, caller: &Caller, reply: &Reply) {
         caller.to.answer(self.id, caller.request, reply);
     }
 
-    fn not_leader(&self) -> Reply {
-        Reply::Refused(Refusal::NotLeader { leader: self.group.status().leader.map(chunkserver_of) })
+    fn not_leader(&self) -> Refusal {
+        Refusal::NotLeader { leader: self.group.status().leader.map(chunkserver_of) }
     }
 }
 

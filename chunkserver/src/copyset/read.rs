@@ -28,14 +28,14 @@ impl Copyset {
     pub(super) fn read(self: &Rc<Self>, read: Read, caller: Caller) {
         match self.may_read(read.chunk.volume, read.epoch) {
             Ok(fresh) => self.read_data(read, caller, Some(fresh)),
-            Err(refused) => self.answer(&caller, &refused),
+            Err(refusal) => self.answer(&caller, &Reply::Refused(refusal)),
         }
     }
 
     pub(super) fn read_at_least(self: &Rc<Self>, ask: ReadAtLeast, caller: Caller) {
         match self.may_read_at_least(&ask) {
             Ok(()) => self.read_data(ask.read, caller, None),
-            Err(Reply::Refused(Refusal::Behind { .. })) if self.may_read_ahead(&ask) => {
+            Err(Refusal::Behind { .. }) if self.may_read_ahead(&ask) => {
                 let copyset = Rc::clone(self);
                 tokio::task::spawn_local(async move {
                     match copyset.read_ahead(&ask).await {
@@ -45,7 +45,7 @@ impl Copyset {
                     }
                 });
             }
-            Err(refused) => self.answer(&caller, &refused),
+            Err(refusal) => self.answer(&caller, &Reply::Refused(refusal)),
         }
     }
 
@@ -76,7 +76,7 @@ impl Copyset {
     }
 
     /// What data that have just been read hold at least and at most.
-    fn held(&self, before: Option<Freshness>, volume: VolumeId) -> Result<(Freshness, u64), Reply> {
+    fn held(&self, before: Option<Freshness>, volume: VolumeId) -> Result<(Freshness, u64), Refusal> {
         let after = self.read_by(volume)?;
         match before {
             None => Ok((after, after.index)),
@@ -97,7 +97,7 @@ impl Copyset {
 
     pub(super) fn chunk_info(&self, ask: AskChunkInfo, caller: &Caller) {
         let reply = match self.may_read(ask.chunk.volume, ask.epoch) {
-            Err(refused) => refused,
+            Err(refusal) => Reply::Refused(refusal),
             Ok(fresh) => {
                 let info = self.store.borrow().chunk_info(ask.chunk);
                 let info = ChunkInfo { allocated_bytes: info.allocated_bytes, generation: info.generation };
@@ -107,29 +107,29 @@ impl Copyset {
         self.answer(caller, &reply);
     }
 
-    fn may_read(&self, volume: VolumeId, epoch: Epoch) -> Result<Freshness, Reply> {
+    fn may_read(&self, volume: VolumeId, epoch: Epoch) -> Result<Freshness, Refusal> {
         let Some(leadership) = self.group.leadership() else { return Err(self.not_leader()) };
         let state = self.state.borrow();
         let Some(writers) = state.writers().get(&volume) else {
-            return Err(Reply::Refused(Refusal::NotFenced));
+            return Err(Refusal::NotFenced);
         };
         match writers.judge_epoch(epoch) {
             Verdict::Apply => Ok(Freshness { term: leadership.term, index: writers.last_index() }),
-            verdict => Err(Reply::Refused(refusal_of(verdict).unwrap_or(Refusal::Busy))),
+            verdict => Err(refusal_of(verdict).unwrap_or(Refusal::Busy)),
         }
     }
 
     /// Decides alone whether a replica that need not lead may answer.
-    pub(super) fn may_read_at_least(&self, ask: &ReadAtLeast) -> Result<(), Reply> {
+    pub(super) fn may_read_at_least(&self, ask: &ReadAtLeast) -> Result<(), Refusal> {
         let state = self.state.borrow();
         let writers = state.writers().get(&ask.read.chunk.volume);
         let verdict = writers.map_or(Verdict::NotFenced, |writers| writers.judge_epoch(ask.read.epoch));
         let applied = writers.map_or(0, Writers::last_index);
         match verdict {
             Verdict::Apply if applied >= ask.index && self.group.consistent_from().is_none() => Ok(()),
-            Verdict::Fenced { current } => Err(Reply::Refused(Refusal::Fenced { current })),
+            Verdict::Fenced { current } => Err(Refusal::Fenced { current }),
             // Its own fence may be on the way here.
-            _ => Err(Reply::Refused(Refusal::Behind { applied })),
+            _ => Err(Refusal::Behind { applied }),
         }
     }
 
@@ -141,11 +141,11 @@ impl Copyset {
 
     /// What data that have just been read can hold at most. Not known when this replica was replaced meanwhile: it
     /// began with data that are ahead of what it has applied.
-    pub(super) fn read_by(&self, volume: VolumeId) -> Result<Freshness, Reply> {
+    pub(super) fn read_by(&self, volume: VolumeId) -> Result<Freshness, Refusal> {
         let fresh = self.applied_of(volume);
         match self.group.consistent_from() {
             None => Ok(fresh),
-            Some(_) => Err(Reply::Refused(Refusal::Behind { applied: fresh.index })),
+            Some(_) => Err(Refusal::Behind { applied: fresh.index }),
         }
     }
 
@@ -157,9 +157,9 @@ impl Copyset {
     }
 }
 
-pub(super) fn data_reply(held: Result<(Freshness, u64), Reply>, read: ReadData) -> Reply {
+pub(super) fn data_reply(held: Result<(Freshness, u64), Refusal>, read: ReadData) -> Reply {
     match held {
         Ok((fresh, shown)) => Reply::Data { fresh, shown, checksums: read.checksums, data: read.data },
-        Err(refused) => refused,
+        Err(refusal) => Reply::Refused(refusal),
     }
 }

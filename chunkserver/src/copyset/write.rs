@@ -42,7 +42,7 @@ impl Copyset {
     /// Admits a change to the next entry, or answers at once.
     pub(super) fn change(self: &Rc<Self>, change: Change, caller: Caller) {
         let Some(leadership) = self.group.leadership() else {
-            return self.answer(&caller, &self.not_leader());
+            return self.answer(&caller, &Reply::Refused(self.not_leader()));
         };
         let (verdict, last_index) = self.early_verdict(&change);
         if let Some(refusal) = refusal_of(verdict) {
@@ -158,7 +158,7 @@ impl Copyset {
         if waiting.changes.is_empty() {
             return;
         }
-        let reply = self.not_leader();
+        let reply = Reply::Refused(self.not_leader());
         for (_, caller) in &waiting.changes {
             self.answer(caller, &reply);
         }
