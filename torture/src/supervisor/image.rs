@@ -97,7 +97,12 @@ impl Image {
     /// Brings the disk back; the file system replays its journal.
     pub fn power_on(&mut self) -> Result<()> {
         self.attach()?;
-        self.mount()
+        self.mount()?;
+        // A disk that was emptied shortly before is full again where that did not reach it, and nobody would empty it.
+        match self.empty() {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            emptied => Ok(emptied?),
+        }
     }
 
     pub fn slow(&mut self, slow: bool) -> Result<()> {
@@ -143,8 +148,8 @@ impl Image {
         Ok(())
     }
 
-    pub fn empty(&self) -> Result<()> {
-        Ok(std::fs::remove_file(self.mount_point().join("ballast"))?)
+    pub fn empty(&self) -> std::io::Result<()> {
+        std::fs::remove_file(self.mount_point().join("ballast"))
     }
 
     fn attach(&mut self) -> Result<()> {
