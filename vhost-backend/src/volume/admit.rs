@@ -25,7 +25,7 @@ const PIECES_OUT_MAX: u32 = 8;
 static ZEROES: [u8; 64 << 10] = [0; 64 << 10];
 
 impl Volume {
-    /// Lets requests in as far as the bounds allow, in their order.
+    /// Lets requests in as far as the bounds allow: changes in their order, and reads past changes that wait for others.
     pub(super) fn admit(&mut self) {
         for (ticket, request) in std::mem::take(&mut self.submitted) {
             self.counters.requests += 1;
@@ -47,17 +47,20 @@ impl Volume {
             let Some(key) = self.long.pop_front() else { break };
             self.make_pieces(key);
         }
-        while let Some((_, request, _)) = self.waiting.front() {
+        // So many at the front are changes that must wait.
+        let mut held = 0;
+        while let Some((_, request, _)) = self.waiting.get(held) {
             let (bytes, changes) = (cost(request), request.changes_data());
-            let fits = self.admitted.admits(&self.bounds, self.operations.len(), bytes);
-            if !fits || (changes && self.sequences.is_full()) {
+            if !self.admitted.admits(&self.bounds, self.operations.len(), bytes) {
                 break;
             }
-            // In their order: what comes after it may be about the same bytes.
-            if changed_by(request).is_some_and(|range| self.changing.overlaps(&range)) {
-                break;
+            // Changes go in their order: what comes after one may be about the same bytes. Reads are owed none, and go past.
+            let overlaps = changed_by(request).is_some_and(|range| self.changing.overlaps(&range));
+            if overlaps || (changes && (held > 0 || self.sequences.is_full())) {
+                held += 1;
+                continue;
             }
-            let Some((ticket, request, since)) = self.waiting.pop_front() else { break };
+            let Some((ticket, request, since)) = self.waiting.remove(held) else { break };
             if changes && self.options.read_only {
                 self.complete(ticket, Outcome::Failed(Failure::ReadOnly));
             } else {

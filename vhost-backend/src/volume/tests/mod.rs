@@ -560,6 +560,25 @@ fn a_change_waits_for_one_of_the_same_bytes_that_is_not_answered() {
     assert_eq!(rig.read(border + 4096, 4096), pattern(2, 4096));
 }
 
+#[test]
+fn reads_go_past_a_change_that_waits_and_changes_do_not() {
+    let cluster = Cluster::start(2);
+    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    assert_eq!(rig.write(0, pattern(9, 8192)), Outcome::Done);
+    cluster.state().lead(C1, None);
+    let border = CHUNK_BYTES - 4096;
+    let stuck = rig.submit(Request::Write { offset: border, data: Bytes::from(pattern(1, 8192)) });
+    let later = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(2, 4096)) });
+    let last = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(3, 4096)) });
+    assert_eq!(rig.read(0, 8192), pattern(9, 8192));
+    assert!(rig.outcomes.is_empty(), "no change is done");
+    cluster.state().lead(C1, Some(SERVERS[2]));
+    for change in [stuck, later, last] {
+        assert_eq!(rig.wait(change), Outcome::Done);
+    }
+    assert_eq!(rig.read(border + 4096, 4096), pattern(3, 4096));
+}
+
 /// Not a check: what this side of a 4 KiB request costs at depth 32, as CPU time of the volume's own thread. Run with
 /// `cargo test --release -p evolute-vhost-backend what_a_request_costs -- --ignored --nocapture`.
 #[test]
