@@ -107,4 +107,4 @@ torture: deps
 
 # Every fault at least once with something at stake; the same seed every time. Three minutes, five at most.
 torture-short:
-	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --rate 400 --until-covered 90 --window-acks 100 --faults $(FAULTS) $(COMMIT)
+	@$(STEP) 'torture, two minutes' $(CARGO_TARGET_DIR)/release/torture --duration 75 --seed 42 --every-ms 2500 --rate 400 --until-covered 150 --window-acks 100 --faults $(FAULTS) $(COMMIT)
