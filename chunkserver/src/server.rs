@@ -21,7 +21,7 @@ use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Refusal, Reply};
 use evolute_protocol::wire::request::Request;
 use evolute_protocol::wire::{FrameReader, RequestId, WireError};
-use evolute_raft::Peers;
+use evolute_raft::{Peers, after_others};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -237,7 +237,7 @@ async fn send_replies(outbox: Rc<Outbox>, mut socket: OwnedWriteHalf) {
     loop {
         outbox.filled.notified().await;
         // Whoever is ready now adds its replies to this write.
-        tokio::task::yield_now().await;
+        after_others(2).await;
         let parts = outbox.take();
         let sent = write_all(&mut socket, parts).await;
         outbox.drained.notify_one();

@@ -330,14 +330,13 @@ impl Shard {
             }
             ToShard::TransferLeader { copyset, to } => {
                 if let Some(copyset) = self.registry.get(copyset) {
-                    if copyset.group().stands_in() {
-                        tracing::info!(copyset = %copyset.id(), "the leader stays: a client reaches no other");
+                    let to = evolute_raft::ReplicaId(to.0);
+                    if copyset.group().stands_in() || copyset.group().is_out_of_reach(to) {
+                        tracing::info!(copyset = %copyset.id(), %to, "the leader stays: a client does not reach the other");
                         return false;
                     }
                     spawn_local(async move {
-                        if let Err(error) =
-                            copyset.group().transfer_leader(evolute_raft::ReplicaId(to.0)).await
-                        {
+                        if let Err(error) = copyset.group().transfer_leader(to).await {
                             tracing::info!(copyset = %copyset.id(), %error, "the leader did not move");
                         }
                     });

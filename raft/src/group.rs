@@ -12,6 +12,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use bytes::Bytes;
+use openraft::async_runtime::Instant;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::errors::{
     ChangeMembershipError, ClientWriteError, ForwardReason, ForwardToLeader, InitializeError, RaftError,
@@ -88,6 +89,9 @@ pub enum ChangeError {
     /// A learner lacks too much to be given a vote. Come back later.
     #[error("{replica} is {entries} entries behind")]
     Behind { replica: ReplicaId, entries: u64 },
+    /// It has not answered the leader lately; whatever it was asked to take over, nobody would have. Come back later.
+    #[error("{0} did not answer lately")]
+    Silent(ReplicaId),
     /// The group has the replica already, hosted by another process.
     #[error("{replica} is hosted by {at}")]
     Elsewhere { replica: ReplicaId, at: ProcessId },
@@ -402,7 +406,8 @@ impl Group {
         }
     }
 
-    /// Asks `to` to take over. Returns once another replica leads; `InProgress` if none does within an election.
+    /// Asks `to` to take over, if it has answered lately. Returns once another replica leads; `InProgress` if none does
+    /// within an election.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), ChangeError> {
         let raft = self.raft()?;
         let status = self.leads()?;
@@ -411,6 +416,12 @@ impl Group {
         }
         if to == self.0.me.replica {
             return Ok(());
+        }
+        // A leader that asks stops leading before it knows whether it was heard.
+        let heard =
+            raft.metrics().borrow_watched().heartbeat.as_ref().and_then(|heard| heard.get(&to.0)?.clone());
+        if heard.is_none_or(|at| Instant::elapsed(&*at) > self.0.lately) {
+            return Err(ChangeError::Silent(to));
         }
         raft.trigger().transfer_leader(to.0).await.map_err(|_| ChangeError::Stopped)?;
         let mut metrics = raft.metrics();

@@ -59,7 +59,7 @@ pub use machine::{
 };
 pub use node::{Limits, Node, StartError, Timing};
 pub use peer::{Dial, DialFuture, Peers};
-pub use thread::{Handle, HandleError, spawn_thread};
+pub use thread::{Handle, HandleError, after_others, spawn_thread};
 
 /// A Raft group. Given by the control plane, never reused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -53,6 +53,8 @@ impl Default for Limits {
 
 /// openraft's queue of requests to one group: every proposal we allow, and as many again for everything else.
 const API_QUEUE: u64 = 2 * PROPOSALS_MAX as u64;
+/// A member that answered none of so many heartbeats is not there, or too slow to be of use.
+const HEARTBEATS_LATELY: u32 = 5;
 /// Entries in one append to a follower. The bytes are bounded by the log reader.
 const ENTRIES_PER_APPEND: u64 = 1024;
 
@@ -186,6 +188,7 @@ impl Node {
             Bounds {
                 command_bytes_max: inner.log.command_bytes_max(),
                 election_max: Duration::from_millis(inner.timing.election_ms_max),
+                lately: Duration::from_millis(inner.timing.heartbeat_ms) * HEARTBEATS_LATELY,
                 retain_bytes: inner.limits.log_retain_bytes,
             },
             inner.intake.clone(),

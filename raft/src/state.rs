@@ -55,6 +55,8 @@ pub(crate) struct State {
     pub on_leader_change: RefCell<Vec<Listener>>,
     pub command_bytes_max: usize,
     pub election_max: Duration,
+    /// A member that answered within it is there.
+    pub lately: Duration,
 }
 
 /// From where on what is applied here is a state the group has had.
@@ -76,6 +78,7 @@ pub(crate) enum Consistent {
 pub(crate) struct Bounds {
     pub command_bytes_max: usize,
     pub election_max: Duration,
+    pub lately: Duration,
     pub retain_bytes: u64,
 }
 
@@ -113,6 +116,7 @@ impl State {
             on_leader_change: RefCell::default(),
             command_bytes_max: bounds.command_bytes_max,
             election_max: bounds.election_max,
+            lately: bounds.lately,
         })
     }
 

@@ -226,12 +226,22 @@ impl Group {
         let Some(peers) = succession.peers.get().and_then(WeakPeers::upgrade) else { return };
         succession.asked.set(Some(Instant::now()));
         tracing::info!(group = %self.id(), %leader, "asking the leader to hand over");
+        peers.out_of_reach(leader.process);
         peers.ask_to_hand_over(self.id(), leader, self.me().replica);
     }
 
     /// It leads, and was asked to lately ([`Self::take_over`]): whoever evens out leaders is to leave this one where it is.
     pub fn stands_in(&self) -> bool {
         self.0.leading.get().is_some() && within(STANDS_IN, self.0.succession.asked.get())
+    }
+
+    /// This process heard lately of a client that does not reach the member's ([`Self::take_over`], in any group): whoever
+    /// evens out leaders is not to move this one there.
+    pub fn is_out_of_reach(&self, member: ReplicaId) -> bool {
+        let Some(peers) = self.0.succession.peers.get().and_then(WeakPeers::upgrade) else { return false };
+        let status = self.status();
+        let process = status.members.iter().map(|status| status.member).find(|m| m.replica == member);
+        process.is_some_and(|member| within(STANDS_IN, peers.last_out_of_reach(member.process)))
     }
 
     /// A follower wants to lead in our place.

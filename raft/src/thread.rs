@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::io;
+use std::task::Poll;
 use std::thread::JoinHandle;
 
 use bytes::Bytes;
@@ -30,6 +31,21 @@ pub(crate) fn local_runtime() -> io::Result<tokio::runtime::LocalRuntime> {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build_local(tokio::runtime::LocalOptions::default())
+}
+
+/// Returns after everything that is ready on this thread now has had its turn, and what that made ready, `times` tasks
+/// deep. Unlike `yield_now` it does not ask the kernel for news first, which takes longer than most of what is waited for.
+pub async fn after_others(times: u32) {
+    let mut left = times;
+    std::future::poll_fn(|context| {
+        if left == 0 {
+            return Poll::Ready(());
+        }
+        left -= 1;
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 /// One group, seen from other threads.
@@ -63,6 +79,8 @@ pub enum HandleError {
     NotAMember(ReplicaId),
     #[error("{replica} is {entries} entries behind")]
     Behind { replica: ReplicaId, entries: u64 },
+    #[error("{0} did not answer lately")]
+    Silent(ReplicaId),
     #[error("{replica} is hosted by {at}")]
     Elsewhere { replica: ReplicaId, at: ProcessId },
     #[error("the change is refused: {0}")]
@@ -78,6 +96,7 @@ impl From<ChangeError> for HandleError {
             ChangeError::InProgress => Self::InProgress,
             ChangeError::NotAMember(replica) => Self::NotAMember(replica),
             ChangeError::Behind { replica, entries } => Self::Behind { replica, entries },
+            ChangeError::Silent(replica) => Self::Silent(replica),
             ChangeError::Elsewhere { replica, at } => Self::Elsewhere { replica, at },
             ChangeError::Refused(why) => Self::Refused(why.to_string()),
             ChangeError::Stopped => Self::Stopped,

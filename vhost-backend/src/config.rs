@@ -57,8 +57,8 @@ pub struct Args {
     /// Most queues a front end may use; each is built when it is first used [default: 256]
     #[arg(long, value_name = "N")]
     pub queues: Option<u16>,
-    /// Microseconds to look for more work before sleeping. Lowers latency, costs CPU; only useful with idle cores
-    /// to spare [default: 0]
+    /// Microseconds to look for more work before sleeping, while few requests are out, the last wait was that short and
+    /// nobody else wants the core. Lowers latency, costs CPU; 0: sleep at once [default: 100]
     #[arg(long, value_name = "US")]
     pub spin_us: Option<u64>,
     /// Fail requests that could not be served for this long, instead of holding them [default: 0, hold for ever]
@@ -116,6 +116,8 @@ pub enum ConfigError {
 
 /// Bytes of a virtio disk's serial number.
 const SERIAL_BYTES: usize = 20;
+/// A few times what it takes to wake a core that sleeps (docs/performance.md): longer waits are better slept through.
+const SPIN_US: u64 = 100;
 
 impl Args {
     /// These flags over the settings of a file.
@@ -163,7 +165,7 @@ impl Args {
         if !(1..=256).contains(&queues) {
             return Err(ConfigError::Queues(queues));
         }
-        let spin_us = self.spin_us.unwrap_or(0);
+        let spin_us = self.spin_us.unwrap_or(SPIN_US);
         if spin_us > 1000 {
             return Err(ConfigError::Spin(spin_us));
         }

@@ -25,6 +25,7 @@ use crate::backing::{Backing, Outcome, Ticket};
 use crate::device::command::Command;
 use crate::device::config_space::QUEUES_MAX;
 use crate::device::queues::{Queues, Setup, StartRefused};
+use crate::spin::Spin;
 
 const WAKER: Token = Token(0);
 const FIRST_KICK: usize = 1;
@@ -60,7 +61,7 @@ pub(crate) struct IoThread {
     commands: Receiver<Command>,
     /// A ring's kick eventfd while it runs. Never read: registered edge-triggered, every write is a new edge.
     kicks: Vec<Option<File>>,
-    spin: Duration,
+    spin: Spin,
     completed: Vec<(Ticket, Outcome)>,
     closing: Option<Closing>,
 }
@@ -89,7 +90,7 @@ impl IoThread {
             backing,
             commands,
             kicks: (0..QUEUES_MAX).map(|_| None).collect(),
-            spin,
+            spin: Spin::new(spin),
             completed: Vec::new(),
             closing: None,
         })
@@ -98,17 +99,15 @@ impl IoThread {
     /// Until [`Command::Close`], or until epoll fails.
     pub(crate) fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(EVENTS_PER_TURN);
-        let mut busy_until = Instant::now();
         loop {
-            let timeout = self.timeout(busy_until);
+            let timeout = self.timeout();
             match self.poll.poll(&mut events, timeout) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 polled => polled?,
             }
             let now = Instant::now();
-            let worked = self.turn(&events, now);
-            if worked && !self.spin.is_zero() {
-                busy_until = now + self.spin;
+            if self.turn(&events, now) {
+                self.spin.worked(now);
             }
             if self.is_finished(now) {
                 self.queues.abandon_all();
@@ -120,14 +119,16 @@ impl IoThread {
         }
     }
 
-    /// How long to sleep: not at all while there is work, or while spinning.
-    fn timeout(&mut self, busy_until: Instant) -> Option<Duration> {
+    /// How long to sleep: not at all while there is work, or while it pays to look for more.
+    fn timeout(&mut self) -> Option<Duration> {
         if self.queues.has_work(self.backing.as_ref()) {
             return Some(Duration::ZERO);
         }
-        if !self.spin.is_zero() && Instant::now() < busy_until {
+        if self.spin.goes_on(self.queues.out(), Instant::now) {
             // Somebody else's turn first: on a full machine the guest itself may be waiting for this core.
+            let from = Instant::now();
             rustix::thread::sched_yield();
+            self.spin.let_others(from, Instant::now());
             self.queues.poll_rings();
             return Some(Duration::ZERO);
         }
@@ -157,10 +158,11 @@ impl IoThread {
             }
             self.backing.on_wake();
         }
+        let offered = self.queues.has_work(self.backing.as_ref());
         self.queues.serve(self.backing.as_mut(), now);
         self.backing.settle(now);
         self.backing.take_completed(&mut self.completed);
-        let worked = !self.completed.is_empty() || !events.is_empty();
+        let worked = offered || !self.completed.is_empty() || !events.is_empty();
         for (ticket, outcome) in self.completed.drain(..) {
             self.queues.complete(ticket, outcome, now);
         }

@@ -10,4 +10,5 @@ pub mod backing;
 pub mod config;
 pub mod device;
 pub mod io_thread;
+mod spin;
 pub mod volume;

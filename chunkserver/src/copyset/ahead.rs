@@ -131,7 +131,7 @@ impl Ahead {
             // The epoch says the rest.
             Change::Fence(_) | Change::DropVolume(_) => return Ok(()),
         };
-        if chunk != self.chunk || !overlap(range, self.range) {
+        if chunk != self.chunk || !range.overlaps(self.range) {
             return Ok(());
         }
         if let Change::Write(write) = change
@@ -180,10 +180,6 @@ impl Ahead {
             .collect();
         ReadData { data: smallvec![bytes.freeze()], checksums }
     }
-}
-
-fn overlap(one: ChunkRange, other: ChunkRange) -> bool {
-    one.offset() < other.offset() + other.length() && other.offset() < one.offset() + one.length()
 }
 
 #[cfg(test)]

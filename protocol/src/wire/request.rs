@@ -70,6 +70,11 @@ impl ChunkRange {
         (self.offset as u64).is_multiple_of(BLOCK_BYTES) && (self.length as u64).is_multiple_of(BLOCK_BYTES)
     }
 
+    /// Whether both have bytes in common.
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.offset < other.offset + other.length && other.offset < self.offset + self.length
+    }
+
     /// Checksums that travel with data of this range.
     pub const fn piece_count(self) -> u64 {
         piece_count(self.offset as u64, self.length as u64)

@@ -41,7 +41,12 @@ const BUFFERS_KEPT: usize = IN_FLIGHT_MAX + 2;
 /// usual file of 64 MiB has room for 4096 elections.
 const KEPT: u64 = 4;
 /// Empty files kept ready. One is needed at the next change of files, one more while it is being written.
-const SPARES_KEPT: usize = 2;
+const SPARES_MIN: usize = 2;
+/// Checkpoints free files by the dozen, and to make one is as much writing as to fill it: so those that were needed lately
+/// are kept, up to these.
+const SPARES_MAX: usize = 16;
+/// Spares that nobody needed for this long go.
+const SPARES_WATCHED: Duration = Duration::from_secs(30);
 
 /// Who is told when a batch, and all before it, is durable.
 pub enum Waiting {
@@ -120,6 +125,8 @@ pub struct Core {
     /// Not needed any more; may be overwritten once a durable batch says so.
     retired: Vec<Life>,
     spares: Vec<Arc<LogFile>>,
+    /// The fewest there were since then.
+    fewest_spares: (usize, Instant),
     /// Somebody found no spare, and waits for one.
     starved: bool,
     next_sequence: u64,
@@ -165,6 +172,7 @@ impl Core {
             groups,
             lives: lives.into_iter().map(|(sequence, file)| Life { file, sequence, entries: 0 }).collect(),
             retired: Vec::new(),
+            fewest_spares: (spares.len(), Instant::now()),
             spares,
             starved: false,
             next_sequence,
@@ -253,6 +261,7 @@ impl Core {
             self.starved = true;
             return Err(Full::NoFile);
         };
+        self.fewest_spares.0 = self.fewest_spares.0.min(self.spares.len());
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let header = FileHeader {
@@ -526,13 +535,16 @@ impl Core {
         self.no_spare = false;
     }
 
-    /// A spare file beyond those worth keeping, to be removed.
-    pub fn surplus(&mut self) -> Option<Arc<LogFile>> {
-        if self.spares.len() <= SPARES_KEPT {
-            return None;
+    /// Spare files beyond those worth keeping, to be removed.
+    pub fn surplus(&mut self, now: Instant) -> Vec<Arc<LogFile>> {
+        let mut unneeded = self.spares.len().saturating_sub(SPARES_MAX);
+        let (fewest, since) = self.fewest_spares;
+        if now.saturating_duration_since(since) >= SPARES_WATCHED {
+            unneeded = unneeded.max(fewest.saturating_sub(SPARES_MIN));
+            self.fewest_spares = (self.spares.len() - unneeded, now);
         }
-        self.file_count -= 1;
-        Some(self.spares.remove(0))
+        self.file_count -= unneeded as u64;
+        self.spares.drain(..unneeded).collect()
     }
 
     /// Keeps the memory of recent entries within its bound. Entries that are not durable can only be read here.

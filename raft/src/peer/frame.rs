@@ -17,6 +17,7 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
 
 use crate::GroupId;
+use crate::thread::after_others;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"EVR1");
 const HEADER: usize = 40;
@@ -163,7 +164,7 @@ pub(super) async fn send(outbox: Rc<Outbox>, mut socket: OwnedWriteHalf) {
     loop {
         outbox.filled.notified().await;
         // Whoever is ready now adds its frames to this write.
-        tokio::task::yield_now().await;
+        after_others(2).await;
         if outbox.closed.get() {
             return;
         }

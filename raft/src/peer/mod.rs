@@ -37,7 +37,7 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::rc::{Rc, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -82,6 +82,8 @@ struct Inner {
     bulk: RefCell<HashMap<ProcessId, Rc<Link>>>,
     accepted: RefCell<Vec<Weak<Outbox>>>,
     accepted_ever: Cell<u64>,
+    /// Processes that some client did not reach, and when that was last heard of.
+    out_of_reach: RefCell<HashMap<ProcessId, Instant>>,
     sessions: Rc<Cell<u64>>,
 }
 
@@ -105,6 +107,7 @@ impl Peers {
             bulk: RefCell::default(),
             accepted: RefCell::default(),
             accepted_ever: Cell::default(),
+            out_of_reach: RefCell::default(),
             sessions: Rc::default(),
         }))
     }
@@ -186,6 +189,15 @@ impl Peers {
                 connection.outbox.frame(Kind::TakeOver, group, 0, body);
             }
         });
+    }
+
+    /// A client does not reach this process.
+    pub(crate) fn out_of_reach(&self, process: ProcessId) {
+        self.0.out_of_reach.borrow_mut().insert(process, Instant::now());
+    }
+
+    pub(crate) fn last_out_of_reach(&self, process: ProcessId) -> Option<Instant> {
+        self.0.out_of_reach.borrow().get(&process).copied()
     }
 
     fn group(&self, group: GroupId) -> Option<Group> {

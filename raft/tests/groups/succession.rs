@@ -1,6 +1,8 @@
 //! Who leads next, told by connections and not by the clock: an election by silence takes longer here than any test.
 
-use evolute_raft::{Limits, Timing};
+use std::time::Duration;
+
+use evolute_raft::{HandleError, Limits, Timing};
 
 use crate::processes::{Cluster, PATIENCE, Process, eventually};
 
@@ -91,8 +93,32 @@ fn a_leader_hands_over_to_a_follower_that_asks_and_to_nobody_else() {
     // Whoever evens out leaders leaves this one alone, and nobody else: not one that asked for it and does not lead.
     let stands_in = |at: usize| cluster.process(at).with_group(|group| group.stands_in());
     assert_eq!([0, 1, 2].map(stands_in), [0, 1, 2].map(|at| at == asking));
+    // Nor does it move anything to where somebody was not reached, as far as a process has heard of that.
+    let (old, third) = (cluster.members[leader].replica, cluster.members[(leader + 2) % 3].replica);
+    let out_of_reach = |at: usize, of| cluster.process(at).with_group(move |group| group.is_out_of_reach(of));
+    assert_eq!([out_of_reach(asking, old), out_of_reach(asking, third)], [true, false]);
+    assert!(!out_of_reach((leader + 2) % 3, old));
     let handle = cluster.process(asking).handle();
     cluster.wait_for(handle.transfer_leader(cluster.members[leader].replica)).expect("transferred");
     assert_eq!(cluster.leader(), leader);
     assert_eq!([0, 1, 2].map(stands_in), [false; 3]);
+}
+
+/// Or the group would have no leader until an election.
+#[test]
+fn a_leader_does_not_hand_over_to_one_that_is_silent() {
+    let (cluster, leader) = cluster();
+    let term = cluster.status(leader).term;
+    let silent = (leader + 1) % 3;
+    cluster.isolate(silent);
+    std::thread::sleep(Duration::from_millis(ENDLESS.heartbeat_ms) * 10);
+    let handle = cluster.process(leader).handle();
+    let replica = cluster.members[silent].replica;
+    assert_eq!(cluster.wait_for(handle.transfer_leader(replica)), Err(HandleError::Silent(replica)));
+    assert_eq!((cluster.leader(), cluster.status(leader).term), (leader, term));
+    cluster.propose("b");
+    cluster.heal(silent);
+    cluster.applied(silent, &["a", "b"]);
+    eventually("it is heard again", || cluster.wait_for(handle.transfer_leader(replica)).ok());
+    assert_eq!(cluster.leader(), silent);
 }

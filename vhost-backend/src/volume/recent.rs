@@ -19,26 +19,12 @@ const KEPT: usize = 1024;
 /// Changes with an unknown end that are kept; more, and all bytes count as theirs.
 const GIVEN_UP_MAX: usize = 64;
 
-#[derive(Debug, Clone, Copy)]
-struct Bytes {
-    chunk: ChunkIndex,
-    from: u32,
-    to: u32,
-}
+/// Some bytes of a volume.
+type Bytes = (ChunkIndex, ChunkRange);
 
-impl Bytes {
-    fn new(chunk: ChunkIndex, range: ChunkRange) -> Self {
-        Self { chunk, from: range.offset(), to: range.offset() + range.length() }
-    }
-
-    fn overlap(&self, other: &Self) -> bool {
-        self.chunk == other.chunk && self.from < other.to && other.from < self.to
-    }
-}
-
-/// Whether two ranges have bytes in common.
-pub fn overlap(one: (ChunkIndex, ChunkRange), other: (ChunkIndex, ChunkRange)) -> bool {
-    Bytes::new(one.0, one.1).overlap(&Bytes::new(other.0, other.1))
+/// Whether two have bytes in common.
+pub fn overlap(one: Bytes, other: Bytes) -> bool {
+    one.0 == other.0 && one.1.overlaps(other.1)
 }
 
 /// The newest changes of one copyset.
@@ -64,25 +50,25 @@ impl RecentChanges {
         {
             self.base = self.base.max(oldest);
         }
-        self.kept.push_back((Bytes::new(chunk, range), index));
+        self.kept.push_back(((chunk, range), index));
     }
 
     /// A change that was sent was given up.
     pub fn gave_up(&mut self, chunk: ChunkIndex, range: ChunkRange) {
         if self.given_up.len() < GIVEN_UP_MAX {
-            self.given_up.push(Bytes::new(chunk, range));
+            self.given_up.push((chunk, range));
         }
     }
 
     /// What a replica must have of this volume to read these bytes. `None`: everything that we were shown, because a
     /// change of them was given up, and may show or not.
     pub fn needed(&self, chunk: ChunkIndex, range: ChunkRange) -> Option<u64> {
-        let bytes = Bytes::new(chunk, range);
-        let unknown = self.given_up.iter().any(|other| other.overlap(&bytes));
+        let bytes = (chunk, range);
+        let unknown = self.given_up.iter().any(|&other| overlap(other, bytes));
         if unknown || self.given_up.len() >= GIVEN_UP_MAX {
             return None;
         }
-        let overlapping = self.kept.iter().filter(|(other, _)| other.overlap(&bytes));
+        let overlapping = self.kept.iter().filter(|(other, _)| overlap(*other, bytes));
         Some(overlapping.map(|(_, index)| *index).fold(self.base, u64::max))
     }
 }

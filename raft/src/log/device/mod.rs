@@ -1,17 +1,20 @@
-//! Where batches go down to the disk: submitted from the raft thread, completed through an eventfd.
+//! Where batches go down to the disk: submitted from the raft thread, completions told by a descriptor.
 //!
 //! What durable means here, once: a write that a device reports as complete, with its full length, survives a power
 //! loss. The files are opened with O_DSYNC for this. Writes may complete in any order; putting them in order is not
 //! the device's business.
 
+mod memory;
 mod ring;
 mod writer;
 
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
 
-pub use ring::Ring;
-pub use writer::Writer;
+use memory::Memory;
+use ring::Ring;
+use writer::Writer;
 
 /// One write. The bytes stay where they are, unchanged, until the device has reported `token`.
 #[derive(Debug, Clone, Copy)]
@@ -45,16 +48,21 @@ pub trait Device {
     fn wait(&mut self) -> io::Result<()>;
 }
 
-/// io_uring where the kernel allows it, a thread where it does not (containers often forbid it). With it comes the
-/// eventfd that is readable when there may be something to reap.
-pub fn open(io_uring: bool) -> io::Result<(Box<dyn Device>, OwnedFd)> {
+/// For the files of a directory: io_uring where the kernel allows it, a thread where it does not (containers often forbid
+/// it), neither for a file system in memory. With it comes the descriptor that becomes readable, again for each completion,
+/// when there is something to reap that `submit` did not finish. It is to be watched for edges and never read: a completion
+/// that was reaped as soon as it was submitted then costs nobody a turn.
+pub fn open(io_uring: bool, dir: &Path) -> io::Result<(Box<dyn Device>, OwnedFd)> {
     let event = rustix::event::eventfd(
         0,
         rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC,
     )?;
+    if memory::is_in_memory(dir)? {
+        return Ok((Box::new(Memory::default()), event));
+    }
     if io_uring {
-        match Ring::new(&event) {
-            Ok(ring) => return Ok((Box::new(ring), event)),
+        match Ring::new() {
+            Ok((ring, event)) => return Ok((Box::new(ring), event)),
             Err(error) => {
                 tracing::warn!(%error, "no io_uring here: the log writes through a thread of its own")
             }

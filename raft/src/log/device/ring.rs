@@ -1,7 +1,7 @@
 //! io_uring, without a thread: submitting is one system call, and a file system in memory is done when it returns.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use io_uring::{IoUring, opcode, types};
 
@@ -13,10 +13,12 @@ const ENTRIES: u32 = 16;
 pub struct Ring(IoUring);
 
 impl Ring {
-    pub fn new(event: &OwnedFd) -> io::Result<Self> {
+    /// With it, the ring's own descriptor to watch: readable while there is something to reap.
+    pub fn new() -> io::Result<(Self, OwnedFd)> {
         let ring = IoUring::new(ENTRIES)?;
-        ring.submitter().register_eventfd(event.as_raw_fd())?;
-        Ok(Self(ring))
+        // SAFETY: the ring is open, and outlives the borrow.
+        let event = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) }.as_fd().try_clone_to_owned()?;
+        Ok((Self(ring), event))
     }
 }
 

@@ -38,7 +38,8 @@ impl Writer {
         let event = File::from(event);
         let thread = std::thread::Builder::new().name("raft-log".to_owned()).spawn(move || {
             while let Ok(Started(write)) = started.recv() {
-                let outcome = write_all(&write);
+                // SAFETY: as above.
+                let outcome = unsafe { write_all(&write) };
                 reporting.lock().push(Completion { token: write.token, outcome });
                 reporting.changed.notify_all();
                 // Can fail only when the counter is full, and then the reader is woken already.
@@ -49,8 +50,12 @@ impl Writer {
     }
 }
 
-fn write_all(write: &Write) -> io::Result<usize> {
-    // SAFETY: the submitter keeps bytes and file alive and unchanged until the completion is reported.
+/// Writes, and waits for it.
+///
+/// # Safety
+/// Bytes and file are alive and unchanged meanwhile.
+pub unsafe fn write_all(write: &Write) -> io::Result<usize> {
+    // SAFETY: the caller's word.
     let (bytes, file) = unsafe {
         (std::slice::from_raw_parts(write.start, write.length), BorrowedFd::borrow_raw(write.file))
     };

@@ -106,6 +106,18 @@ impl Disk {
     }
 }
 
+/// What is readable when `event` is, and when the eventfd beside it is written.
+fn either(event: &OwnedFd) -> io::Result<(OwnedFd, OwnedFd)> {
+    use rustix::event::{EventfdFlags, epoll, eventfd};
+    let written = eventfd(0, EventfdFlags::CLOEXEC)?;
+    let both = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    for one in [event, &written] {
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        epoll::add(&both, one, epoll::EventData::new_u64(0), flags)?;
+    }
+    Ok((both, written))
+}
+
 async fn open_faulty(dir: &std::path::Path) -> (Log, Disk) {
     open_faulty_with(dir, options()).await
 }
@@ -120,8 +132,9 @@ async fn open_faulty_with(dir: &std::path::Path, options: LogOptions) -> (Log, D
     let (fault, kept, passed) = (disk.fault.clone(), disk.kept.clone(), disk.passed.clone());
     let waker = disk.event.clone();
     let log = Log::open_on(dir, options, move |io_uring| {
-        let (inner, event) = device::open(io_uring)?;
-        waker.set(event.try_clone()?).expect("opened once");
+        let (inner, event) = device::open(io_uring, dir)?;
+        let (event, released) = either(&event)?;
+        waker.set(released).expect("opened once");
         Ok((Box::new(Faulty { inner, fault, kept, passed }), event))
     });
     (log.await.expect("a log"), disk)

@@ -9,6 +9,7 @@ mod suite;
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use openraft::async_runtime::Oneshot;
@@ -16,7 +17,7 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use openraft::{AsyncRuntime, EntryPayload};
 
-use super::{GroupLog, Log, LogError, LogOptions, LogOwner, OfflineLog};
+use super::{GroupLog, Log, LogError, LogOptions, LogOwner, OfflineLog, recover};
 use crate::machine::{Applying, Restored, StateMachine};
 use crate::runtime::LocalRt;
 use crate::types::{Entry, IoFlushed, Vote, log_id, position};
@@ -264,6 +265,41 @@ fn an_append_is_told_durable_when_it_is() {
         group.append([entry(at, vec![1; 100])], IoFlushed::signal(tell)).await.unwrap();
         told.await.unwrap().unwrap();
         assert!(log.core().durable().offset > 0);
+    });
+}
+
+/// To make a file is as much writing as to fill it: those that a checkpoint sets free are used again.
+#[test]
+fn files_are_made_once_for_as_many_as_are_needed_at_a_time_and_go_when_they_are_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let newest_name = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().path());
+        names.filter_map(|path| recover::file_number(&path)).max().unwrap()
+    };
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        let mut group = groups(&log).await.remove(0);
+        let mut model = Model::default();
+        let mut after_first = None;
+        for _ in 0..8 {
+            while log.usage().live_bytes < 8 * options().file_bytes {
+                apply(&mut group, &mut model, &Op::Append(5000, 0)).await;
+                log.synced().await.unwrap();
+            }
+            apply(&mut group, &mut model, &Op::Purge(usize::MAX)).await;
+            // Says that they are free.
+            apply(&mut group, &mut model, &Op::Append(100, 0)).await;
+            log.synced().await.unwrap();
+            assert!(log.usage().live_bytes <= 2 * options().file_bytes, "{:?}", log.usage());
+            // One may be in the making when others come free.
+            let most = *after_first.get_or_insert_with(newest_name) + 1;
+            assert!(newest_name() <= most, "{} files were made, not {most}", newest_name());
+        }
+        let spares = (log.usage().file_bytes - log.usage().live_bytes) / options().file_bytes;
+        assert!(spares > 5, "{:?}", log.usage());
+        let after = |seconds| Instant::now() + Duration::from_secs(seconds);
+        assert_eq!(log.core().surplus(after(40)).len(), 0, "they were needed until now");
+        assert_eq!(log.core().surplus(after(80)).len() as u64, spares - 2);
     });
 }
 

@@ -4,6 +4,7 @@
 //! has no data to give; [`Obliging`] fills that in around it, and leaves applying to the real one.
 
 use std::io;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -86,15 +87,15 @@ impl RaftStateMachine<Types> for Obliging {
 }
 
 /// A new group of a new log for every test. Small files, and hardly an entry in memory: the suite reads back much.
-#[derive(Default)]
 struct Builder {
+    base: PathBuf,
     io_uring: bool,
     groups: AtomicU64,
 }
 
 impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
     async fn build(&self) -> Result<(tempfile::TempDir, GroupLog, Obliging), StorageError<Types>> {
-        let dir = tempfile::tempdir().expect("a directory");
+        let dir = tempfile::tempdir_in(&self.base).expect("a directory");
         let me = Member { replica: ReplicaId(0), process: ProcessId(1) };
         let options = LogOptions {
             file_bytes: 64 << 10,
@@ -107,8 +108,9 @@ impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
         let intake = Intake::new(log.clone());
         let log = log.group(group, me.replica).await.expect("a group");
         let meta = SnapshotMeta { last_log_id: None, last_membership: no_membership() };
+        let second = Duration::from_secs(1);
         let bounds =
-            Bounds { command_bytes_max: 4096, election_max: Duration::from_secs(1), retain_bytes: u64::MAX };
+            Bounds { command_bytes_max: 4096, election_max: second, lately: second, retain_bytes: u64::MAX };
         let state = State::new(group, me, None, meta, bounds, intake);
         let machine = Machine::new(Box::new(Nothing), state.clone(), no_membership());
         Ok((dir, log, Obliging(machine, state)))
@@ -117,9 +119,13 @@ impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
 
 #[test]
 fn openraft_accepts_it_as_a_log() {
-    for io_uring in [true, false] {
-        let builder = Builder { io_uring, ..Builder::default() };
+    // On a disk by io_uring and by the thread, and in memory.
+    for (base, io_uring) in
+        [(std::env::temp_dir(), true), (std::env::temp_dir(), false), ("/dev/shm".into(), true)]
+    {
+        let shown = base.display().to_string();
+        let builder = Builder { base, io_uring, groups: AtomicU64::default() };
         let outcome = LocalRt::new(1).block_on(Suite::test_all(builder));
-        outcome.unwrap_or_else(|error| panic!("io_uring {io_uring}: {error}"));
+        outcome.unwrap_or_else(|error| panic!("in {shown}, io_uring {io_uring}: {error}"));
     }
 }
