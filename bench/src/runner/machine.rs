@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{statfs, statvfs};
 
+use super::results::Figure;
+
 /// Where the data of a run are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Store {
@@ -73,17 +75,35 @@ fn available_memory() -> u64 {
     kib.unwrap_or(0) << 10
 }
 
-/// One line for the head of the results.
-pub fn describe() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .map_or("unknown CPU", |rest| rest.trim_start_matches([' ', '\t', ':']));
-    let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+/// As results, so that the report knows where and when its numbers were measured.
+pub fn run_figures(commit: Option<&str>) -> Vec<Figure> {
+    let figure = |name, value, unit| Figure::new((RUN, "any", "machine"), name, value, unit);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let gib = available_memory() as f64 / GIB as f64;
-    format!("{model}, {cores} CPUs, {gib:.1} GiB memory free, Linux {}", kernel.trim())
+    vec![
+        figure("CPUs", cores() as f64, "cores").noted(cpu_model()),
+        figure("memory free", gib, "GiB").noted(format!("Linux {}", kernel())),
+        figure("began", now.as_secs() as f64, "s since 1970")
+            .noted(format!("commit {}", commit.unwrap_or("unknown"))),
+    ]
+}
+
+/// The work under which the run itself is told.
+pub const RUN: &str = "run";
+
+fn cpu_model() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
+    model.map_or("unknown CPU", |rest| rest.trim_start_matches([' ', '\t', ':'])).to_owned()
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(0, |n| n.get())
+}
+
+fn kernel() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
 }
 
 #[cfg(test)]
