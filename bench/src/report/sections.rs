@@ -16,14 +16,14 @@ pub fn sections(results: &Results, plots: &[Plot], folder: &str) -> Vec<Section>
     let judged = judge(results);
     let of_store = |store: &str| {
         let rows = results.rows.iter().filter(|row| row.store == store && varied(row).is_none());
-        or_nothing(rows.collect(), |rows| table_of_rows(rows))
+        or_nothing(rows.collect(), table_of_rows)
     };
     let about_growth = |row: &&Row| varied(row).is_some();
     let growth: Vec<&Row> = results.rows.iter().filter(about_growth).collect();
     let of_work = |memory: bool| {
         let wanted = |work: &str| work != RUN && (work == MEMORY) == memory;
         let figures = results.figures.iter().filter(|figure| wanted(&figure.work));
-        or_nothing(figures.collect(), |figures| table_of_figures(figures))
+        or_nothing(figures.collect(), table_of_figures)
     };
     let with_plots = |text: String, files: &[&str]| {
         let shown = plots.iter().filter(|plot| files.contains(&plot.file));

@@ -14,13 +14,24 @@ use crate::runner::works::{Work, randread, randwrite};
 
 const MANY: usize = 256;
 
+/// What is in flight, and whose memory it is in.
+struct Load {
+    name: &'static str,
+    work: fn(usize) -> Work,
+    kinds: &'static [&'static str],
+}
+
+const LOADS: [Load; 2] = [
+    Load { name: "write", work: randwrite, kinds: &[BACKEND] },
+    Load { name: "read", work: randread, kinds: &[BACKEND, CHUNKSERVER] },
+];
+
 pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let cluster = lab.cluster(Store::Tmpfs, &Wanted::volume(lab.small_bytes().min(256 << 20)))?;
     // Not filled: the buffers of 128 KiB that takes would hide those of 4 KiB. Written at depth 1 first, so that
     // everything that is made once is there.
-    let loads: [(&str, fn(usize) -> Work, &[&str]); 2] =
-        [("write", randwrite, &[BACKEND]), ("read", randread, &[BACKEND, CHUNKSERVER])];
-    for (name, work, kinds) in loads {
+    for load in &LOADS {
+        let Load { name, work, kinds } = load;
         let one = peaks(&cluster, lab, work(1), kinds)?;
         let many = peaks(&cluster, lab, work(MANY), kinds)?;
         for ((kind, one), many) in kinds.iter().zip(one).zip(many) {
