@@ -20,7 +20,7 @@ use std::time::Duration;
 use self::categories::category;
 use self::perf::Count;
 use self::samples::Sample;
-use self::tables::{Profile, figures, table_of_counts, table_of_times};
+use self::tables::{ByProcess, Profile, figures, table_of_counts, table_of_functions, table_of_times};
 use crate::front_end::Observer;
 use crate::front_end::options;
 use crate::runner::cpu::{Watch, Watched};
@@ -29,7 +29,7 @@ use crate::runner::machine::Store;
 use crate::runner::results::json_line;
 use crate::runner::system::Wanted;
 use crate::runner::works::{ALL, CURVE, Pace, Work};
-use crate::runner::{BenchError, Place};
+use crate::runner::{BenchError, Programs};
 
 /// Shows where the CPU time of a load goes, per process, and what system calls it makes (Linux perf, as root)
 #[derive(Debug, clap::Args)]
@@ -53,7 +53,7 @@ pub struct Options {
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     #[command(flatten)]
-    place: Place,
+    programs: Programs,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -75,6 +75,8 @@ pub enum ProfileError {
 }
 
 const GENERATOR: &str = "generator";
+/// perf takes a moment until it watches: the load lasts longer by this, so that its end is not watched.
+const PERF_STARTS: Duration = Duration::from_secs(1);
 
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
     let works = chosen(&options.works)?;
@@ -82,9 +84,9 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
         return Err(ProfileError::NoTime);
     }
     perf::check()?;
-    let pace = Pace { seconds: options.seconds, ramp: Duration::from_secs(1) };
+    let pace = Pace { seconds: options.seconds + PERF_STARTS, ramp: Duration::from_secs(1) };
     let lab = Lab {
-        bin_dir: options.place.bin_dir()?,
+        bin_dir: options.programs.dir()?,
         stop,
         pace,
         quick: false,
@@ -95,13 +97,14 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
     cluster.fill(&lab)?;
     let mut lines = String::new();
     for work in works {
-        let profile = profile(&lab, &cluster, work)?;
+        let profile = profile(&lab, &cluster, work, options.seconds)?;
         let IopsOf { sampled, counted } = profile.iops;
         println!(
-            "\n{} on {}: {sampled:.0} IOPS sampled, {counted:.0} IOPS counted; CPU µs per I/O\n\n{}\nper I/O\n\n{}",
+            "\n{} on {}: {sampled:.0} IOPS sampled, {counted:.0} IOPS counted; CPU µs per I/O\n\n{}\nthe functions that take most of it\n\n{}\ntimes per I/O\n\n{}",
             work.name,
             options.store.name(),
             table_of_times(&profile),
+            table_of_functions(&profile),
             table_of_counts(&profile),
         );
         for figure in figures(&profile, work.name, options.store.name()) {
@@ -124,49 +127,56 @@ pub struct IopsOf {
     counted: f64,
 }
 
-fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work) -> Result<Profile, ProfileError> {
+fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work, watched: Duration) -> Result<Profile, ProfileError> {
     let mut processes = cluster.system.processes.clone();
     processes.push(Watched { name: GENERATOR.to_owned(), pid: std::process::id() });
     let dir = cluster.place.dir.path();
     let recorded = perf::file(dir, work.name);
 
-    let mut sampling = Perf::new(&cluster.system.processes, || {
-        Ok(vec![perf::record(&processes, lab.pace.seconds, &recorded)?])
-    });
+    let mut sampling =
+        Perf::new(&cluster.system.processes, || Ok(vec![perf::record(&processes, watched, &recorded)?]));
     let report = cluster.run(lab, work, lab.pace, &mut sampling)?;
     let per_io = |time: Duration| time.as_secs_f64() * 1e6 / report.all.ios.max(1) as f64;
     let mut used: Vec<f64> = sampling.watch.used.iter().map(|time| per_io(*time)).collect();
     used.push(per_io(Duration::from_secs_f64(report.cpu_user_s + report.cpu_sys_s)));
     sampling.finished()?;
-    let shares = shares(&perf::samples(&recorded)?);
-    let times = processes.iter().zip(&used).map(|(process, used)| {
-        let of_process = shares.get(&process.pid).cloned().unwrap_or_default();
-        let times = of_process.into_iter().map(|(category, share)| (category, share * used));
-        (process.name.clone(), times.collect())
-    });
-    let times = times.collect();
+    let samples = perf::samples(&recorded)?;
+    let times = |named: fn(&Sample) -> String| -> ByProcess {
+        let shares = shares(&samples, named);
+        let of_process = |(process, used): (&Watched, &f64)| {
+            let shares = shares.get(&process.pid).cloned().unwrap_or_default();
+            let times = shares.into_iter().map(|(name, share)| (name, share * used));
+            (process.name.clone(), times.collect())
+        };
+        processes.iter().zip(&used).map(of_process).collect()
+    };
 
     let counted = |process: &Watched| perf::file(dir, &format!("{}-{}", work.name, process.name));
     let mut counting = Perf::new(&cluster.system.processes, || {
-        processes.iter().map(|process| perf::count(process, lab.pace.seconds, &counted(process))).collect()
+        processes.iter().map(|process| perf::count(process, watched, &counted(process))).collect()
     });
     let again = cluster.run(lab, work, lab.pace, &mut counting)?;
     counting.finished()?;
     let mut counts = Vec::new();
     for process in &processes {
-        let ios = again.all.ios.max(1) as f64;
+        let ios = again.all.iops * watched.as_secs_f64();
         let each = |Count { name, times }: Count| (name, times as f64 / ios);
         counts.push((process.name.clone(), perf::counts(&counted(process))?.into_iter().map(each).collect()));
     }
     let iops = IopsOf { sampled: report.all.iops, counted: again.all.iops };
-    Ok(Profile { iops, times, counts })
+    Ok(Profile { iops, times: times(category), functions: times(function), counts })
 }
 
-/// Of each process, the share of its samples in each category.
-fn shares(samples: &[Sample]) -> BTreeMap<u32, BTreeMap<String, f64>> {
+/// The innermost function.
+fn function(sample: &Sample) -> String {
+    sample.frames.first().map_or_else(String::new, |leaf| leaf.symbol.clone())
+}
+
+/// Of each process, the share of its samples with each name.
+fn shares(samples: &[Sample], named: fn(&Sample) -> String) -> BTreeMap<u32, BTreeMap<String, f64>> {
     let mut counted: BTreeMap<u32, BTreeMap<String, f64>> = BTreeMap::new();
     for sample in samples {
-        *counted.entry(sample.pid).or_default().entry(category(sample)).or_default() += 1.0;
+        *counted.entry(sample.pid).or_default().entry(named(sample)).or_default() += 1.0;
     }
     for of_process in counted.values_mut() {
         let all: f64 = of_process.values().sum();
@@ -218,6 +228,7 @@ fn chosen(names: &[String]) -> Result<Vec<Work>, ProfileError> {
 
 #[cfg(test)]
 mod tests {
+    use super::categories::category;
     use super::samples::{Frame, Sample};
     use super::{chosen, shares};
 
@@ -233,7 +244,7 @@ mod tests {
             sample(1, "openraft::c"),
             sample(2, "openraft::d"),
         ];
-        let shares = shares(&samples);
+        let shares = shares(&samples, category);
         assert_eq!(shares[&1]["openraft"], 1.0 / 3.0);
         assert_eq!(shares[&2]["openraft"], 1.0);
         assert!((shares[&1].values().sum::<f64>() - 1.0).abs() < 1e-9);

@@ -7,7 +7,7 @@ use crate::runner::markdown::{Set, table};
 use crate::runner::results::{Figure, short};
 
 /// Per process, in the order in which they are shown: numbers by name.
-type ByProcess = Vec<(String, BTreeMap<String, f64>)>;
+pub type ByProcess = Vec<(String, BTreeMap<String, f64>)>;
 
 /// What one load came to, per I/O.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -15,46 +15,63 @@ pub struct Profile {
     pub iops: IopsOf,
     /// CPU µs by category.
     pub times: ByProcess,
+    /// CPU µs by innermost function.
+    pub functions: ByProcess,
     /// How often by what.
     pub counts: ByProcess,
 }
 
 pub fn table_of_times(profile: &Profile) -> String {
-    table_of(&profile.times, "category", true)
+    let mut rows = rows_of(&profile.times, usize::MAX);
+    rows.push(sums(&profile.times));
+    table(&columns(&profile.times, "category"), &rows)
+}
+
+pub fn table_of_functions(profile: &Profile) -> String {
+    const SHOWN: usize = 25;
+    /// Of Rust's generic ones the rest is of little use.
+    const NAME_CHARS_MAX: usize = 90;
+    let mut rows = rows_of(&profile.functions, SHOWN);
+    for name in rows.iter_mut().filter_map(|row| row.first_mut()) {
+        *name = name.replace('|', "¦").chars().take(NAME_CHARS_MAX).collect();
+    }
+    table(&columns(&profile.functions, "function"), &rows)
 }
 
 pub fn table_of_counts(profile: &Profile) -> String {
-    table_of(&profile.counts, "what", false)
+    table(&columns(&profile.counts, "what"), &rows_of(&profile.counts, usize::MAX))
 }
 
-/// The largest first, a column per process, and all of them together. Times have a sum at the end; of counts there is
-/// none, for one of them is a sum already.
-fn table_of(processes: &ByProcess, what: &str, summed: bool) -> String {
+fn columns<'c>(processes: &'c ByProcess, what: &'c str) -> Vec<(&'c str, Set)> {
     let mut columns = vec![(what, Set::Text)];
     columns.extend(processes.iter().map(|(name, _)| (name.as_str(), Set::Number)));
     columns.push(("all", Set::Number));
-    let names: BTreeSet<&String> = processes.iter().flat_map(|(_, numbers)| numbers.keys()).collect();
+    columns
+}
+
+/// The largest first, a column per process, and all of them together.
+fn rows_of(processes: &ByProcess, at_most: usize) -> Vec<Vec<String>> {
     let number = |process: &(String, BTreeMap<String, f64>), name: &String| process.1.get(name).copied();
     let all = |name: &String| processes.iter().filter_map(|process| number(process, name)).sum::<f64>();
+    let names: BTreeSet<&String> = processes.iter().flat_map(|(_, numbers)| numbers.keys()).collect();
     let mut names: Vec<&String> = names.into_iter().collect();
     names.sort_by(|a, b| all(b).total_cmp(&all(a)));
-    let mut rows: Vec<Vec<String>> = names
-        .into_iter()
-        .map(|name| {
-            let mut cells = vec![name.clone()];
-            cells.extend(processes.iter().map(|process| number(process, name).map_or("–".to_owned(), short)));
-            cells.push(short(all(name)));
-            cells
-        })
-        .collect();
-    if summed {
-        let sums = || processes.iter().map(|(_, numbers)| numbers.values().sum::<f64>());
-        let mut cells = vec!["all".to_owned()];
-        cells.extend(sums().map(short));
-        cells.push(short(sums().sum()));
-        rows.push(cells);
-    }
-    table(&columns, &rows)
+    names.truncate(at_most);
+    let row = |name: &String| {
+        let mut cells = vec![name.clone()];
+        cells.extend(processes.iter().map(|process| number(process, name).map_or("–".to_owned(), short)));
+        cells.push(short(all(name)));
+        cells
+    };
+    names.into_iter().map(row).collect()
+}
+
+fn sums(processes: &ByProcess) -> Vec<String> {
+    let sums: Vec<f64> = processes.iter().map(|(_, numbers)| numbers.values().sum()).collect();
+    let mut cells = vec!["all".to_owned()];
+    cells.extend(sums.iter().copied().map(short));
+    cells.push(short(sums.iter().sum()));
+    cells
 }
 
 pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
@@ -75,7 +92,7 @@ pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Profile, figures, table_of_counts, table_of_times};
+    use super::{Profile, figures, table_of_counts, table_of_functions, table_of_times};
 
     fn profile() -> Profile {
         let numbers =
@@ -85,6 +102,7 @@ mod tests {
                 ("backend".to_owned(), numbers(&[("openraft", 1.0), ("allocator", 0.25)])),
                 ("mds".to_owned(), numbers(&[("allocator", 2.0)])),
             ],
+            functions: vec![("backend".to_owned(), numbers(&[("<a|b>::c", 1.0), ("d", 2.0)]))],
             counts: vec![("backend".to_owned(), numbers(&[("sendto", 1.5), ("context-switches", 2.0)]))],
             ..Profile::default()
         }
@@ -99,9 +117,11 @@ mod tests {
             .collect();
         assert_eq!(firsts[2..], ["allocator", "openraft", "all"]);
         let last = text.lines().last().expect("a line").replace(' ', "");
-        assert_eq!(last, "|all|1.25|2.00|3.25|");
+        assert_eq!(last, "|all|1.25|2|3.25|");
         assert!(text.contains('–'), "{text}");
         assert_eq!(table_of_counts(&profile()).lines().count(), 4);
+        let functions = table_of_functions(&profile());
+        assert!(functions.contains("<a¦b>::c"), "a cell has no border inside: {functions}");
     }
 
     #[test]
@@ -110,5 +130,6 @@ mod tests {
         assert_eq!(figures.len(), 5);
         assert_eq!((figures[0].work.as_str(), figures[0].value), ("profile-randwrite-4k-qd1", 0.25));
         assert_eq!(figures[0].name, "backend: allocator");
+        assert!(figures.iter().all(|figure| !figure.name.contains("::")), "functions are for people");
     }
 }

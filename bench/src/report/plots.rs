@@ -179,11 +179,7 @@ fn range(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
 }
 
 fn short_axis(value: f64) -> String {
-    if value >= 1000.0 { format!("{}k", value / 1000.0) } else { short_plain(value) }
-}
-
-fn short_plain(value: f64) -> String {
-    if value.fract() == 0.0 { format!("{value}") } else { short(value) }
+    if value >= 1000.0 { format!("{}k", value / 1000.0) } else { short(value) }
 }
 
 #[cfg(test)]

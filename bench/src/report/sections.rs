@@ -5,7 +5,7 @@ use super::plots::{Plot, depth_of};
 use crate::runner::goals::{judge, summary, table_of_goals};
 use crate::runner::machine::RUN;
 use crate::runner::markdown::{Set, table};
-use crate::runner::results::{Results, Row, table_of_figures, table_of_rows};
+use crate::runner::results::{Results, Row, short, table_of_figures, table_of_rows};
 
 pub const NAMES: [&str; 8] = ["run", "goals", "tmpfs", "disk", "depth", "volumes", "memory", "figures"];
 const NOTHING: &str = "This run did not measure it.";
@@ -58,7 +58,7 @@ fn run(results: &Results) -> String {
         let note = figure.note.as_deref().unwrap_or_default();
         match figure.name.as_str() {
             "began" => format!("{}, {note}", day(figure.value)),
-            _ => format!("{} {} ({note})", figure.value, figure.name),
+            name => format!("{name}: {} {} ({note})", short(figure.value), figure.unit),
         }
     });
     or_nothing(facts.collect(), |facts| format!("{}.", facts.join(", ")))

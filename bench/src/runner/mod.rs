@@ -64,19 +64,18 @@ pub struct Options {
     /// Bytes written before the work `restart` restarts a chunkserver
     #[arg(long, default_value = "4G", value_name = "BYTES", value_parser = front_end::options::bytes)]
     pub restart_bytes: u64,
-    #[command(flatten)]
-    pub place: Place,
-}
-
-/// Where the programs are, and what they are.
-#[derive(Debug, Clone, clap::Args)]
-pub struct Place {
-    /// Where the programs are; default: next to this one
-    #[arg(long, value_name = "DIR")]
-    pub bin_dir: Option<PathBuf>,
     /// The commit that is measured, for the report
     #[arg(long, value_name = "ID")]
-    pub commit: Option<String>,
+    commit: Option<String>,
+    #[command(flatten)]
+    programs: Programs,
+}
+
+#[derive(Debug, Clone, clap::Args)]
+pub struct Programs {
+    /// Where the programs are; default: next to this one
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -142,7 +141,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Outcome, BenchError> 
         return Err(BenchError::Zero("restart-bytes"));
     }
     let lab = Lab {
-        bin_dir: options.place.bin_dir()?,
+        bin_dir: options.programs.dir()?,
         stop,
         pace: pace(options),
         quick: options.quick,
@@ -151,7 +150,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<Outcome, BenchError> 
     };
     let mut record = Record::new(options.out.as_deref())?;
     let began = Instant::now();
-    for figure in run_figures(options.place.commit.as_deref()) {
+    for figure in run_figures(options.commit.as_deref()) {
         record.figure(figure)?;
     }
     let heads = record.results.figures.len();
@@ -259,8 +258,8 @@ pub fn all_names() -> Vec<&'static str> {
     loads.chain(special::ALL.iter().map(|special| special.name)).collect()
 }
 
-impl Place {
-    pub fn bin_dir(&self) -> Result<PathBuf, BenchError> {
+impl Programs {
+    pub fn dir(&self) -> Result<PathBuf, BenchError> {
         match &self.bin_dir {
             Some(dir) => Ok(dir.clone()),
             None => {

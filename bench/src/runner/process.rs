@@ -31,8 +31,9 @@ pub fn forget_peak(pid: u32) -> Result<(), BenchError> {
     fs::write(&path, PEAK).map_err(|source| BenchError::Io { doing: format!("writing {path}"), source })
 }
 
-/// Bytes this process caused to be written to a disk, less what was thrown away before it got there. Direct writes
-/// count when they are made, buffered ones when they dirty a page; a file on tmpfs counts nothing.
+/// Bytes this process caused to be written to a disk, less what was thrown away before it got there, as the kernel
+/// guesses: buffered writes count when they dirty a page, and then the whole folio it is in. Good for seeing that
+/// nothing is written.
 pub fn written_bytes(pid: u32) -> Result<u64, BenchError> {
     let (path, text) = read(pid, "io")?;
     let field = |name| number_after(&text, name);

@@ -179,13 +179,13 @@ pub fn rounded(value: f64, digits: i32) -> f64 {
     (value * scale).round() / scale
 }
 
-/// Three digits that matter, and no more than all.
+/// Three digits that matter; whole numbers whole.
 pub fn short(value: f64) -> String {
     match value.abs() {
+        v if v.fract() == 0.0 => format!("{value}"),
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
         v if v >= 1.0 => format!("{value:.2}"),
-        0.0 => "0".to_owned(),
         _ => format!("{value:.3}"),
     }
 }

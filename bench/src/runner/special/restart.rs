@@ -15,7 +15,7 @@ use serde::Deserialize;
 use super::{figure, stop};
 use crate::runner::BenchError;
 use crate::runner::lab::{Cluster, Lab};
-use crate::runner::machine::Store;
+use crate::runner::machine::{Store, expect_room};
 use crate::runner::process::age;
 use crate::runner::record::Record;
 use crate::runner::system::Wanted;
@@ -29,6 +29,8 @@ const BACK_MAX: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(5);
 
 pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
+    let base = Store::Disk.base().map_err(BenchError::NoStore)?;
+    expect_room(Store::Disk, &base, lab.restart_bytes).map_err(BenchError::NoStore)?;
     let wanted = Wanted { restarts: 5, ..Wanted::volume(lab.restart_bytes) };
     let cluster = lab.cluster(Store::Disk, &wanted)?;
     cluster.fill(lab)?;
