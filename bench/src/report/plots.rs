@@ -147,12 +147,18 @@ fn draw(plot: &Plot, text: &mut String) -> Result<(), Box<dyn std::error::Error>
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(if falls(plot) { SeriesLabelPosition::UpperRight } else { SeriesLabelPosition::UpperLeft })
         .background_style(WHITE.mix(0.8))
         .border_style(WHITE)
         .draw()?;
     root.present()?;
     Ok(())
+}
+
+/// Where a curve falls there is room for its name at the other end.
+fn falls(plot: &Plot) -> bool {
+    let ends = plot.lines.first().and_then(|line| Some((line.points.first()?.1, line.points.last()?.1)));
+    ends.is_some_and(|(first, last)| last < first)
 }
 
 /// What is on the x axis is what was measured.
