@@ -75,8 +75,9 @@ pub enum ProfileError {
 }
 
 const GENERATOR: &str = "generator";
-/// perf takes a moment until it watches: the load lasts longer by this, so that its end is not watched.
-const PERF_STARTS: Duration = Duration::from_secs(1);
+/// perf takes a moment until it watches: the load lasts longer by this, so that its end is not watched. In this time
+/// the load is a little quicker, so counts per I/O are a few per cent too low.
+const PERF_STARTS: Duration = Duration::from_millis(300);
 
 pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
     let works = chosen(&options.works)?;

@@ -229,8 +229,9 @@ impl Chosen {
             let here = || special::ALL.into_iter().filter(possible);
             specials = here().filter(|special| !(options.quick && special.slow)).collect();
             if options.quick {
+                left_out.push("the curves over depth".to_owned());
                 left_out.push(
-                    "the curves over depth, and most points of those over volumes and copysets".to_owned(),
+                    "most points of those over volumes and copysets, with idle-copysets-100".to_owned(),
                 );
                 left_out.extend(here().filter(|special| special.slow).map(|special| special.name.to_owned()));
             }

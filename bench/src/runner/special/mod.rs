@@ -1,6 +1,6 @@
 //! Measurements that need a cluster of their own: each starts what it needs, and asks one question.
 //!
-//! They are chosen by name like the loads, are made on one store, and tell [`Figure`](super::results::Figure)s or rows
+//! They are chosen by name like the loads, are made on one store, and tell [`Figure`]s or rows
 //! in which something else than the load varies.
 
 mod amplification;
@@ -28,7 +28,7 @@ pub struct Special {
 }
 
 pub const ALL: [Special; 6] = [
-    Special { name: "idle", store: Store::Tmpfs, slow: false, seconds: 30, run: idle::run },
+    Special { name: "idle", store: Store::Tmpfs, slow: false, seconds: 50, run: idle::run },
     Special { name: "volumes", store: Store::Tmpfs, slow: false, seconds: 90, run: volumes::run },
     Special { name: "copysets", store: Store::Tmpfs, slow: false, seconds: 90, run: copysets::run },
     Special { name: "in-flight", store: Store::Tmpfs, slow: false, seconds: 15, run: in_flight::run },
