@@ -7,7 +7,7 @@
 mod categories;
 mod perf;
 mod samples;
-mod tables;
+pub mod tables;
 
 use std::collections::BTreeMap;
 use std::fs;

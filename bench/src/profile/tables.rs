@@ -74,8 +74,13 @@ fn sums(processes: &ByProcess) -> Vec<String> {
     cells
 }
 
+const WORK: &str = "profile-";
+const TIME: &str = "CPU µs/IO";
+const TIMES: &str = "per I/O";
+
+/// Of the functions there is nothing: they are for people.
 pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
-    let work = format!("profile-{work}");
+    let work = format!("{WORK}{work}");
     let of = |processes: &ByProcess, unit: &str| {
         let one = |process: &String, name: &String, value: f64| {
             Figure::new((&work, store, "evolute"), format!("{process}: {name}"), value, unit)
@@ -85,14 +90,41 @@ pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
         };
         processes.iter().flat_map(of_process).collect::<Vec<_>>()
     };
-    let mut figures = of(&profile.times, "CPU µs/IO");
-    figures.extend(of(&profile.counts, "per I/O"));
+    let mut figures = of(&profile.times, TIME);
+    figures.extend(of(&profile.counts, TIMES));
     figures
+}
+
+pub fn is_profile(work: &str) -> bool {
+    work.starts_with(WORK)
+}
+
+/// What [`figures`] made of profiles, by load and store in the order in which they come.
+pub fn profiles(all: &[Figure]) -> Vec<(String, Profile)> {
+    let mut found: Vec<(String, Profile)> = Vec::new();
+    for figure in all {
+        let Some(work) = figure.work.strip_prefix(WORK) else { continue };
+        let Some((process, name)) = figure.name.split_once(": ") else { continue };
+        let title = format!("{work} on {}", figure.store);
+        let profile = &mut entry(&mut found, &title).1;
+        let numbers = if figure.unit == TIME { &mut profile.times } else { &mut profile.counts };
+        entry(numbers, process).1.insert(name.to_owned(), figure.value);
+    }
+    found
+}
+
+/// The one of that name, made at the end if there is none.
+fn entry<'e, T: Default>(all: &'e mut Vec<(String, T)>, name: &str) -> &'e mut (String, T) {
+    let at = all.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+        all.push((name.to_owned(), T::default()));
+        all.len() - 1
+    });
+    &mut all[at]
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Profile, figures, table_of_counts, table_of_functions, table_of_times};
+    use super::{Profile, figures, profiles, table_of_counts, table_of_functions, table_of_times};
 
     fn profile() -> Profile {
         let numbers =
@@ -131,5 +163,8 @@ mod tests {
         assert_eq!((figures[0].work.as_str(), figures[0].value), ("profile-randwrite-4k-qd1", 0.25));
         assert_eq!(figures[0].name, "backend: allocator");
         assert!(figures.iter().all(|figure| !figure.name.contains("::")), "functions are for people");
+        let back = profiles(&figures);
+        let without_functions = Profile { functions: Vec::new(), ..profile() };
+        assert_eq!(back, [("randwrite-4k-qd1 on tmpfs".to_owned(), without_functions)]);
     }
 }

@@ -22,14 +22,17 @@ use crate::runner::results::{NotAResult, Results};
 
 /// Makes tables and plots of the JSON lines of an earlier run; measures nothing
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:
+#[command(after_help = "Examples:
   evolute-bench --out results.jsonl && evolute-bench report results.jsonl
+  evolute-bench report results.jsonl profile.jsonl
 
 What is between <!-- generated: NAME --> and <!-- end of NAME --> in the document is replaced; everything else stays.
 Where there is no document, one with all sections is made. The plots go to a folder beside it, of its name.")]
 pub struct Options {
-    /// What `evolute-bench --out` wrote
-    pub results: PathBuf,
+    /// What `evolute-bench --out` and `evolute-bench profile --out` wrote; where several measured the same, the last
+    /// counts
+    #[arg(required = true)]
+    pub results: Vec<PathBuf>,
     /// The document
     #[arg(long, value_name = "FILE", default_value = "docs/performance.md")]
     pub out: PathBuf,
@@ -53,11 +56,13 @@ pub enum ReportError {
 
 /// Writes the document and its plots. Gives the files that were written.
 pub fn run(options: &Options) -> Result<Vec<PathBuf>, ReportError> {
-    let path = || options.results.clone();
-    let text = fs::read_to_string(&options.results).map_err(io_error("reading", &options.results))?;
-    let results = Results::parse(&text).map_err(|source| ReportError::NotResults { path: path(), source })?;
-    if results.is_empty() {
-        return Err(ReportError::Empty { path: path() });
+    let mut results = Results::default();
+    for path in &options.results {
+        let text = fs::read_to_string(path).map_err(io_error("reading", path))?;
+        results.add(&text).map_err(|source| ReportError::NotResults { path: path.clone(), source })?;
+        if text.trim().is_empty() {
+            return Err(ReportError::Empty { path: path.clone() });
+        }
     }
     let out = &options.out;
     let folder = match out.file_stem() {
@@ -104,7 +109,7 @@ mod tests {
         let rows = [1, 32].map(|depth| row("tmpfs", &format!("randwrite-4k-qd{depth}")));
         let lines: Vec<String> = rows.iter().map(json_line).collect();
         std::fs::write(&results, lines.join("\n")).expect("written");
-        let options = Options { results: results.clone(), out: out.clone() };
+        let options = Options { results: vec![results.clone()], out: out.clone() };
         let written = run(&options).expect("made");
         assert!(
             written.iter().any(|path| path.ends_with("performance/randwrite-latency.svg")),
@@ -127,7 +132,7 @@ mod tests {
         let refused = |text: Option<&str>, document: Option<&str>| {
             let _ = text.map(|text| std::fs::write(&results, text).expect("written"));
             let _ = document.map(|text| std::fs::write(&out, text).expect("written"));
-            let options = Options { results: results.clone(), out: out.clone() };
+            let options = Options { results: vec![results.clone()], out: out.clone() };
             run(&options).expect_err("not a report").to_string()
         };
         assert!(refused(None, None).contains("r.jsonl"));

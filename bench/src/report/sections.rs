@@ -2,12 +2,14 @@
 
 use super::document::Section;
 use super::plots::{Plot, depth_of};
+use crate::profile::tables::{is_profile, profiles, table_of_counts, table_of_times};
 use crate::runner::goals::{judge, summary, table_of_goals};
 use crate::runner::machine::RUN;
 use crate::runner::markdown::{Set, table};
 use crate::runner::results::{Results, Row, short, table_of_figures, table_of_rows};
 
-pub const NAMES: [&str; 8] = ["run", "goals", "tmpfs", "disk", "depth", "volumes", "memory", "figures"];
+pub const NAMES: [&str; 9] =
+    ["run", "goals", "tmpfs", "disk", "depth", "volumes", "memory", "figures", "profile"];
 const NOTHING: &str = "This run did not measure it.";
 const MEMORY: &str = "memory";
 
@@ -21,7 +23,7 @@ pub fn sections(results: &Results, plots: &[Plot], folder: &str) -> Vec<Section>
     let about_growth = |row: &&Row| varied(row).is_some();
     let growth: Vec<&Row> = results.rows.iter().filter(about_growth).collect();
     let of_work = |memory: bool| {
-        let wanted = |work: &str| work != RUN && (work == MEMORY) == memory;
+        let wanted = |work: &str| work != RUN && !is_profile(work) && (work == MEMORY) == memory;
         let figures = results.figures.iter().filter(|figure| wanted(&figure.work));
         or_nothing(figures.collect(), table_of_figures)
     };
@@ -39,12 +41,24 @@ pub fn sections(results: &Results, plots: &[Plot], folder: &str) -> Vec<Section>
         with_plots(or_nothing(growth, |rows| table_of_growth(&rows)), &["volumes.svg", "copysets.svg"]),
         of_work(true),
         of_work(false),
+        profile(results),
     ];
     NAMES.into_iter().zip(contents).collect()
 }
 
 fn or_nothing<T>(found: Vec<T>, made: impl FnOnce(Vec<T>) -> String) -> String {
     if found.is_empty() { NOTHING.to_owned() } else { made(found) }
+}
+
+/// What `evolute-bench profile` measured, a pair of tables for each load.
+fn profile(results: &Results) -> String {
+    or_nothing(profiles(&results.figures), |found| {
+        let tables = found.into_iter().map(|(work, profile)| {
+            let (times, counts) = (table_of_times(&profile), table_of_counts(&profile));
+            format!("**{work}**, CPU µs per I/O:\n\n{times}\nTimes per I/O:\n\n{counts}")
+        });
+        tables.collect::<Vec<_>>().join("\n")
+    })
 }
 
 /// What besides the load varies in a row.
@@ -168,6 +182,12 @@ mod tests {
                 Figure::new(("run", "any", "machine"), "began", 1_795_000_000.0, "s").noted("commit abc"),
                 Figure::new(("memory", "tmpfs", "evolute"), "volume: mds", 12.0, "KiB"),
                 Figure::new(("idle", "tmpfs", "evolute"), "mds", 0.07, "% of a core"),
+                Figure::new(
+                    ("profile-randwrite-4k-qd1", "tmpfs", "evolute"),
+                    "mds: openraft",
+                    1.5,
+                    "CPU µs/IO",
+                ),
             ],
         };
         assert!(section(&results, "run").contains("2026-11-18, commit abc"), "{}", section(&results, "run"));
@@ -181,6 +201,12 @@ mod tests {
         let figures = section(&results, "figures");
         assert!(figures.contains("0.070") && !figures.contains("volume: mds"), "{figures}");
         assert!(section(&results, "goals").contains("not measured"));
+        let profile = section(&results, "profile");
+        assert!(
+            profile.contains("**randwrite-4k-qd1 on tmpfs**") && profile.contains("| openraft"),
+            "{profile}"
+        );
+        assert!(!figures.contains("openraft"));
     }
 
     #[test]

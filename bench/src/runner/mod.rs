@@ -1,11 +1,11 @@
 //! What `make bench` runs, on one machine in the same minutes.
 //!
-//! - [`side_by_side`]: Evolute with three replicas and qemu-storage-daemon with one local file, the same loads turn by
+//! - `side_by_side`: Evolute with three replicas and qemu-storage-daemon with one local file, the same loads turn by
 //!   turn, first on tmpfs (what the software costs) and then on disk.
-//! - [`special`]: what needs a cluster of its own: idle cost, many volumes, many copysets, memory, device writes, restarts.
+//! - `special`: what needs a cluster of its own: idle cost, many volumes, many copysets, memory, device writes, restarts.
 //! - [`goals`]: what issue 5 asks for, beside what was measured.
 //!
-//! Everything found goes to [`record`] as it comes. Nothing is left behind: processes die with this one, directories go
+//! Everything found goes to `record` as it comes. Nothing is left behind: processes die with this one, directories go
 //! with their guards.
 
 pub mod cpu;

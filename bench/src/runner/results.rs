@@ -145,16 +145,26 @@ impl Results {
     /// Reads what [`json_line`] wrote. Lines of the time before there were figures are read too.
     pub fn parse(text: &str) -> Result<Self, NotAResult> {
         let mut results = Self::default();
+        results.add(text)?;
+        Ok(results)
+    }
+
+    /// Lines of another run: what was measured again takes the place of what was there.
+    pub fn add(&mut self, text: &str) -> Result<(), NotAResult> {
         for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
             let wrong = |source| NotAResult { number: i + 1, source };
             let value: serde_json::Value = serde_json::from_str(line).map_err(wrong)?;
             if value.get("iops").is_some() {
-                results.rows.push(serde_json::from_value(value).map_err(wrong)?);
+                let row: Row = serde_json::from_value(value).map_err(wrong)?;
+                put(&mut self.rows, row, |row| [&row.work, &row.store, &row.system].map(String::clone));
             } else {
-                results.figures.push(serde_json::from_value(value).map_err(wrong)?);
+                let figure: Figure = serde_json::from_value(value).map_err(wrong)?;
+                put(&mut self.figures, figure, |figure| {
+                    [&figure.work, &figure.store, &figure.system, &figure.name].map(String::clone)
+                });
             }
         }
-        Ok(results)
+        Ok(())
     }
 
     pub fn is_empty(&self) -> bool {
@@ -167,6 +177,14 @@ impl Results {
 
     pub fn figures_of<'a>(&'a self, work: &'a str) -> impl Iterator<Item = &'a Figure> {
         self.figures.iter().filter(move |figure| figure.work == work)
+    }
+}
+
+/// In the place of the one with the same key, or at the end.
+fn put<T, K: PartialEq>(all: &mut Vec<T>, one: T, key: impl Fn(&T) -> K) {
+    match all.iter_mut().find(|other| key(other) == key(&one)) {
+        Some(other) => *other = one,
+        None => all.push(one),
     }
 }
 
@@ -300,6 +318,21 @@ pub mod tests {
             let refused = Results::parse(&format!("{old}\n{bad}")).expect_err(bad).to_string();
             assert!(refused.starts_with("line 2: "), "{refused}");
         }
+    }
+
+    #[test]
+    fn what_is_measured_again_takes_the_place_of_what_was_there() {
+        let of = |row: &Row, value| {
+            let figure = Figure::new(("idle", "tmpfs", "evolute"), "mds", value, "%");
+            format!("{}\n{}", json_line(row), json_line(&figure))
+        };
+        let first = row("tmpfs", "randread-4k-qd1");
+        let again = Row { iops: 1.0, ..first.clone() };
+        let mut results = Results::parse(&of(&first, 1.0)).expect("ours");
+        results.add(&of(&again, 2.0)).expect("ours");
+        results.add(&json_line(&row("disk", "randread-4k-qd1"))).expect("ours");
+        assert_eq!((results.rows.len(), results.rows[0].iops), (2, 1.0));
+        assert_eq!((results.figures.len(), results.figures[0].value), (1, 2.0));
     }
 
     #[test]
