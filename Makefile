@@ -13,6 +13,8 @@ DURATION ?= 120
 SEED ?= 1
 FAULTS ?= all
 QUICK ?=
+RESULTS ?=
+WORKS ?= randwrite-4k-qd1 randwrite-4k-qd32
 RUN := $(CARGO_TARGET_DIR)/evolute-run
 STEP := .ci/step
 # Into the report of a run: the programs do not know their commit.
@@ -22,7 +24,7 @@ SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench torture torture-short guest-tests images deps build mutants
+.PHONY: help demo test verify fix bench bench-report bench-profile torture torture-short guest-tests images deps build mutants
 
 help:
 	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
@@ -31,7 +33,9 @@ help:
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
 	@echo 'make torture      breaks a real cluster and checks every answer; DURATION=seconds SEED=n FAULTS=list (needs root)'
-	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 two minutes'
+	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 three minutes of fifteen'
+	@echo 'make bench-report tables and plots of docs/performance.md from RESULTS="FILE FILE", which the two beside it wrote as OUT'
+	@echo 'make bench-profile  where each µs of a load goes, per process (needs root and perf); WORKS="NAME NAME" OUT=FILE'
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
 	@echo 'make deps         installs missing Debian packages (says which and why; needs root or sudo)'
@@ -96,7 +100,16 @@ guest-tests:
 
 bench: deps
 	@$(STEP) 'programs' $(BINARIES)
-	@$(CARGO_TARGET_DIR)/release/evolute-bench $(if $(QUICK),--quick) $(if $(OUT),--out $(OUT))
+	@$(CARGO_TARGET_DIR)/release/evolute-bench $(if $(QUICK),--quick) $(COMMIT) $(if $(OUT),--out $(OUT))
+
+bench-report:
+	@if [ -z '$(RESULTS)' ]; then echo 'make bench-report: say RESULTS=FILE, what make bench wrote with OUT=FILE' >&2; exit 2; fi
+	@$(STEP) 'programs' $(BINARIES)
+	@$(CARGO_TARGET_DIR)/release/evolute-bench report $(RESULTS)
+
+bench-profile: deps
+	@$(STEP) 'programs' $(BINARIES)
+	@$(CARGO_TARGET_DIR)/release/evolute-bench profile $(WORKS:%=--work %) $(if $(OUT),--out $(OUT))
 
 mutants:
 	@.ci/mutants $(M)

@@ -14,7 +14,7 @@ use clap::Parser;
 use evolute_bench::front_end::content::check;
 use evolute_bench::front_end::options::Options;
 use evolute_bench::front_end::report::Report;
-use evolute_bench::front_end::{FrontEndError, Observer, run};
+use evolute_bench::front_end::{FrontEndError, Observer, run, run_together};
 
 const SIZE: u64 = 32 << 20;
 
@@ -160,6 +160,43 @@ fn every_kind_of_load_completes_without_an_error() {
         assert_eq!(report.timeline.is_empty(), !words.contains("timeline"), "{words}");
         assert_eq!(report.flush.ios > 0, words.contains("flush"), "{words}");
     }
+}
+
+/// Notes when it was called.
+#[derive(Default)]
+struct Notes(Vec<&'static str>);
+
+impl Observer for Notes {
+    fn connected(&mut self) {
+        self.0.push("connected");
+    }
+    fn begins(&mut self) {
+        self.0.push("begins");
+    }
+    fn ends(&mut self) {
+        self.0.push("ends");
+    }
+}
+
+#[test]
+fn two_devices_at_once_are_told_as_one() {
+    let (Some(a), Some(b)) = (Server::start(1), Server::start(1)) else { return };
+    let both = [&a, &b].map(|server| {
+        options(&server.dir.path().join("sock"), "--rw randwrite --qd 4 --runtime 0.3 --prefill")
+    });
+    let mut notes = Notes::default();
+    let report = run_together(&both, &mut notes, &AtomicBool::new(false)).expect("runs");
+    assert_eq!((report.errors, report.stalled, report.qd, report.size), (0, false, 8, 2 * SIZE));
+    assert!(report.write.ios > 0);
+    assert_eq!(notes.0, ["connected", "begins", "ends"]);
+    for server in [a, b] {
+        let mut first = [0; 512];
+        File::open(server.image()).and_then(|mut file| file.read_exact(&mut first)).expect("read");
+        assert_ne!(first, [0; 512], "both were written");
+    }
+    assert!(run_together(&[], &mut (), &AtomicBool::new(false)).is_err());
+    let gone = [options(Path::new("/nonexistent/x.sock"), "")];
+    assert!(run_together(&gone, &mut (), &AtomicBool::new(false)).is_err());
 }
 
 #[test]

@@ -197,6 +197,10 @@ pub struct DevArgs {
     /// Write the JSON description of the running cluster here, by rename, once it is ready
     #[arg(long, value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
+    /// Copysets of the cluster, at least (`--copysets-min` of evolute-mds): for seeing what many of them cost; 0: as
+    /// few as three chunkservers need. Every start asks anew, and those that are there stay
+    #[arg(long, default_value = "0", value_name = "N", value_parser = clap::value_parser!(u32).range(0..=1024))]
+    pub copysets: u32,
     /// Seconds to wait until everything is ready
     #[arg(long, default_value = "60", value_name = "SECONDS", value_parser = seconds)]
     pub start_timeout: Duration,

@@ -49,6 +49,10 @@ pub struct Args {
     /// round each [default: 6]
     #[arg(long, value_name = "COPYSETS")]
     pub volume_width: Option<usize>,
+    /// Copysets a pool has at least, however few chunkservers are in it: more are more partners to repair from, and
+    /// memory and a log tail each [default: 0: two per chunkserver, and as many as a volume is wide]
+    #[arg(long, value_name = "COPYSETS")]
+    pub copysets_min: Option<usize>,
     /// Copysets a pool never has more than; each costs every member about 150 KiB of memory [default: 1024]
     #[arg(long, value_name = "COPYSETS")]
     pub copysets_max: Option<usize>,
@@ -74,6 +78,7 @@ pub struct FileConfig {
     listen: Option<String>,
     report_interval_s: Option<f64>,
     volume_width: Option<usize>,
+    copysets_min: Option<usize>,
     copysets_max: Option<usize>,
     repair_after_s: Option<f64>,
     repairs_max: Option<usize>,
@@ -95,6 +100,8 @@ pub struct Config {
 pub struct Limits {
     /// Copysets a volume spreads over by default. 32 writes over 6 Raft groups cost a third of what they cost over 48.
     pub volume_width: usize,
+    /// Copysets per pool, at least: what its chunkservers and its volumes' width ask for may be more.
+    pub copysets_min: usize,
     /// Copysets per pool, at most.
     pub copysets_max: usize,
     /// Silence of a chunkserver after which its replicas are made anew elsewhere. Shorter: more data is copied for
@@ -109,7 +116,7 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         let repair_after = Duration::from_secs(600);
-        Self { volume_width: 6, copysets_max: 1024, repair_after, repairs_max: 16 }
+        Self { volume_width: 6, copysets_min: 0, copysets_max: 1024, repair_after, repairs_max: 16 }
     }
 }
 
@@ -138,6 +145,7 @@ impl Args {
         let default = Limits::default();
         let limits = Limits {
             volume_width: self.volume_width.or(file.volume_width).unwrap_or(default.volume_width),
+            copysets_min: self.copysets_min.or(file.copysets_min).unwrap_or(default.copysets_min),
             copysets_max: self.copysets_max.or(file.copysets_max).unwrap_or(default.copysets_max),
             repair_after: match self.repair_after_s.or(file.repair_after_s) {
                 None => default.repair_after,
@@ -153,6 +161,10 @@ impl Args {
         }
         if !(1..=100_000).contains(&limits.copysets_max) {
             return wrong(format!("--copysets-max {} is not between 1 and 100000", limits.copysets_max));
+        }
+        if limits.copysets_min > limits.copysets_max {
+            let Limits { copysets_min, copysets_max, .. } = limits;
+            return wrong(format!("--copysets-min {copysets_min} is above --copysets-max {copysets_max}"));
         }
         if limits.repairs_max > 10_000 {
             return wrong(format!("--repairs-max {} is not between 0 and 10000", limits.repairs_max));
@@ -185,13 +197,14 @@ mod tests {
         let c = config(&["--data-dir", "/d"], "").expect("valid");
         assert_eq!((c.listen.to_string().as_str(), c.report_interval.as_secs()), ("127.0.0.1:7700", 10));
         assert_eq!(c.limits, Limits::default());
-        let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_max = 9\nrepair_after_s = 60\nrepairs_max = 3";
+        let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_min = 8\ncopysets_max = 9\nrepair_after_s = 60\nrepairs_max = 3";
         let c = config(&["--listen", "127.0.0.1:2", "--volume-width", "4", "--repairs-max", "0"], file)
             .expect("valid");
         assert_eq!((c.data_dir.to_str(), c.listen.port()), (Some("/f"), 2));
         assert_eq!(c.report_interval, Duration::from_millis(500));
         let repair_after = Duration::from_secs(60);
-        let limits = Limits { volume_width: 4, copysets_max: 9, repair_after, repairs_max: 0 };
+        let limits =
+            Limits { volume_width: 4, copysets_min: 8, copysets_max: 9, repair_after, repairs_max: 0 };
         assert_eq!(c.limits, limits);
     }
 
@@ -206,6 +219,7 @@ mod tests {
             (vec!["--data-dir", "/d", "--volume-width", "0"], "--volume-width"),
             (vec!["--data-dir", "/d", "--volume-width", "65"], "--volume-width"),
             (vec!["--data-dir", "/d", "--copysets-max", "0"], "--copysets-max"),
+            (vec!["--data-dir", "/d", "--copysets-min", "1025"], "--copysets-min"),
             (vec!["--data-dir", "/d", "--repair-after-s", "0"], "--repair-after-s"),
             (vec!["--data-dir", "/d", "--repair-after-s", "1e9"], "--repair-after-s"),
             (vec!["--data-dir", "/d", "--repairs-max", "10001"], "--repairs-max"),

@@ -48,6 +48,8 @@ pub enum FrontEndError {
 
 /// Hears when the measured time begins and ends.
 pub trait Observer {
+    /// The device is ours and nothing was asked of it yet: here one can watch it idle.
+    fn connected(&mut self) {}
     fn begins(&mut self) {}
     fn ends(&mut self) {}
 }
@@ -61,6 +63,63 @@ pub fn run(
     observer: &mut impl Observer,
     cancelled: &AtomicBool,
 ) -> Result<Report, FrontEndError> {
+    drive(options, observer, cancelled).map(Driven::report)
+}
+
+/// The same on several devices at once, told as one: depths, sizes and counts are sums. The observer watches the
+/// first; the others begin and end within milliseconds of it, so a ramp is what makes the sums right.
+pub fn run_together(
+    devices: &[Options],
+    observer: &mut impl Observer,
+    cancelled: &AtomicBool,
+) -> Result<Report, FrontEndError> {
+    let Some((first, others)) = devices.split_first() else {
+        return Err(FrontEndError::Usage { why: "no device".to_owned() });
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> =
+            others.iter().map(|options| scope.spawn(move || drive(options, &mut (), cancelled))).collect();
+        let mut all = drive(first, observer, cancelled);
+        for thread in threads {
+            let other = thread.join().unwrap_or(Err(FrontEndError::WorkerDied));
+            all = all.and_then(|all| Ok(all.and(other?)));
+        }
+        all.map(Driven::report)
+    })
+}
+
+/// One device after its run.
+struct Driven {
+    plan: Plan,
+    capacity: u64,
+    features: u64,
+    tally: Tally,
+    cpu: CpuUse,
+    /// How many devices the sums are of.
+    devices: usize,
+}
+
+impl Driven {
+    fn and(mut self, other: Self) -> Self {
+        self.plan.size += other.plan.size;
+        self.capacity += other.capacity;
+        self.tally.merge(other.tally);
+        self.devices += other.devices;
+        self
+    }
+
+    fn report(self) -> Report {
+        let mut report = Report::new(&self.plan, self.capacity, self.features, self.tally, self.cpu);
+        report.qd *= self.devices;
+        report
+    }
+}
+
+fn drive(
+    options: &Options,
+    observer: &mut impl Observer,
+    cancelled: &AtomicBool,
+) -> Result<Driven, FrontEndError> {
     Plan::check(options)?;
     let wanted = VirtioFeatureFlags::VERSION_1.bits()
         | VirtioFeatureFlags::RING_EVENT_IDX.bits()
@@ -98,6 +157,7 @@ pub fn run(
         })
         .collect();
 
+    observer.connected();
     if options.prefill {
         in_parallel(&mut workers, Worker::prefill, || {})?;
     }
@@ -108,7 +168,8 @@ pub fn run(
     for worker in workers {
         tally.merge(worker.tally);
     }
-    Ok(Report::new(&plan, capacity, features, tally, cpu))
+    // The workers are gone, and with them what borrowed the plan.
+    Ok(Driven { plan, capacity, features, tally, cpu, devices: 1 })
 }
 
 /// The measured phase. Gives this process's own CPU time in it.

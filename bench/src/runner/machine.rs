@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{statfs, statvfs};
 
+use super::results::Figure;
+
 /// Where the data of a run are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Store {
@@ -53,17 +55,29 @@ const GIB: u64 = 1 << 30;
 
 /// As large as fits twice over, from 1 to 3 GiB: larger than any cache of ours, quick to fill.
 pub fn volume_bytes(store: Store, base: &Path) -> Result<u64, String> {
-    let space = statvfs(base).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)).unwrap_or(0);
-    let free = match store {
-        Store::Tmpfs => space.min(available_memory()),
-        Store::Disk => space,
-    };
+    let free = free_bytes(store, base);
     let fits = (free / 2).saturating_sub(LOGS_BYTES) / COPIES / GIB;
-    if fits == 0 && free < COPIES * GIB + LOGS_BYTES {
-        let (needed, there) = ((COPIES * GIB + LOGS_BYTES) / GIB, free / GIB);
-        return Err(format!("{} has {there} GiB free; {needed} GiB are needed", base.display()));
+    if fits == 0 {
+        expect_room(store, base, GIB)?;
     }
     Ok(fits.clamp(1, 3) * GIB)
+}
+
+/// Refuses where a volume of so many bytes has no room.
+pub fn expect_room(store: Store, base: &Path, volume: u64) -> Result<(), String> {
+    let (needed, there) = (volume.saturating_mul(COPIES).saturating_add(LOGS_BYTES), free_bytes(store, base));
+    if needed <= there {
+        return Ok(());
+    }
+    Err(format!("{} has {} GiB free; {} GiB are needed", base.display(), there / GIB, needed / GIB))
+}
+
+fn free_bytes(store: Store, base: &Path) -> u64 {
+    let space = statvfs(base).map(|fs| fs.f_bavail.saturating_mul(fs.f_frsize)).unwrap_or(0);
+    match store {
+        Store::Tmpfs => space.min(available_memory()),
+        Store::Disk => space,
+    }
 }
 
 fn available_memory() -> u64 {
@@ -73,24 +87,42 @@ fn available_memory() -> u64 {
     kib.unwrap_or(0) << 10
 }
 
-/// One line for the head of the results.
-pub fn describe() -> String {
-    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = cpuinfo
-        .lines()
-        .find_map(|line| line.strip_prefix("model name"))
-        .map_or("unknown CPU", |rest| rest.trim_start_matches([' ', '\t', ':']));
-    let cores = std::thread::available_parallelism().map_or(0, |n| n.get());
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+/// As results, so that the report knows where and when its numbers were measured.
+pub fn run_figures(commit: Option<&str>) -> Vec<Figure> {
+    let figure = |name, value, unit| Figure::new((RUN, "any", "machine"), name, value, unit);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let gib = available_memory() as f64 / GIB as f64;
-    format!("{model}, {cores} CPUs, {gib:.1} GiB memory free, Linux {}", kernel.trim())
+    vec![
+        figure("machine", cores() as f64, "CPUs").noted(cpu_model()),
+        figure("memory free", gib, "GiB").noted(format!("Linux {}", kernel())),
+        figure("began", now.as_secs() as f64, "s since 1970")
+            .noted(format!("commit {}", commit.unwrap_or("unknown"))),
+    ]
+}
+
+/// The work under which the run itself is told.
+pub const RUN: &str = "run";
+
+fn cpu_model() -> String {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = cpuinfo.lines().find_map(|line| line.strip_prefix("model name"));
+    model.map_or("unknown CPU", |rest| rest.trim_start_matches([' ', '\t', ':'])).to_owned()
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(0, |n| n.get())
+}
+
+fn kernel() -> String {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    release.trim().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use super::{Store, volume_bytes};
+    use super::{Store, expect_room, volume_bytes};
 
     #[test]
     fn a_store_is_where_its_name_says() {
@@ -98,5 +130,7 @@ mod tests {
             assert_ne!(memory, disk);
         }
         assert!(volume_bytes(Store::Disk, Path::new("/nonexistent")).is_err());
+        let refused = expect_room(Store::Disk, Path::new("/"), 1 << 60).expect_err("an exbibyte");
+        assert!(refused.contains("are needed"), "{refused}");
     }
 }

@@ -1,42 +1,49 @@
-//! What `make bench` runs: Evolute with three replicas and qemu-storage-daemon with one local file, on the same
-//! machine in the same minutes, turn by turn, first on tmpfs (what the software costs) and then on disk.
+//! What `make bench` runs, on one machine in the same minutes.
 //!
-//! Both are up while either is measured; an idle one uses no CPU worth mentioning, and its share would show under
-//! "others". Nothing is left behind: processes die with this one, directories go with their guards.
+//! - `side_by_side`: Evolute with three replicas and qemu-storage-daemon with one local file, the same loads turn by
+//!   turn, first on tmpfs (what the software costs) and then on disk.
+//! - `special`: what needs a cluster of its own: idle cost, many volumes, many copysets, memory, device writes, restarts.
+//! - [`goals`]: what issue 5 asks for, beside what was measured.
+//!
+//! Everything found goes to `record` as it comes. Nothing is left behind: processes die with this one, directories go
+//! with their guards.
 
-mod cpu;
-mod machine;
-mod results;
-mod system;
-mod works;
+pub mod cpu;
+pub mod goals;
+pub mod lab;
+pub mod machine;
+pub mod markdown;
+mod process;
+mod record;
+pub mod results;
+mod side_by_side;
+mod special;
+pub mod system;
+pub mod works;
 
-use std::fs::File;
-use std::io::{self, Write as _};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::io;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
-use clap::Parser;
-
-use self::cpu::Watch;
-use self::machine::{Store, describe, volume_bytes};
-use self::results::{Row, goals, table};
-use self::system::{System, SystemError};
-use self::works::{ALL, Pace, Work, prefill};
+use self::goals::{judge, summary, table_of_goals};
+use self::lab::Lab;
+use self::machine::{Store, run_figures};
+use self::record::Record;
+use self::results::{table_of_figures, table_of_rows};
+use self::side_by_side::SystemName;
+use self::special::Special;
+use self::system::SystemError;
+use self::works::{Pace, Work};
 use crate::front_end::{self, FrontEndError};
 
-/// Measures Evolute and qemu-storage-daemon side by side and prints a table
-#[derive(Debug, Parser)]
-#[command(name = "evolute-bench", version)]
-#[command(after_help = "Examples:
-  evolute-bench --quick
-  evolute-bench --out results.jsonl
-  evolute-bench --store tmpfs --system evolute --work randwrite-4k-qd32 --seconds 20")]
+/// Measures Evolute and qemu-storage-daemon side by side and prints tables
+#[derive(Debug, clap::Args)]
 pub struct Options {
-    /// About two minutes in all instead of six; the tails are less certain
+    /// About three minutes in all instead of fifteen; the tails are less certain, and what is slow is left out
     #[arg(long)]
     pub quick: bool,
-    /// Also write a JSON line per run here
+    /// Also write a JSON line per result here
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
     /// Only these stores
@@ -45,7 +52,7 @@ pub struct Options {
     /// Only these systems
     #[arg(long = "system", value_enum)]
     systems: Vec<SystemName>,
-    /// Only these works, by name
+    /// Only these works, by name; a name that is none lists them
     #[arg(long = "work", value_name = "WORK")]
     pub works: Vec<String>,
     /// Seconds each run is measured
@@ -54,29 +61,49 @@ pub struct Options {
     /// Bytes of the volume; default: 1 to 3 GiB, as memory and disk allow
     #[arg(long, value_parser = front_end::options::bytes)]
     pub size: Option<u64>,
-    /// Where the programs are; default: next to this one
-    #[arg(long, value_name = "DIR")]
-    pub bin_dir: Option<PathBuf>,
+    /// Bytes written before the work `restart` restarts a chunkserver
+    #[arg(long, default_value = "4G", value_name = "BYTES", value_parser = front_end::options::bytes)]
+    pub restart_bytes: u64,
+    /// The commit that is measured, for the report
+    #[arg(long, value_name = "ID")]
+    commit: Option<String>,
+    #[command(flatten)]
+    programs: Programs,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum SystemName {
-    Evolute,
-    Qsd,
+#[derive(Debug, Clone, clap::Args)]
+pub struct Programs {
+    /// Where the programs are; default: next to this one
+    #[arg(long, value_name = "DIR")]
+    bin_dir: Option<PathBuf>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum BenchError {
     #[error("there is no work {0}; there are: {1}")]
     NoSuchWork(String, String),
+    #[error("{0} is a work on {1} of evolute, which --store and --system leave out")]
+    LeftOut(&'static str, &'static str),
+    #[error("--{0} must not be zero")]
+    Zero(&'static str),
     #[error("{doing}: {source}")]
     Io { doing: String, source: io::Error },
+    #[error("{path} does not say what it should")]
+    Unreadable { path: String },
     #[error(transparent)]
     System(#[from] SystemError),
     #[error("{system} on {store}: {source}")]
     FrontEnd { system: &'static str, store: &'static str, source: FrontEndError },
     #[error("{system} on {store} could not be filled: {why}")]
     Prefill { system: &'static str, store: &'static str, why: String },
+    #[error("{work}: {why}")]
+    Load { work: &'static str, why: String },
+    #[error("{0}")]
+    NoStore(String),
+    #[error("the chunkservers still write after {0:?}")]
+    NeverAtRest(Duration),
+    #[error("the chunkserver does not come back: {what}{}", log.map(|name| format!(" (its log: {name}.log)")).unwrap_or_default())]
+    NotBack { what: &'static str, log: Option<&'static str> },
     #[error("nothing could be measured")]
     NothingMeasured,
     #[error("interrupted")]
@@ -86,49 +113,13 @@ pub enum BenchError {
 /// What a whole run came to.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    pub table: String,
-    pub goals: Vec<String>,
+    /// Markdown, one table after the other.
+    pub tables: Vec<String>,
+    pub summary: String,
+    /// Not measured, because nobody asked for it.
+    pub left_out: Vec<String>,
     /// What was not measured, or not as it should be.
     pub failures: Vec<String>,
-}
-
-/// Runs everything that was asked for. `stop` ends it early and in order.
-pub fn run(options: &Options, stop: &AtomicBool) -> Result<Outcome, BenchError> {
-    let works = chosen(&options.works)?;
-    let stores =
-        if options.stores.is_empty() { vec![Store::Tmpfs, Store::Disk] } else { options.stores.clone() };
-    let mut out = match &options.out {
-        None => None,
-        Some(path) => Some(File::create(path).map_err(io_error(format!("making {}", path.display())))?),
-    };
-    let bin_dir = match &options.bin_dir {
-        Some(dir) => dir.clone(),
-        None => {
-            let me = std::env::current_exe().map_err(io_error("looking for this program's own file"))?;
-            me.parent().map(Path::to_owned).unwrap_or_default()
-        }
-    };
-    println!("{}", describe());
-    let mut outcome = Outcome::default();
-    let mut rows = Vec::new();
-    for store in stores {
-        match on_store(store, &works, options, &bin_dir, stop, &mut out, &mut outcome.failures) {
-            Ok(measured) => rows.extend(measured),
-            Err(Skipped::Store(why)) => {
-                outcome.failures.push(format!("{} was not measured: {why}", store.name()))
-            }
-            Err(Skipped::All(error)) => return Err(error),
-        }
-    }
-    if rows.is_empty() {
-        for failure in &outcome.failures {
-            eprintln!("{failure}");
-        }
-        return Err(BenchError::NothingMeasured);
-    }
-    outcome.table = table(&rows);
-    outcome.goals = goals(&rows);
-    Ok(outcome)
 }
 
 /// Why there are no rows of a store.
@@ -143,128 +134,142 @@ impl<E: Into<BenchError>> From<E> for Skipped {
     }
 }
 
-fn on_store(
-    store: Store,
-    works: &[Work],
-    options: &Options,
-    bin_dir: &Path,
-    stop: &AtomicBool,
-    out: &mut Option<File>,
-    failures: &mut Vec<String>,
-) -> Result<Vec<Row>, Skipped> {
-    let base = store.base().map_err(Skipped::Store)?;
-    let size = match options.size {
-        Some(size) => size,
-        None => volume_bytes(store, &base).map_err(Skipped::Store)?,
-    };
-    let pace = pace(options);
-    // Sockets and logs under a short path; data where the store is. Both go with their guards.
-    let guard = |builder: &mut tempfile::Builder<'_, '_>, base: &Path| {
-        builder.tempdir_in(base).map_err(io_error(format!("making a directory under {}", base.display())))
-    };
-    let dir = guard(tempfile::Builder::new().prefix("evolute-bench-"), &std::env::temp_dir())?;
-    let data = guard(tempfile::Builder::new().prefix("evolute-bench-"), &base)?;
-    println!(
-        "\n{} ({}), volume of {} MiB, {:?} each",
-        store.name(),
-        base.display(),
-        size >> 20,
-        pace.seconds
-    );
-    let wanted = |name| options.systems.is_empty() || options.systems.contains(&name);
-    let mut systems = Vec::new();
-    if wanted(SystemName::Evolute) {
-        systems.push(System::evolute(bin_dir, dir.path(), &data.path().join("evolute"), size, stop)?);
+/// Runs everything that was asked for. `stop` ends it early and in order.
+pub fn run(options: &Options, stop: &AtomicBool) -> Result<Outcome, BenchError> {
+    let chosen = Chosen::of(options)?;
+    if options.restart_bytes == 0 {
+        return Err(BenchError::Zero("restart-bytes"));
     }
-    if wanted(SystemName::Qsd) {
-        systems.push(System::qsd(dir.path(), data.path(), size, stop)?);
+    let lab = Lab {
+        bin_dir: options.programs.dir()?,
+        stop,
+        pace: pace(options),
+        quick: options.quick,
+        size: options.size,
+        restart_bytes: options.restart_bytes,
+    };
+    let mut record = Record::new(options.out.as_deref())?;
+    let began = Instant::now();
+    for figure in run_figures(options.commit.as_deref()) {
+        record.figure(figure)?;
     }
-    for system in &systems {
-        if let Some(note) = &system.note {
-            println!("note: {note}");
+    let heads = record.results.figures.len();
+    for &store in &chosen.stores {
+        let works = chosen.loads_on(store);
+        if works.is_empty() || chosen.systems.is_empty() {
+            continue;
         }
-        fill(system, store, size, stop)?;
+        match side_by_side::run(&lab, store, &chosen.systems, &works, &mut record) {
+            Ok(()) => {}
+            Err(Skipped::Store(why)) => record.failed(format!("{} was not measured: {why}", store.name())),
+            Err(Skipped::All(error)) => return Err(error),
+        }
     }
-    let mut rows = Vec::new();
-    for (i, work) in works.iter().enumerate() {
-        // Turn by turn, and who begins changes: a slow minute of the machine hits both.
-        for turn in 0..systems.len() {
-            let system = &systems[(i + turn) % systems.len()];
-            let measured = measure(system, store, *work, size, pace, stop)?;
-            match measured {
-                Ok(row) => {
-                    println!("  {:<19} {:<8} {}", work.name, system.name, row.words());
-                    if let Some(file) = out {
-                        writeln!(file, "{}", row.json_line()).map_err(io_error("writing the JSON lines"))?;
-                    }
-                    rows.push(row);
+    for special in &chosen.specials {
+        special.run(&lab, &mut record)?;
+    }
+    if record.results.rows.is_empty() && record.results.figures.len() == heads {
+        for failure in &record.failures {
+            eprintln!("{failure}");
+        }
+        return Err(BenchError::NothingMeasured);
+    }
+    println!("\nmeasured in {} s", began.elapsed().as_secs());
+    let mut judged = judge(&record.results);
+    if chosen.by_name {
+        // Whoever asks one question does not miss the others.
+        judged.retain(|judged| judged.measured.is_some());
+    }
+    let (rows, figures) = (&record.results.rows, &record.results.figures[heads..]);
+    let mut tables = Vec::new();
+    if !rows.is_empty() {
+        tables.push(table_of_rows(rows));
+    }
+    if !figures.is_empty() {
+        tables.push(table_of_figures(figures));
+    }
+    tables.push(table_of_goals(&judged));
+    Ok(Outcome { tables, summary: summary(&judged), left_out: chosen.left_out, failures: record.failures })
+}
+
+/// What of everything is run.
+#[derive(Debug)]
+struct Chosen {
+    stores: Vec<Store>,
+    systems: Vec<SystemName>,
+    /// By name; empty: all.
+    loads: Vec<Work>,
+    by_name: bool,
+    quick: bool,
+    specials: Vec<Special>,
+    left_out: Vec<String>,
+}
+
+impl Chosen {
+    fn of(options: &Options) -> Result<Self, BenchError> {
+        let by_name = !options.works.is_empty();
+        let stores = or_all(&options.stores, [Store::Tmpfs, Store::Disk]);
+        let systems = or_all(&options.systems, [SystemName::Evolute, SystemName::Qsd]);
+        let possible =
+            |special: &Special| stores.contains(&special.store) && systems.contains(&SystemName::Evolute);
+        let (mut loads, mut specials, mut left_out) = (Vec::new(), Vec::new(), Vec::new());
+        for name in &options.works {
+            let load = works::ALL.iter().chain(&works::CURVE).find(|work| work.name == name);
+            let special = special::ALL.iter().find(|special| special.name == name);
+            match (load, special) {
+                (Some(load), _) => loads.push(*load),
+                (None, Some(special)) if possible(special) => specials.push(*special),
+                (None, Some(special)) => {
+                    return Err(BenchError::LeftOut(special.name, special.store.name()));
                 }
-                Err(why) => {
-                    println!("  {:<19} {:<8} FAILED: {why}", work.name, system.name);
-                    failures.push(format!("{} on {}, {}: {why}", system.name, store.name(), work.name));
-                }
+                (None, None) => return Err(BenchError::NoSuchWork(name.clone(), all_names().join(" "))),
+            }
+        }
+        if !by_name {
+            let here = || special::ALL.into_iter().filter(possible);
+            specials = here().filter(|special| !(options.quick && special.slow)).collect();
+            if options.quick {
+                left_out.push("the curves over depth".to_owned());
+                left_out.push(
+                    "most points of those over volumes and copysets, with idle-copysets-100".to_owned(),
+                );
+                left_out.extend(here().filter(|special| special.slow).map(|special| special.name.to_owned()));
+            }
+        }
+        Ok(Self { stores, systems, loads, by_name, quick: options.quick, specials, left_out })
+    }
+
+    fn loads_on(&self, store: Store) -> Vec<Work> {
+        match (self.by_name, store, self.quick) {
+            (true, _, _) => self.loads.clone(),
+            // The curves are about software.
+            (false, Store::Tmpfs, false) => works::ALL.into_iter().chain(works::CURVE).collect(),
+            (false, _, _) => works::ALL.to_vec(),
+        }
+    }
+}
+
+fn or_all<T: Copy>(chosen: &[T], all: [T; 2]) -> Vec<T> {
+    if chosen.is_empty() { all.to_vec() } else { chosen.to_vec() }
+}
+
+/// Every work there is, for whoever mistyped one.
+pub fn all_names() -> Vec<&'static str> {
+    let loads = works::ALL.iter().chain(&works::CURVE).map(|work| work.name);
+    loads.chain(special::ALL.iter().map(|special| special.name)).collect()
+}
+
+impl Programs {
+    pub fn dir(&self) -> Result<PathBuf, BenchError> {
+        match &self.bin_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => {
+                let doing = "looking for this program's own file".to_owned();
+                let me = std::env::current_exe().map_err(|source| BenchError::Io { doing, source })?;
+                Ok(me.parent().map(std::path::Path::to_owned).unwrap_or_default())
             }
         }
     }
-    for system in systems {
-        let name = system.name;
-        if !system.stop() {
-            failures.push(format!("{name} on {} did not stop cleanly", store.name()));
-        }
-    }
-    // In the order of the works, Evolute first, however the turns went.
-    rows.sort_by_key(|row| (works.iter().position(|work| work.name == row.work), row.system));
-    Ok(rows)
-}
-
-fn fill(system: &System, store: Store, size: u64, stop: &AtomicBool) -> Result<(), BenchError> {
-    let report = front_end::run(&prefill(&system.socket, size), &mut (), stop)
-        .map_err(|source| BenchError::FrontEnd { system: system.name, store: store.name(), source })?;
-    if stop.load(Ordering::Relaxed) {
-        return Err(BenchError::Interrupted);
-    }
-    if report.exit_status() != 0 {
-        let why = report.first_error.unwrap_or_else(|| "it stalled".to_owned());
-        return Err(BenchError::Prefill { system: system.name, store: store.name(), why });
-    }
-    Ok(())
-}
-
-/// The inner error is one of this run alone: the others go on.
-fn measure(
-    system: &System,
-    store: Store,
-    work: Work,
-    size: u64,
-    pace: Pace,
-    stop: &AtomicBool,
-) -> Result<Result<Row, String>, BenchError> {
-    let mut watch = Watch::new(&system.processes);
-    let report = match front_end::run(&work.options(&system.socket, size, pace), &mut watch, stop) {
-        Ok(report) => report,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    if stop.load(Ordering::Relaxed) {
-        return Err(BenchError::Interrupted);
-    }
-    if report.exit_status() != 0 {
-        return Ok(Err(report.first_error.unwrap_or_else(|| "it stalled".to_owned())));
-    }
-    let names = (work.name, store.name(), system.name);
-    Ok(Ok(Row::new(names, &report, &system.processes, &watch)))
-}
-
-fn chosen(names: &[String]) -> Result<Vec<Work>, BenchError> {
-    if names.is_empty() {
-        return Ok(ALL.to_vec());
-    }
-    let find = |name: &String| {
-        ALL.iter().find(|work| work.name == name).copied().ok_or_else(|| {
-            let known: Vec<&str> = ALL.iter().map(|work| work.name).collect();
-            BenchError::NoSuchWork(name.clone(), known.join(" "))
-        })
-    };
-    names.iter().map(find).collect()
 }
 
 fn pace(options: &Options) -> Pace {
@@ -273,7 +278,53 @@ fn pace(options: &Options) -> Pace {
     Pace { seconds, ramp: Duration::from_secs_f64(ramp) }
 }
 
-fn io_error(doing: impl Into<String>) -> impl FnOnce(io::Error) -> BenchError {
-    let doing = doing.into();
-    move |source| BenchError::Io { doing, source }
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::{Chosen, Options, all_names};
+    use crate::runner::machine::Store;
+
+    #[derive(Debug, Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    fn chosen(words: &str) -> Result<Chosen, String> {
+        let line = Line::try_parse_from(["evolute-bench"].into_iter().chain(words.split_whitespace()));
+        Chosen::of(&line.map_err(|e| e.to_string())?.options).map_err(|e| e.to_string())
+    }
+
+    fn specials(chosen: &Chosen) -> Vec<&str> {
+        chosen.specials.iter().map(|special| special.name).collect()
+    }
+
+    #[test]
+    fn a_whole_run_has_every_work_and_a_quick_one_says_what_it_leaves_out() {
+        let all = chosen("").expect("valid");
+        assert_eq!(all.loads_on(Store::Tmpfs).len() + specials(&all).len(), all_names().len());
+        assert_eq!(all.loads_on(Store::Disk).len(), 9);
+        assert!(all.left_out.is_empty());
+        let quick = chosen("--quick").expect("valid");
+        assert_eq!(quick.loads_on(Store::Tmpfs).len(), 9);
+        assert_eq!(specials(&quick), ["idle", "volumes", "copysets", "in-flight"]);
+        assert!(quick.left_out.iter().any(|what| what == "restart"), "{:?}", quick.left_out);
+    }
+
+    #[test]
+    fn what_is_named_is_all_that_is_run() {
+        let one = chosen("--work restart").expect("valid");
+        assert!(one.loads_on(Store::Tmpfs).is_empty() && specials(&one) == ["restart"]);
+        let load = chosen("--quick --work randread-4k-qd256 --store disk").expect("valid");
+        assert_eq!((load.loads_on(Store::Disk).len(), specials(&load).len()), (1, 0));
+        for (words, why) in [
+            ("--work restat", "restart"),
+            ("--work restart --store tmpfs", "--store"),
+            ("--work idle --system qsd", "--system"),
+        ] {
+            let refused = chosen(words).expect_err(words);
+            assert!(refused.contains(why), "{words}: {refused}");
+        }
+    }
 }

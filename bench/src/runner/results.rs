@@ -1,19 +1,23 @@
-//! What was measured: a JSON line per run, and a table that is Markdown too.
+//! What was measured: a JSON line each, and tables that are Markdown too.
+//!
+//! Two kinds of line: a [`Row`] is one load on one system, a [`Figure`] is one number of anything else. Both are
+//! written and read back here, so that the report is made from the lines alone.
 
-use std::fmt::Write as _;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::cpu::{Watch, Watched};
+use super::markdown::{Set, table};
 use crate::front_end::report::Report;
 
-/// One run of one work on one system. Its JSON form is a promise: the fields and names of issue 3.
-#[derive(Debug, Clone, Serialize)]
+/// One run of one work on one system. Its first fields are a promise: the names of issue 3. New ones come after them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    pub work: &'static str,
-    pub store: &'static str,
-    pub system: &'static str,
+    pub work: String,
+    pub store: String,
+    pub system: String,
     pub iops: f64,
     pub mib_s: f64,
     pub p50_us: f64,
@@ -21,23 +25,52 @@ pub struct Row {
     pub p999_us: f64,
     /// Of all processes of the system; the load generator, which stands for the guest, is not in it.
     pub cpu_us_per_io: f64,
-    #[serde(skip)]
-    pub parts: Parts,
+    /// CPU µs per I/O of each process; backends of several volumes are one.
+    #[serde(default)]
+    pub by_process: BTreeMap<String, f64>,
+    #[serde(default)]
+    pub generator_us_per_io: f64,
+    /// Per cent of the machine's CPU time taken by everybody else meanwhile.
+    #[serde(default)]
+    pub others_percent: f64,
+    /// What was varied, where something else than the load was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copysets: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<u32>,
 }
 
-/// What the table says beyond the JSON line.
-#[derive(Debug, Clone, Default)]
-pub struct Parts {
-    /// CPU µs per I/O of each process.
-    pub processes: Vec<(String, f64)>,
-    pub generator: f64,
-    /// Per cent of the machine's CPU time taken by everybody else meanwhile.
-    pub others: f64,
+/// One number that is not of a load: `name` says of what within the work, `unit` what it counts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Figure {
+    pub work: String,
+    pub store: String,
+    pub system: String,
+    pub name: String,
+    pub value: f64,
+    pub unit: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+}
+
+/// Everything of one run of `make bench`.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Results {
+    pub rows: Vec<Row>,
+    pub figures: Vec<Figure>,
+}
+
+/// A line that is no result.
+#[derive(Debug, thiserror::Error)]
+#[error("line {number}: {source}")]
+pub struct NotAResult {
+    pub number: usize,
+    pub source: serde_json::Error,
 }
 
 impl Row {
     pub fn new(
-        (work, store, system): (&'static str, &'static str, &'static str),
+        (work, store, system): (&str, &str, &str),
         report: &Report,
         processes: &[Watched],
         watch: &Watch<'_>,
@@ -47,30 +80,26 @@ impl Row {
         let generator = Duration::from_secs_f64(report.cpu_user_s + report.cpu_sys_s);
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
         let others = watch.machine.saturating_sub(total + generator).as_secs_f64();
+        let mut used: BTreeMap<String, Duration> = BTreeMap::new();
+        for (process, time) in processes.iter().zip(&watch.used) {
+            *used.entry(process.name.clone()).or_default() += *time;
+        }
         Self {
-            work,
-            store,
-            system,
+            work: work.to_owned(),
+            store: store.to_owned(),
+            system: system.to_owned(),
             iops: report.all.iops,
             mib_s: report.all.bw_mib_s,
             p50_us: report.all.p50_us,
             p99_us: report.all.p99_us,
             p999_us: report.all.p999_us,
             cpu_us_per_io: per_io(total),
-            parts: Parts {
-                processes: processes
-                    .iter()
-                    .zip(&watch.used)
-                    .map(|(p, used)| (p.name.clone(), per_io(*used)))
-                    .collect(),
-                generator: per_io(generator),
-                others: rounded(others / (report.runtime_s * cores) * 100.0, 1),
-            },
+            by_process: used.into_iter().map(|(name, time)| (name, per_io(time))).collect(),
+            generator_us_per_io: per_io(generator),
+            others_percent: rounded(others / (report.runtime_s * cores) * 100.0, 1),
+            copysets: None,
+            volumes: None,
         }
-    }
-
-    pub fn json_line(&self) -> String {
-        serde_json::to_string(self).expect("names and finite numbers are JSON")
     }
 
     /// For the progress of the run.
@@ -82,40 +111,130 @@ impl Row {
     }
 }
 
-fn rounded(value: f64, digits: i32) -> f64 {
+impl Figure {
+    /// Rounded to what any of our units can mean.
+    pub fn new(
+        (work, store, system): (&str, &str, &str),
+        name: impl Into<String>,
+        value: f64,
+        unit: &str,
+    ) -> Self {
+        let (work, store, system) = (work.to_owned(), store.to_owned(), system.to_owned());
+        Self {
+            work,
+            store,
+            system,
+            name: name.into(),
+            value: rounded(value, 4),
+            unit: unit.to_owned(),
+            note: None,
+        }
+    }
+
+    pub fn noted(self, note: impl Into<String>) -> Self {
+        Self { note: Some(note.into()), ..self }
+    }
+
+    pub fn words(&self) -> String {
+        let note = self.note.as_ref().map(|note| format!("  ({note})")).unwrap_or_default();
+        format!("{:<24} {} {}{note}", self.name, short(self.value), self.unit)
+    }
+}
+
+impl Results {
+    /// Reads what [`json_line`] wrote. Lines of the time before there were figures are read too.
+    pub fn parse(text: &str) -> Result<Self, NotAResult> {
+        let mut results = Self::default();
+        results.add(text)?;
+        Ok(results)
+    }
+
+    /// Lines of another run: what was measured again takes the place of what was there.
+    pub fn add(&mut self, text: &str) -> Result<(), NotAResult> {
+        for (i, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+            let wrong = |source| NotAResult { number: i + 1, source };
+            let value: serde_json::Value = serde_json::from_str(line).map_err(wrong)?;
+            if value.get("iops").is_some() {
+                let row: Row = serde_json::from_value(value).map_err(wrong)?;
+                put(&mut self.rows, row, |row| [&row.work, &row.store, &row.system].map(String::clone));
+            } else {
+                let figure: Figure = serde_json::from_value(value).map_err(wrong)?;
+                put(&mut self.figures, figure, |figure| {
+                    [&figure.work, &figure.store, &figure.system, &figure.name].map(String::clone)
+                });
+            }
+        }
+        Ok(())
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty() && self.figures.is_empty()
+    }
+
+    pub fn row(&self, store: &str, system: &str, work: &str) -> Option<&Row> {
+        self.rows.iter().find(|row| row.store == store && row.system == system && row.work == work)
+    }
+
+    pub fn figures_of<'a>(&'a self, work: &'a str) -> impl Iterator<Item = &'a Figure> {
+        self.figures.iter().filter(move |figure| figure.work == work)
+    }
+}
+
+/// In the place of the one with the same key, or at the end.
+fn put<T, K: PartialEq>(all: &mut Vec<T>, one: T, key: impl Fn(&T) -> K) {
+    match all.iter_mut().find(|other| key(other) == key(&one)) {
+        Some(other) => *other = one,
+        None => all.push(one),
+    }
+}
+
+pub fn json_line(result: &impl Serialize) -> String {
+    serde_json::to_string(result).expect("names and finite numbers are JSON")
+}
+
+pub fn rounded(value: f64, digits: i32) -> f64 {
     let scale = 10_f64.powi(digits);
     (value * scale).round() / scale
 }
 
-/// Markdown whose columns are aligned, so that it is a table for a person at a terminal too.
-pub fn table(rows: &[Row]) -> String {
-    let headings = [
-        "store",
-        "work",
-        "system",
-        "IOPS",
-        "MiB/s",
-        "p50 µs",
-        "p99 µs",
-        "p99.9 µs",
-        "CPU µs/IO",
-        "by process",
-        "generator",
-        "others %",
+/// Three digits that matter; whole numbers whole.
+pub fn short(value: f64) -> String {
+    match value.abs() {
+        v if v.fract() == 0.0 => format!("{value}"),
+        v if v >= 100.0 => format!("{value:.0}"),
+        v if v >= 10.0 => format!("{value:.1}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+pub fn table_of_rows<'r>(rows: impl IntoIterator<Item = &'r Row>) -> String {
+    let columns = [
+        ("store", Set::Text),
+        ("work", Set::Text),
+        ("system", Set::Text),
+        ("IOPS", Set::Number),
+        ("MiB/s", Set::Number),
+        ("p50 µs", Set::Number),
+        ("p99 µs", Set::Number),
+        ("p99.9 µs", Set::Number),
+        ("CPU µs/IO", Set::Number),
+        ("by process", Set::Text),
+        ("generator", Set::Number),
+        ("others %", Set::Number),
     ];
     let cells: Vec<Vec<String>> = rows
-        .iter()
+        .into_iter()
         .map(|row| {
             let by_process: Vec<String> = row
-                .parts
-                .processes
+                .by_process
                 .iter()
                 .map(|(name, us)| format!("{} {us:.1}", name.replace("chunkserver-", "cs")))
                 .collect();
             vec![
-                row.store.to_owned(),
-                row.work.to_owned(),
-                row.system.to_owned(),
+                row.store.clone(),
+                row.work.clone(),
+                row.system.clone(),
                 format!("{:.0}", row.iops),
                 format!("{:.1}", row.mib_s),
                 format!("{:.1}", row.p50_us),
@@ -123,113 +242,111 @@ pub fn table(rows: &[Row]) -> String {
                 format!("{:.1}", row.p999_us),
                 format!("{:.1}", row.cpu_us_per_io),
                 by_process.join(", "),
-                format!("{:.1}", row.parts.generator),
-                format!("{:.0}", row.parts.others),
+                format!("{:.1}", row.generator_us_per_io),
+                format!("{:.0}", row.others_percent),
             ]
         })
         .collect();
-    let is_text = |column: usize| column < 3 || column == 9;
-    let widths: Vec<usize> = (0..headings.len())
-        .map(|column| {
-            let lengths = cells.iter().map(|row| row[column].chars().count());
-            lengths.chain([headings[column].chars().count(), 3]).max().unwrap_or(3)
-        })
-        .collect();
-    let mut text = String::new();
-    let mut line = |cells: &[String]| {
-        for (column, cell) in cells.iter().enumerate() {
-            let width = widths[column];
-            let _ = if is_text(column) {
-                write!(text, "| {cell:<width$} ")
-            } else {
-                write!(text, "| {cell:>width$} ")
-            };
-        }
-        text.push_str("|\n");
-    };
-    line(&headings.map(str::to_owned));
-    let rule: Vec<String> = widths
-        .iter()
-        .enumerate()
-        .map(
-            |(column, width)| {
-                if is_text(column) { "-".repeat(*width) } else { format!("{}:", "-".repeat(width - 1)) }
-            },
-        )
-        .collect();
-    line(&rule);
-    for row in &cells {
-        line(row);
-    }
-    text
+    table(&columns, &cells)
 }
 
-/// What issue 3 asks of three chunkservers on tmpfs on a two-core machine: (work, what, bound, whether met).
-pub fn goals(rows: &[Row]) -> Vec<String> {
-    let found = |work: &str| {
-        rows.iter().find(|row| row.system == "evolute" && row.store == "tmpfs" && row.work == work)
-    };
-    let verdict = |met: bool| if met { "met" } else { "NOT met" };
-    let mut goals = Vec::new();
-    if let Some(row) = found("randwrite-4k-qd32") {
-        let met = verdict(row.iops >= 20_000.0);
-        goals.push(format!("4K random write at depth 32: {:.0} IOPS, wanted 20000 or more: {met}", row.iops));
-    }
-    if let Some(row) = found("randwrite-4k-qd1") {
-        let met = verdict(row.p50_us <= 250.0);
-        goals
-            .push(format!("4K random write at depth 1: p50 {:.0} µs, wanted 250 or less: {met}", row.p50_us));
-    }
-    goals
+pub fn table_of_figures<'f>(figures: impl IntoIterator<Item = &'f Figure>) -> String {
+    let columns = [
+        ("store", Set::Text),
+        ("work", Set::Text),
+        ("of", Set::Text),
+        ("value", Set::Number),
+        ("unit", Set::Text),
+        ("note", Set::Text),
+    ];
+    let cells: Vec<Vec<String>> = figures
+        .into_iter()
+        .map(|figure| {
+            vec![
+                figure.store.clone(),
+                figure.work.clone(),
+                figure.name.clone(),
+                short(figure.value),
+                figure.unit.clone(),
+                figure.note.clone().unwrap_or_default(),
+            ]
+        })
+        .collect();
+    table(&columns, &cells)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{Parts, Row, goals, table};
+pub mod tests {
+    use super::{Figure, Results, Row, json_line, short, table_of_figures, table_of_rows};
 
-    fn row() -> Row {
+    pub fn row(store: &str, work: &str) -> Row {
         Row {
-            work: "randwrite-4k-qd32",
-            store: "tmpfs",
-            system: "evolute",
+            work: work.to_owned(),
+            store: store.to_owned(),
+            system: "evolute".to_owned(),
             iops: 25000.5,
             mib_s: 97.66,
             p50_us: 1200.0,
             p99_us: 2400.0,
             p999_us: 4800.0,
             cpu_us_per_io: 60.25,
-            parts: Parts {
-                processes: vec![("backend".into(), 20.0), ("chunkserver-1".into(), 40.25)],
-                generator: 3.0,
-                others: 1.0,
-            },
+            by_process: [("backend".to_owned(), 20.0), ("chunkserver-1".to_owned(), 40.25)].into(),
+            generator_us_per_io: 3.0,
+            others_percent: 1.0,
+            copysets: None,
+            volumes: None,
         }
     }
 
     #[test]
-    fn a_json_line_has_the_fields_others_read() {
-        assert_eq!(
-            row().json_line(),
-            r#"{"work":"randwrite-4k-qd32","store":"tmpfs","system":"evolute","iops":25000.5,"mib_s":97.66,"p50_us":1200.0,"p99_us":2400.0,"p999_us":4800.0,"cpu_us_per_io":60.25}"#
-        );
+    fn a_json_line_begins_with_the_fields_others_read() {
+        let line = json_line(&row("tmpfs", "randwrite-4k-qd32"));
+        let promised = r#"{"work":"randwrite-4k-qd32","store":"tmpfs","system":"evolute","iops":25000.5,"mib_s":97.66,"p50_us":1200.0,"p99_us":2400.0,"p999_us":4800.0,"cpu_us_per_io":60.25,"#;
+        assert!(line.starts_with(promised), "{line}");
     }
 
     #[test]
-    fn a_table_is_markdown() {
-        let text = table(&[row()]);
-        let lines: Vec<&str> = text.lines().collect();
-        assert_eq!(lines.len(), 3);
-        let columns: Vec<usize> = lines.iter().map(|line| line.matches('|').count()).collect();
+    fn what_was_written_is_read_back_and_what_is_no_result_is_named_by_its_line() {
+        let row = Row { volumes: Some(32), ..row("tmpfs", "volumes-32") };
+        let figure = Figure::new(("idle", "tmpfs", "evolute"), "mds", 0.05, "% of a core").noted("12 s");
+        let text = format!("{}\n\n{}\n", json_line(&row), json_line(&figure));
+        let results = Results::parse(&text).expect("ours");
+        assert_eq!(results, Results { rows: vec![row], figures: vec![figure] });
+        let old = r#"{"work":"w","store":"s","system":"y","iops":1.0,"mib_s":1,"p50_us":1,"p99_us":1,"p999_us":1,"cpu_us_per_io":1}"#;
+        assert_eq!(Results::parse(old).expect("of issue 3").rows[0].by_process.len(), 0);
+        for bad in ["no JSON", r#"{"work":"w"}"#, r#"{"iops":"many"}"#] {
+            let refused = Results::parse(&format!("{old}\n{bad}")).expect_err(bad).to_string();
+            assert!(refused.starts_with("line 2: "), "{refused}");
+        }
+    }
+
+    #[test]
+    fn what_is_measured_again_takes_the_place_of_what_was_there() {
+        let of = |row: &Row, value| {
+            let figure = Figure::new(("idle", "tmpfs", "evolute"), "mds", value, "%");
+            format!("{}\n{}", json_line(row), json_line(&figure))
+        };
+        let first = row("tmpfs", "randread-4k-qd1");
+        let again = Row { iops: 1.0, ..first.clone() };
+        let mut results = Results::parse(&of(&first, 1.0)).expect("ours");
+        results.add(&of(&again, 2.0)).expect("ours");
+        results.add(&json_line(&row("disk", "randread-4k-qd1"))).expect("ours");
+        assert_eq!((results.rows.len(), results.rows[0].iops), (2, 1.0));
+        assert_eq!((results.figures.len(), results.figures[0].value), (1, 2.0));
+    }
+
+    #[test]
+    fn tables_are_markdown_with_every_cell() {
+        let text = table_of_rows(&[row("tmpfs", "randwrite-4k-qd32")]);
+        let columns: Vec<usize> = text.lines().map(|line| line.matches('|').count()).collect();
         assert_eq!(columns, [13, 13, 13]);
-        let lengths: Vec<usize> = lines.iter().map(|line| line.chars().count()).collect();
-        assert!(lengths.iter().all(|length| *length == lengths[0]), "{lengths:?}");
-        assert!(lines[2].contains("backend 20.0, cs1 40.2"), "{text}");
+        assert!(text.contains("backend 20.0, cs1 40.2"), "{text}");
+        let text = table_of_figures(&[Figure::new(("idle", "tmpfs", "evolute"), "mds", 0.05, "%")]);
+        assert!(text.contains("| idle | mds | 0.050 | %"), "{text}");
     }
 
     #[test]
-    fn a_goal_that_was_missed_is_called_so() {
-        assert!(goals(&[row()])[0].ends_with(": met"));
-        assert!(goals(&[Row { iops: 19_999.0, ..row() }])[0].ends_with(": NOT met"));
-        assert!(goals(&[]).is_empty());
+    fn a_number_is_shown_by_three_digits() {
+        assert_eq!([12345.6, 25.04, 2.217, 0.0512, 0.0].map(short), ["12346", "25.0", "2.22", "0.051", "0"]);
     }
 }

@@ -18,6 +18,9 @@ use super::cpu::Watched;
 const START_MAX: Duration = Duration::from_secs(90);
 const STOP_MAX: Duration = Duration::from_secs(40);
 const POLL: Duration = Duration::from_millis(20);
+pub const BACKEND: &str = "backend";
+pub const CHUNKSERVER: &str = "chunkserver";
+pub const MDS: &str = "mds";
 
 #[derive(Debug, thiserror::Error)]
 pub enum SystemError {
@@ -36,13 +39,36 @@ fn io_error(doing: impl Into<String>) -> impl FnOnce(io::Error) -> SystemError {
     move |source| SystemError::Io { doing, source }
 }
 
+/// What a cluster of ours is started with.
+#[derive(Debug, Clone)]
+pub struct Wanted {
+    /// Bytes of each volume.
+    pub volumes: Vec<u64>,
+    /// Copysets at least; 0: as few as there are chunkservers for.
+    pub copysets: u32,
+    /// How often a process that dies is started again.
+    pub restarts: u32,
+}
+
+impl Wanted {
+    pub fn volume(bytes: u64) -> Self {
+        Self { volumes: vec![bytes], copysets: 0, restarts: 0 }
+    }
+}
+
 /// A running system. Dropped, it is killed; [`System::stop`] stops it as its operator would.
 #[derive(Debug)]
 pub struct System {
     /// As in the JSON lines: `evolute`, `qsd`.
     pub name: &'static str,
-    pub socket: PathBuf,
+    /// One for each volume.
+    pub sockets: Vec<PathBuf>,
+    /// Of Evolute: `backend` as often as there are volumes, `chunkserver-1` to `-3`, `mds`.
     pub processes: Vec<Watched>,
+    /// Where Evolute's control plane answers.
+    pub mds: String,
+    /// Where the ready files of Evolute's processes are.
+    pub run_dir: PathBuf,
     /// What a reader of its numbers must know.
     pub note: Option<String>,
     child: Child,
@@ -54,17 +80,22 @@ impl System {
         bin_dir: &Path,
         dir: &Path,
         data: &Path,
-        size: u64,
+        wanted: &Wanted,
         stop: &AtomicBool,
     ) -> Result<Self, SystemError> {
         let (ready_file, log) = (dir.join("ready.json"), dir.join("evolute.log"));
         let mut command = Command::new(bin_dir.join("evolute"));
         command.arg("dev").arg("--dir").arg(dir.join("cluster")).arg("--data-on").arg(data);
-        command.args(["--volume", &format!("bench:{size}"), "--mds-port", "0", "--restarts", "0", "--json"]);
+        command.args(["--mds-port", "0", "--restarts", &wanted.restarts.to_string(), "--json"]);
+        if wanted.copysets > 0 {
+            command.args(["--copysets", &wanted.copysets.to_string()]);
+        }
+        for (i, bytes) in wanted.volumes.iter().enumerate() {
+            command.args(["--volume", &format!("bench-{i}:{bytes}")]);
+        }
         command.arg("--ready-file").arg(&ready_file);
         let child = spawn(command, &log, "build the programs first: make build")?;
-        let mut system =
-            Self { name: "evolute", socket: PathBuf::new(), processes: Vec::new(), note: None, child };
+        let mut system = Self::starting("evolute", child);
         system.wait_until(stop, &log, || ready_file.exists())?;
         let text = fs::read(&ready_file).map_err(io_error("reading evolute's ready file"))?;
         let running: Running = serde_json::from_slice(&text).map_err(|e| SystemError::Start {
@@ -72,15 +103,14 @@ impl System {
             what: e.to_string(),
             log: last_lines(&log),
         })?;
-        let volume = running.volumes.into_iter().next().ok_or_else(|| SystemError::Start {
-            name: "evolute",
-            what: "its ready file names no volume".to_owned(),
-            log: last_lines(&log),
-        })?;
         let watched = |p: Process| Watched { name: p.name, pid: p.pid };
-        system.socket = volume.socket;
-        system.processes = vec![Watched { name: "backend".to_owned(), pid: volume.pid }];
+        for volume in running.volumes {
+            system.sockets.push(volume.socket);
+            system.processes.push(Watched { name: BACKEND.to_owned(), pid: volume.pid });
+        }
         system.processes.extend(running.chunkservers.into_iter().map(watched));
+        system.run_dir = dir.join("cluster/run");
+        system.mds = running.mds.address.clone().unwrap_or_default();
         system.processes.push(watched(running.mds));
         Ok(system)
     }
@@ -107,14 +137,12 @@ impl System {
             ));
             let child = spawn(command, &log, "make deps installs it (qemu-system-x86)")?;
             let pid = child.id();
-            let mut system = Self {
-                name: "qsd",
-                socket: socket.clone(),
-                processes: vec![Watched { name: "qsd".to_owned(), pid }],
-                note: ((direct, aio) != modes[0])
-                    .then(|| format!("qsd runs with cache.direct={direct},aio={aio}")),
-                child,
-            };
+            let mut system = Self::starting("qsd", child);
+            system.sockets.push(socket.clone());
+            system.processes.push(Watched { name: "qsd".to_owned(), pid });
+            if (direct, aio) != modes[0] {
+                system.note = Some(format!("qsd runs with cache.direct={direct},aio={aio}"));
+            }
             match system.wait_until(stop, &log, || socket.exists()) {
                 Ok(()) => return Ok(system),
                 Err(SystemError::Interrupted) => return Err(SystemError::Interrupted),
@@ -122,6 +150,23 @@ impl System {
             }
         }
         Err(failure.unwrap_or(SystemError::Interrupted))
+    }
+
+    fn starting(name: &'static str, child: Child) -> Self {
+        Self {
+            name,
+            sockets: Vec::new(),
+            processes: Vec::new(),
+            mds: String::new(),
+            run_dir: PathBuf::new(),
+            note: None,
+            child,
+        }
+    }
+
+    /// The processes of one kind: `backend`, `chunkserver`, `mds`.
+    pub fn of_kind<'s>(&'s self, kind: &'s str) -> impl Iterator<Item = &'s Watched> {
+        self.processes.iter().filter(move |process| process.name.starts_with(kind))
     }
 
     fn wait_until(
@@ -206,6 +251,8 @@ struct Running {
 struct Process {
     name: String,
     pid: u32,
+    #[serde(default)]
+    address: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

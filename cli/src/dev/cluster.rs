@@ -31,6 +31,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(10);
 pub struct Wanted {
     pub programs: Programs,
     pub volumes: Vec<DevVolume>,
+    pub copysets_min: u32,
     pub start_timeout: Duration,
     pub restarts_max: u32,
 }
@@ -139,8 +140,11 @@ impl<P: Fn(&str)> Cluster<P> {
         (self.progress)("starting the control plane");
         let address = loopback(self.kept.mds_port);
         let data = self.data("mds")?;
-        let arguments =
-            arguments(&[("--data-dir", data.clone().into()), ("--listen", address.clone().into())]);
+        let arguments = arguments(&[
+            ("--data-dir", data.clone().into()),
+            ("--listen", address.clone().into()),
+            ("--copysets-min", self.wanted.copysets_min.to_string().into()),
+        ]);
         let spec = self.spec("mds", self.wanted.programs.mds.clone(), arguments, deadline);
         self.run(spec, address, data).await
     }

@@ -33,6 +33,7 @@ pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
     let wanted = Wanted {
         programs,
         volumes: args.volumes.clone(),
+        copysets_min: args.copysets,
         start_timeout: args.start_timeout,
         restarts_max: args.restarts,
     };

@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use evolute_protocol::id::ChunkserverId;
 
+use crate::config::Limits;
 use crate::state::copyset::REPLICAS;
 
 /// A chunkserver that can get replicas.
@@ -26,9 +27,9 @@ pub struct Membership {
 }
 
 /// How many copysets a pool should have: twice as many as chunkservers, so that each leads about two and repair has
-/// several partners; at least as many as a volume is wide; at most `bound`.
-pub fn wanted(chunkservers: usize, width: usize, bound: usize) -> usize {
-    width.max(2 * chunkservers).min(bound)
+/// several partners; at least as many as a volume is wide; within what the operator allows.
+pub fn wanted(chunkservers: usize, limits: &Limits) -> usize {
+    limits.volume_width.max(2 * chunkservers).max(limits.copysets_min).min(limits.copysets_max)
 }
 
 /// Makes `count` more copysets of `hosts`, beside those that exist. None when there are fewer than three zones.
@@ -158,6 +159,7 @@ fn per_capacity(count: u64, capacity_bytes: u64) -> u128 {
 #[cfg(test)]
 mod tests {
     use super::{Host, Membership, make, wanted};
+    use crate::config::Limits;
     use evolute_protocol::geometry::TIB;
     use evolute_protocol::id::ChunkserverId;
     use proptest::prelude::{ProptestConfig, Strategy, prop_assert, prop_assert_eq, proptest};
@@ -196,7 +198,7 @@ mod tests {
     #[test]
     fn three_chunkservers_share_six_copysets_evenly() {
         let hosts = hosts(&[1, 1, 1], |_| TIB);
-        let made = make(&hosts, &[], wanted(3, 6, 1024));
+        let made = make(&hosts, &[], wanted(3, &Limits::default()));
         assert_eq!(made.len(), 6);
         assert_eq!(count(&made, member, &hosts), [6, 6, 6]);
         assert_eq!(count(&made, leader, &hosts), [2, 2, 2]);
@@ -209,8 +211,11 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_grows_with_its_chunkservers_up_to_a_bound() {
-        assert_eq!([3, 4, 100].map(|n| wanted(n, 6, 128)), [6, 8, 128]);
+    fn the_pool_grows_with_its_chunkservers_between_its_bounds() {
+        let limits = Limits { copysets_max: 128, ..Limits::default() };
+        assert_eq!([3, 4, 100].map(|n| wanted(n, &limits)), [6, 8, 128]);
+        let limits = Limits { copysets_min: 20, ..limits };
+        assert_eq!([3, 4, 100].map(|n| wanted(n, &limits)), [20, 20, 128]);
     }
 
     #[test]
@@ -218,7 +223,7 @@ mod tests {
         let old = hosts(&[1, 1, 1], |_| TIB);
         let before = make(&old, &[], 6);
         let grown = hosts(&[1, 1, 1, 1], |_| TIB);
-        let added = make(&grown, &before, wanted(4, 6, 1024) - 6);
+        let added = make(&grown, &before, wanted(4, &Limits::default()) - 6);
         assert_eq!(added.len(), 2);
         assert!(added.iter().all(|m| member(m, ChunkserverId(4)) && leader(m, ChunkserverId(4))));
     }

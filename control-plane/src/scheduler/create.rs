@@ -30,8 +30,7 @@ pub fn plan(state: &State, reports: &Reports, limits: &Limits, now: Instant) -> 
     let in_pool = || state.copysets().values().filter(|copyset| copyset.pool == pool);
     let used = in_pool().flat_map(|copyset| copyset.replicas.iter().map(|replica| replica.chunkserver));
     let chunkservers: BTreeSet<_> = used.chain(hosts.iter().map(|host| host.id)).collect();
-    let missing = wanted(chunkservers.len(), limits.volume_width, limits.copysets_max)
-        .checked_sub(in_pool().count())?;
+    let missing = wanted(chunkservers.len(), limits).checked_sub(in_pool().count())?;
     let existing: Vec<Membership> = in_pool()
         .filter(|copyset| copyset.replicas.len() == REPLICAS)
         .filter_map(|copyset| {

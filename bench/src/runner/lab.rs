@@ -1,0 +1,218 @@
+//! What every measurement needs: a place, a system in it that serves a filled volume, and a load on it.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::BenchError;
+use super::cpu::{Watch, of_process};
+use super::machine::{Store, volume_bytes};
+use super::results::Row;
+use super::system::{System, Wanted};
+use super::works::{Pace, Work, next_to_nothing, prefill};
+use crate::front_end::report::Report;
+use crate::front_end::{self, Observer, options};
+
+/// What holds for all measurements of a run.
+#[derive(Debug)]
+pub struct Lab<'r> {
+    pub bin_dir: PathBuf,
+    pub stop: &'r AtomicBool,
+    pub pace: Pace,
+    pub quick: bool,
+    /// Bytes of the volume, where the caller wants others than we would take.
+    pub size: Option<u64>,
+    /// What a chunkserver holds when it is restarted.
+    pub restart_bytes: u64,
+}
+
+/// Directories of one cluster or of a pair of systems: sockets and logs under a short path, data where the store is.
+/// Both go with it.
+#[derive(Debug)]
+pub struct Place {
+    pub store: Store,
+    pub dir: TempDir,
+    pub data: TempDir,
+}
+
+/// An Evolute cluster of one measurement. The system ends before its directories go.
+#[derive(Debug)]
+pub struct Cluster {
+    pub system: System,
+    pub place: Place,
+    pub sizes: Vec<u64>,
+}
+
+impl Place {
+    pub fn new(store: Store, base: &Path) -> Result<Self, BenchError> {
+        let made = |base: &Path| {
+            let guard = tempfile::Builder::new().prefix("evolute-bench-").tempdir_in(base);
+            guard.map_err(|source| BenchError::Io {
+                doing: format!("making a directory under {}", base.display()),
+                source,
+            })
+        };
+        Ok(Self { store, dir: made(&std::env::temp_dir())?, data: made(base)? })
+    }
+}
+
+impl Lab<'_> {
+    /// Bytes of a volume that stands for a large one.
+    pub fn volume_bytes(&self, store: Store, base: &Path) -> Result<u64, String> {
+        match self.size {
+            Some(size) => Ok(size),
+            None => volume_bytes(store, base),
+        }
+    }
+
+    /// Bytes of all volumes together where only their number or their copysets matter.
+    pub fn small_bytes(&self) -> u64 {
+        const SMALL: u64 = 1 << 30;
+        const QUICK: u64 = 256 << 20;
+        self.size.unwrap_or(if self.quick { QUICK } else { SMALL })
+    }
+
+    pub fn cluster(&self, store: Store, wanted: &Wanted) -> Result<Cluster, BenchError> {
+        let base = store.base().map_err(BenchError::NoStore)?;
+        let place = Place::new(store, &base)?;
+        let data = place.data.path().join("evolute");
+        let system = System::evolute(&self.bin_dir, place.dir.path(), &data, wanted, self.stop)?;
+        Ok(Cluster { system, place, sizes: wanted.volumes.clone() })
+    }
+
+    /// Sleeps, unless the run is stopped.
+    pub fn wait(&self, time: Duration) -> Result<(), BenchError> {
+        const NAP: Duration = Duration::from_millis(50);
+        let until = Instant::now() + time;
+        loop {
+            self.go_on()?;
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(());
+            }
+            sleep(left.min(NAP));
+        }
+    }
+
+    pub fn go_on(&self) -> Result<(), BenchError> {
+        if self.stop.load(Ordering::Relaxed) { Err(BenchError::Interrupted) } else { Ok(()) }
+    }
+}
+
+impl Cluster {
+    pub fn fill(&self, lab: &Lab<'_>) -> Result<(), BenchError> {
+        fill(&self.system, self.place.store, &self.sizes, lab.stop)
+    }
+
+    /// The same load on every volume; the row is of all together.
+    pub fn load(&self, lab: &Lab<'_>, name: &str, work: Work) -> Result<Row, BenchError> {
+        let mut watch = Watch::new(&self.system.processes);
+        let report = self.run(lab, work, lab.pace, &mut watch)?;
+        let names = (name, self.place.store.name(), self.system.name);
+        Ok(Row::new(names, &report, &self.system.processes, &watch))
+    }
+
+    /// A load that somebody else watches.
+    pub fn run(
+        &self,
+        lab: &Lab<'_>,
+        work: Work,
+        pace: Pace,
+        observer: &mut impl Observer,
+    ) -> Result<Report, BenchError> {
+        let devices = self.devices(|socket, size| work.options(socket, size, pace));
+        let report = front_end::run_together(&devices, observer, lab.stop)
+            .map_err(front_end_error(&self.system, self.place.store))?;
+        lab.go_on()?;
+        match failure(&report) {
+            None => Ok(report),
+            Some(why) => Err(BenchError::Load { work: work.name, why }),
+        }
+    }
+
+    /// Per cent of a core that each process uses in `window` while a driver is there that asks nothing, `settle` after
+    /// it came.
+    pub fn idle(
+        &self,
+        lab: &Lab<'_>,
+        settle: Duration,
+        window: Duration,
+    ) -> Result<Vec<(String, f64)>, BenchError> {
+        let mut rest = Rest { cluster: self, lab, settle, window, used: None };
+        let devices = self.devices(next_to_nothing);
+        front_end::run_together(&devices, &mut rest, lab.stop)
+            .map_err(front_end_error(&self.system, self.place.store))?;
+        let used = rest.used.unwrap_or(Err(BenchError::Interrupted))?;
+        let share = |time: Duration| time.as_secs_f64() / window.as_secs_f64() * 100.0;
+        let names = self.system.processes.iter().map(|process| process.name.clone());
+        Ok(names.zip(used.into_iter().map(share)).collect())
+    }
+
+    /// Ends it as its operator would. False: it did not end cleanly.
+    pub fn stop(self) -> bool {
+        self.system.stop()
+    }
+
+    fn devices(&self, options: impl Fn(&Path, u64) -> options::Options) -> Vec<options::Options> {
+        self.system.sockets.iter().zip(&self.sizes).map(|(socket, size)| options(socket, *size)).collect()
+    }
+
+    fn used(&self) -> Vec<Duration> {
+        self.system.processes.iter().map(|process| of_process(process.pid)).collect()
+    }
+}
+
+/// Watches a device that is connected and has nothing to do.
+struct Rest<'l> {
+    cluster: &'l Cluster,
+    lab: &'l Lab<'l>,
+    settle: Duration,
+    window: Duration,
+    used: Option<Result<Vec<Duration>, BenchError>>,
+}
+
+impl Rest<'_> {
+    fn look(&self) -> Result<Vec<Duration>, BenchError> {
+        self.lab.wait(self.settle)?;
+        let before = self.cluster.used();
+        self.lab.wait(self.window)?;
+        Ok(self.cluster.used().iter().zip(before).map(|(now, before)| now.saturating_sub(before)).collect())
+    }
+}
+
+impl Observer for Rest<'_> {
+    fn connected(&mut self) {
+        self.used = Some(self.look());
+    }
+}
+
+/// Every volume written once, and flushed.
+pub fn fill(system: &System, store: Store, sizes: &[u64], stop: &AtomicBool) -> Result<(), BenchError> {
+    let devices: Vec<_> =
+        system.sockets.iter().zip(sizes).map(|(socket, size)| prefill(socket, *size)).collect();
+    let report = front_end::run_together(&devices, &mut (), stop).map_err(front_end_error(system, store))?;
+    if stop.load(Ordering::Relaxed) {
+        return Err(BenchError::Interrupted);
+    }
+    match failure(&report) {
+        None => Ok(()),
+        Some(why) => Err(BenchError::Prefill { system: system.name, store: store.name(), why }),
+    }
+}
+
+/// Why a run that came to its end is worth nothing.
+pub fn failure(report: &Report) -> Option<String> {
+    let failed = report.exit_status() != 0;
+    failed.then(|| report.first_error.clone().unwrap_or_else(|| "it stalled".to_owned()))
+}
+
+fn front_end_error(
+    system: &System,
+    store: Store,
+) -> impl FnOnce(front_end::FrontEndError) -> BenchError + use<> {
+    let (system, store) = (system.name, store.name());
+    move |source| BenchError::FrontEnd { system, store, source }
+}

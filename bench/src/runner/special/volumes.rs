@@ -1,0 +1,70 @@
+//! The same load on one volume or spread over many: total depth and total bytes stay the same.
+
+use super::{KIB, MEMORY, figure, stop};
+use crate::runner::BenchError;
+use crate::runner::lab::{Cluster, Lab};
+use crate::runner::machine::Store;
+use crate::runner::process::memory;
+use crate::runner::record::Record;
+use crate::runner::results::Row;
+use crate::runner::system::{BACKEND, CHUNKSERVER, MDS, Wanted};
+use crate::runner::works::randwrite;
+
+const DEPTH: usize = 128;
+const MANY: u32 = 32;
+const MIB: u64 = 1 << 20;
+
+/// Each number of volumes on a cluster of its own: volumes that are there and idle would have their share.
+pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
+    let counts: &[u32] = if lab.quick { &[1, MANY] } else { &[1, 2, 4, 8, 16, MANY] };
+    let mut one = None;
+    for &count in counts {
+        let bytes = (lab.small_bytes() / u64::from(count) / MIB).max(1) * MIB;
+        let wanted = Wanted { volumes: vec![bytes; count as usize], ..Wanted::volume(0) };
+        let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
+        let before = Used::of(&cluster)?;
+        cluster.fill(lab)?;
+        let work = randwrite(DEPTH / count as usize);
+        let row = cluster.load(lab, &format!("volumes-{count}"), work)?;
+        record.row(Row { volumes: Some(count), ..row })?;
+        match one {
+            None => one = Some(before),
+            Some(one) if count == MANY => tell(&cluster, one, before, record)?,
+            Some(_) => {}
+        }
+        stop(cluster, "volumes", record);
+    }
+    Ok(())
+}
+
+/// Resident bytes of each kind of process together, before anything is written.
+#[derive(Debug, Clone, Copy)]
+struct Used {
+    backends: u64,
+    chunkservers: u64,
+    mds: u64,
+}
+
+impl Used {
+    fn of(cluster: &Cluster) -> Result<Self, BenchError> {
+        let sum = |kind| -> Result<u64, BenchError> {
+            cluster.system.of_kind(kind).map(|process| Ok(memory(process.pid)?.now)).sum()
+        };
+        Ok(Self { backends: sum(BACKEND)?, chunkservers: sum(CHUNKSERVER)?, mds: sum(MDS)? })
+    }
+}
+
+fn tell(cluster: &Cluster, one: Used, many: Used, record: &mut Record) -> Result<(), BenchError> {
+    let grown = |of: fn(Used) -> u64| (of(many) as f64 - of(one) as f64) / f64::from(MANY - 1) / KIB;
+    for (name, kib) in [
+        ("volume: its backend, a process", many.backends as f64 / f64::from(MANY) / KIB),
+        ("volume: three chunkservers", grown(|used| used.chunkservers)),
+        ("volume: mds", grown(|used| used.mds)),
+    ] {
+        record.figure(figure(cluster, MEMORY, name, kib, "KiB").noted("attached, nothing written"))?;
+    }
+    let busiest = cluster.system.of_kind(BACKEND).map(|process| Ok(memory(process.pid)?.now));
+    let busiest = busiest.collect::<Result<Vec<u64>, BenchError>>()?.into_iter().max().unwrap_or(0);
+    let after = figure(cluster, MEMORY, "volume: its backend after the load", busiest as f64 / KIB, "KiB");
+    record.figure(after.noted("the largest of 32, each at depth 4"))
+}
