@@ -22,6 +22,9 @@ COMMIT = --commit '$(shell git describe --always --dirty 2>/dev/null || echo unk
 # Named, because make runs lines that name MAKE itself even under `make -n`.
 SUBMAKE = $(MAKE) --no-print-directory
 BINARIES := cargo build --release --workspace --bins
+# The programs as they are installed and measured (docs/decisions/0006).
+DIST := cargo build --profile dist --workspace $(foreach p,evolute evolute-chunkserver evolute-mds evolute-vhost,--bin $(p))
+BENCH := cargo build --release --workspace --bin evolute-bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test verify fix bench bench-report bench-profile torture torture-short guest-tests images deps build mutants
@@ -39,14 +42,14 @@ help:
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
 	@echo 'make deps         installs missing Debian packages (says which and why; needs root or sudo)'
-	@echo 'make build        the programs, into $(CARGO_TARGET_DIR)/release'
+	@echo 'make build        the programs as they are installed, into $(CARGO_TARGET_DIR)/dist'
 
 deps:
 	@.ci/deps
 
 # The dependencies first: without RocksDB's header the build fails in bindgen, in words that name no package.
 build: deps
-	@$(BINARIES)
+	@$(DIST)
 
 images: deps
 	@$(SUBMAKE) -C images
@@ -99,17 +102,19 @@ guest-tests:
 	@$(STEP) 'guest tests' .ci/cargo-test -p evolute-guest-tests $(TEST) -- --test-threads=1
 
 bench: deps
-	@$(STEP) 'programs' $(BINARIES)
-	@$(CARGO_TARGET_DIR)/release/evolute-bench $(if $(QUICK),--quick) $(COMMIT) $(if $(OUT),--out $(OUT))
+	@$(STEP) 'programs' $(DIST)
+	@$(STEP) 'load generator' $(BENCH)
+	@$(CARGO_TARGET_DIR)/release/evolute-bench --bin-dir $(CARGO_TARGET_DIR)/dist $(if $(QUICK),--quick) $(COMMIT) $(if $(OUT),--out $(OUT))
 
 bench-report:
 	@if [ -z '$(RESULTS)' ]; then echo 'make bench-report: say RESULTS=FILE, what make bench wrote with OUT=FILE' >&2; exit 2; fi
-	@$(STEP) 'programs' $(BINARIES)
+	@$(STEP) 'load generator' $(BENCH)
 	@$(CARGO_TARGET_DIR)/release/evolute-bench report $(RESULTS)
 
 bench-profile: deps
-	@$(STEP) 'programs' $(BINARIES)
-	@$(CARGO_TARGET_DIR)/release/evolute-bench profile $(WORKS:%=--work %) $(if $(OUT),--out $(OUT))
+	@$(STEP) 'programs' $(DIST)
+	@$(STEP) 'load generator' $(BENCH)
+	@$(CARGO_TARGET_DIR)/release/evolute-bench profile --bin-dir $(CARGO_TARGET_DIR)/dist $(WORKS:%=--work %) $(if $(OUT),--out $(OUT))
 
 mutants:
 	@.ci/mutants $(M)

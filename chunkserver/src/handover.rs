@@ -106,11 +106,12 @@ fn target(status: &GroupStatus, others: &Others, mine: Trouble, last: Option<Rep
         let theirs = trouble(member);
         !theirs.full && (mine.full || !theirs.slow)
     };
-    // One that lacks much would stop the copyset until it has it.
+    // One that lacks much would stop the copyset until it has it, and one that is silent until an election.
     let needed = status.last.unwrap_or(0).saturating_sub(CAUGHT_UP);
-    let caught_up =
-        |member: &&evolute_raft::MemberStatus| member.matched.is_some_and(|matched| matched >= needed);
-    let best = status.other_voters().filter(better).filter(caught_up).max_by_key(|member| {
+    let can_now = |member: &&evolute_raft::MemberStatus| {
+        member.heard && member.matched.is_some_and(|matched| matched >= needed)
+    };
+    let best = status.other_voters().filter(better).filter(can_now).max_by_key(|member| {
         let replica = member.member.replica;
         (!trouble(member).slow, last != Some(replica), member.matched, Reverse(replica))
     });
@@ -137,7 +138,7 @@ mod tests {
     const LAST: u64 = 1000;
 
     /// Replica n lives on chunkserver n and leads when n is 1; `matched` are those of 2 and 3, and 4 has no vote.
-    fn status(matched: [Option<u64>; 2]) -> GroupStatus {
+    fn status(matched: [Option<u64>; 2], silent: &[u64]) -> GroupStatus {
         let member = |n: u64| Member { replica: ReplicaId(n), process: ProcessId(n) };
         let members =
             [(1, true, Some(LAST)), (2, true, matched[0]), (3, true, matched[1]), (4, false, Some(LAST))];
@@ -153,7 +154,12 @@ mod tests {
             checkpointed: None,
             purged: None,
             members: members
-                .map(|(n, voter, matched)| MemberStatus { member: member(n), voter, matched })
+                .map(|(n, voter, matched)| MemberStatus {
+                    member: member(n),
+                    voter,
+                    matched,
+                    heard: !silent.contains(&n),
+                })
                 .to_vec(),
         }
     }
@@ -189,9 +195,20 @@ mod tests {
             (FULL, vec![], [None, Some(LAST - CAUGHT_UP - 1)], None, Target::NotYet),
             (FULL, vec![(2, FULL)], [Some(LAST), None], None, Target::NotYet),
         ] {
-            let found = target(&status(matched), &others(&told), mine, last.map(ReplicaId));
+            let found = target(&status(matched, &[]), &others(&told), mine, last.map(ReplicaId));
             assert_eq!(found, wanted, "{mine:?}, told {told:?}, matched {matched:?}, last tried {last:?}");
         }
+    }
+
+    /// Or nobody would lead until an election, and the next try would be the same.
+    #[test]
+    fn a_leader_does_not_go_to_one_that_is_silent_but_rather_to_a_slow_one() {
+        let target = |told: &[(u32, Trouble)], silent: &[u64]| {
+            target(&status([Some(LAST), Some(LAST)], silent), &others(told), FULL, None)
+        };
+        assert_eq!(target(&[(3, SLOW)], &[2]), to(3));
+        assert_eq!(target(&[(2, SLOW), (3, FULL)], &[2]), Target::NotYet);
+        assert_eq!(target(&[], &[2, 3]), Target::NotYet);
     }
 
     #[test]

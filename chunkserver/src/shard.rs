@@ -210,6 +210,7 @@ async fn run(
     changed: Arc<Notify>,
     ready: oneshot::Sender<()>,
 ) -> Result<(), ShardError> {
+    evolute_daemon::short_turns();
     let ShardOptions {
         data_dir,
         identity,

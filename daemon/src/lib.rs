@@ -5,6 +5,8 @@
 //!
 //! It does not know what any of the programs is for.
 
+mod turns;
+
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -14,6 +16,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
+
+pub use turns::{background, short_turns};
 
 /// Sets up what every program has: traces to stderr (`EVOLUTE_LOG` filters them, default `info`), as many open files
 /// as the system allows, and the end of the process when any thread of it panics.

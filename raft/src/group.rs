@@ -121,6 +121,8 @@ pub struct MemberStatus {
     pub voter: bool,
     /// Its log agrees with the leader's up to here. Known on the leader alone.
     pub matched: Option<u64>,
+    /// It answered the leader lately. Known on the leader alone, of the others.
+    pub heard: bool,
 }
 
 /// Where a replica stands, as of openraft's last turn.
@@ -144,9 +146,10 @@ pub struct GroupStatus {
 }
 
 impl GroupStatus {
-    /// The other voter whose log is furthest, as far as this replica knows: who should lead when it gives up leading.
+    /// The other voter whose log is furthest, as far as this replica knows, of those that were heard lately if there are
+    /// some: who should lead when it gives up leading.
     pub fn furthest_other(&self) -> Option<&MemberStatus> {
-        self.other_voters().max_by_key(|member| member.matched)
+        self.other_voters().max_by_key(|member| (member.heard, member.matched))
     }
 
     pub fn other_voters(&self) -> impl Iterator<Item = &MemberStatus> {
@@ -307,11 +310,13 @@ impl Group {
                 }
                 None => None,
             };
+            let answered = metrics.heartbeat.as_ref().and_then(|times| *times.get(&replica)?);
+            let heard = answered.is_some_and(|at| Instant::elapsed(&*at) <= state.lately);
             let member = member(replica, host);
             if metrics.current_leader == Some(replica) && !state.leader_is_lost() {
                 status.leader = Some(member);
             }
-            status.members.push(MemberStatus { member, voter: voters.contains(&replica), matched });
+            status.members.push(MemberStatus { member, voter: voters.contains(&replica), matched, heard });
         }
         status
     }
@@ -411,16 +416,13 @@ impl Group {
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), ChangeError> {
         let raft = self.raft()?;
         let status = self.leads()?;
-        if !status.members.iter().any(|member| member.voter && member.member.replica == to) {
-            return Err(ChangeError::NotAMember(to));
-        }
+        let member = status.members.iter().find(|member| member.voter && member.member.replica == to);
+        let Some(member) = member else { return Err(ChangeError::NotAMember(to)) };
         if to == self.0.me.replica {
             return Ok(());
         }
         // A leader that asks stops leading before it knows whether it was heard.
-        let heard =
-            raft.metrics().borrow_watched().heartbeat.as_ref().and_then(|heard| heard.get(&to.0)?.clone());
-        if heard.is_none_or(|at| Instant::elapsed(&*at) > self.0.lately) {
+        if !member.heard {
             return Err(ChangeError::Silent(to));
         }
         raft.trigger().transfer_leader(to.0).await.map_err(|_| ChangeError::Stopped)?;

@@ -13,6 +13,7 @@ use crate::intake::Intake;
 use crate::log::{Log, LogError};
 use crate::machine::{Machine, StateMachine, decode_membership};
 use crate::peer::{Network, Peers, Rate};
+use crate::runtime::GRID;
 use crate::state::{Bounds, State};
 use crate::types::{Raft, SnapshotMeta, log_id};
 use crate::{GroupId, Member, Position, ReplicaId};
@@ -63,8 +64,9 @@ impl Timing {
     /// own two bounds; ours bound the sum.
     fn config(self) -> Result<Config, StartError> {
         let lease = self.election_ms_max / 2;
-        // The inequality that `heartbeat_min_interval` asks for.
-        let two_heartbeats = 2 * self.heartbeat_ms + self.heartbeat_ms / 4;
+        // The inequality that `heartbeat_min_interval` asks for; ticks are late by what they wait for each other.
+        let late = u64::try_from(GRID.as_millis()).unwrap_or(u64::MAX);
+        let two_heartbeats = 2 * self.heartbeat_ms + self.heartbeat_ms / 4 + late;
         let config = Config {
             cluster_name: "evolute".to_owned(),
             heartbeat_interval: self.heartbeat_ms,

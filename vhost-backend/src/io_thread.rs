@@ -193,7 +193,10 @@ impl IoThread {
                 let _ = reply.send(self.set_kick(index, kick));
             }
             Command::Call { index, call } => self.queues.set_call(index, call),
-            Command::Enable { index, enabled } => self.queues.enable(index, enabled),
+            Command::Enable { index, enabled, reply } => {
+                self.queues.enable(index, enabled);
+                let _ = reply.send(());
+            }
             Command::Memory { memory, reply } => {
                 self.queues.set_memory(&memory);
                 let _ = reply.send(());

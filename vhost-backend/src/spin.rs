@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 /// With more requests out than these, something is to be done nearly always, and who looks only takes the core from
 /// those it waits for.
-const OUT_MAX: usize = 4;
+const OUT_MAX: usize = 2;
 /// Others that run for longer than this are busy: the thread of a chunkserver that has one request needs less.
 const CROWDED: Duration = Duration::from_micros(150);
 /// For how long nobody looks after that: twice as long each time, half as long for each look that found something.

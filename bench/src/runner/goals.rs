@@ -31,6 +31,8 @@ struct Goal {
     peer: &'static str,
     bounds: Option<Bounds>,
     source: Source,
+    /// What qemu-storage-daemon came to at the same load on the machine of the peers' numbers.
+    yardstick: Option<f64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +56,9 @@ pub struct Judged {
     goal: &'static Goal,
     /// None: this run did not measure it.
     pub measured: Option<(f64, Reached)>,
+    /// What that would be on the machine of the bounds, as far as the yardstick tells: a machine on which
+    /// qemu-storage-daemon takes twice as long is half as fast. None: it was not measured, or says nothing about this.
+    pub scaled: Option<(f64, Reached)>,
 }
 
 const TMPFS: &str = "tmpfs";
@@ -64,7 +69,13 @@ const fn goal(
     bounds: Option<Bounds>,
     source: Source,
 ) -> Goal {
-    Goal { what, unit, peer, bounds, source }
+    Goal { what, unit, peer, bounds, source, yardstick: None }
+}
+
+impl Goal {
+    const fn beside(self, yardstick: f64) -> Self {
+        Self { yardstick: Some(yardstick), ..self }
+    }
 }
 
 const fn at_most(step_1: f64, goal: f64) -> Option<Bounds> {
@@ -106,57 +117,68 @@ const GOALS: [Goal; 20] = [
         ("4K randwrite QD1 p50, tmpfs", "µs", "169"),
         at_most(110.0, 70.0),
         Source::Load(TMPFS, "randwrite-4k-qd1", p50),
-    ),
+    )
+    .beside(22.0),
     goal(
         ("4K randwrite QD32, tmpfs: CPU of all processes", "µs/IO", "127"),
         at_most(45.0, 25.0),
         Source::Load(TMPFS, "randwrite-4k-qd32", cpu),
-    ),
+    )
+    .beside(4.9),
     goal(
         ("4K randwrite QD32, tmpfs", "IOPS", "11.3k"),
         at_least(40_000.0, 75_000.0),
         Source::Load(TMPFS, "randwrite-4k-qd32", iops),
-    ),
+    )
+    .beside(169_200.0),
     goal(
         ("4K randwrite QD128, tmpfs", "IOPS", "16.9k"),
         at_least(50_000.0, 90_000.0),
         Source::Load(TMPFS, "randwrite-4k-qd128", iops),
-    ),
+    )
+    .beside(192_300.0),
     goal(
         ("4K randread QD1 p50, tmpfs", "µs", "50"),
         at_most(45.0, 38.0),
         Source::Load(TMPFS, "randread-4k-qd1", p50),
-    ),
+    )
+    .beside(23.3),
     goal(
         ("4K randread QD32, tmpfs: CPU of all processes", "µs/IO", "36.7"),
         at_most(18.0, 12.0),
         Source::Load(TMPFS, "randread-4k-qd32", cpu),
-    ),
+    )
+    .beside(4.6),
     goal(
         ("4K 70/30 QD32, tmpfs", "IOPS", "17.7k"),
         at_least(45_000.0, 90_000.0),
         Source::Load(TMPFS, "randrw70-4k-qd32", iops),
-    ),
+    )
+    .beside(175_700.0),
     goal(
         ("128K write QD16, tmpfs", "MiB/s", "268"),
         at_least(500.0, 800.0),
         Source::Load(TMPFS, "write-128k-qd16", mib_s),
-    ),
+    )
+    .beside(3_987.0),
     goal(
         ("128K read QD16, tmpfs", "MiB/s", "1018"),
         at_least(1500.0, 2500.0),
         Source::Load(TMPFS, "read-128k-qd16", mib_s),
-    ),
+    )
+    .beside(3_785.0),
     goal(
         ("4K randwrite QD1, disk: time per op", "µs", "690"),
         at_most(330.0, 280.0),
         Source::Load(DISK, "randwrite-4k-qd1", us_per_op),
-    ),
+    )
+    .beside(109.5),
     goal(
         ("4K randwrite QD32, disk", "IOPS", "1.75k"),
         at_least(8_000.0, 15_000.0),
         Source::Load(DISK, "randwrite-4k-qd32", iops),
-    ),
+    )
+    .beside(28_200.0),
     goal(
         ("4K randwrite QD32, tmpfs: p99 / p50", "", "2.7"),
         at_most(3.0, 2.0),
@@ -196,12 +218,14 @@ const GOALS: [Goal; 20] = [
         ("4K randwrite QD1, tmpfs: CPU of all processes", "µs/IO", "211"),
         None,
         Source::Load(TMPFS, "randwrite-4k-qd1", cpu),
-    ),
+    )
+    .beside(18.8),
     goal(
         ("4K randread QD1, tmpfs: CPU of all processes", "µs/IO", "73.9"),
         None,
         Source::Load(TMPFS, "randread-4k-qd1", cpu),
-    ),
+    )
+    .beside(19.4),
 ];
 
 impl Bound {
@@ -221,6 +245,14 @@ impl Bound {
 }
 
 impl Source {
+    /// What the yardstick came to at the same load.
+    fn yardstick(self, results: &Results) -> Option<f64> {
+        match self {
+            Self::Load(store, work, of) => results.row(store, "qsd", work).map(of),
+            Self::Ratio(..) | Self::Worst(_) => None,
+        }
+    }
+
     fn value(self, results: &Results) -> Option<f64> {
         let load = |store, work| results.row(store, "evolute", work);
         match self {
@@ -262,8 +294,13 @@ impl Reached {
 
 /// Every goal, in the order, whether this run measured it or not.
 pub fn judge(results: &Results) -> Vec<Judged> {
-    let measured = |goal: &Goal| goal.source.value(results).map(|value| (value, goal.reached(value)));
-    GOALS.iter().map(|goal| Judged { goal, measured: measured(goal) }).collect()
+    let judged = |goal: &Goal, value| (value, goal.reached(value));
+    let judge = |goal: &'static Goal| {
+        let value = goal.source.value(results);
+        let scaled = || Some(value? * goal.yardstick? / goal.source.yardstick(results)?);
+        Judged { goal, measured: value.map(|v| judged(goal, v)), scaled: scaled().map(|v| judged(goal, v)) }
+    };
+    GOALS.iter().map(judge).collect()
 }
 
 pub fn table_of_goals(judged: &[Judged]) -> String {
@@ -275,10 +312,12 @@ pub fn table_of_goals(judged: &[Judged]) -> String {
         ("goal", Set::Number),
         ("measured", Set::Number),
         ("reached", Set::Text),
+        ("by the yardstick", Set::Number),
+        ("reached by it", Set::Text),
     ];
     let cells: Vec<Vec<String>> = judged
         .iter()
-        .map(|Judged { goal, measured }| {
+        .map(|Judged { goal, measured, scaled }| {
             vec![
                 goal.what.to_owned(),
                 goal.unit.to_owned(),
@@ -287,6 +326,8 @@ pub fn table_of_goals(judged: &[Judged]) -> String {
                 goal.bound(|bounds| bounds.goal),
                 measured.map_or(NONE.to_owned(), |(value, _)| short(value)),
                 measured.map_or("not measured", |(_, reached)| reached.words()).to_owned(),
+                scaled.map_or(NONE.to_owned(), |(value, _)| short(value)),
+                scaled.map_or(NONE, |(_, reached)| reached.words()).to_owned(),
             ]
         })
         .collect();
@@ -346,6 +387,16 @@ mod tests {
             [Some(Reached::Goal), Some(Reached::Step1), Some(Reached::Nothing)]
         );
         assert_eq!(reached(&Results::default(), "4K randwrite QD128"), None);
+    }
+
+    #[test]
+    fn a_slow_machine_is_told_by_the_yardstick() {
+        let ours = Row { p50_us: 200.0, ..row("tmpfs", "randwrite-4k-qd1") };
+        let qsd = Row { p50_us: 44.0, system: "qsd".into(), ..row("tmpfs", "randwrite-4k-qd1") };
+        let results = Results { rows: vec![ours, qsd], ..Results::default() };
+        let judged = judge(&results).into_iter().next().expect("the first goal");
+        assert_eq!(judged.measured, Some((200.0, Reached::Nothing)));
+        assert_eq!(judged.scaled, Some((100.0, Reached::Step1)));
     }
 
     #[test]

@@ -92,6 +92,7 @@ impl CheckpointThread {
     pub fn start(mut drainer: Drainer) -> Result<Self, StoreError> {
         let (jobs, queue) = mpsc::channel();
         let run = move || {
+            evolute_daemon::background();
             for job in queue {
                 match job {
                     Job::Drain { frozen, outcome } => {

@@ -118,6 +118,7 @@ mod tests {
                 member: member(*n),
                 voter: *voter,
                 matched: Some(*matched),
+                heard: true,
             })
             .collect();
         GroupStatus {

@@ -537,14 +537,15 @@ impl Core {
 
     /// Spare files beyond those worth keeping, to be removed.
     pub fn surplus(&mut self, now: Instant) -> Vec<Arc<LogFile>> {
-        let mut unneeded = self.spares.len().saturating_sub(SPARES_MAX);
+        let mut kept = self.spares.len().min(SPARES_MAX);
         let (fewest, since) = self.fewest_spares;
         if now.saturating_duration_since(since) >= SPARES_WATCHED {
-            unneeded = unneeded.max(fewest.saturating_sub(SPARES_MIN));
-            self.fewest_spares = (self.spares.len() - unneeded, now);
+            kept -= fewest.min(kept).saturating_sub(SPARES_MIN);
+            self.fewest_spares = (kept, now);
         }
-        self.file_count -= unneeded as u64;
-        self.spares.drain(..unneeded).collect()
+        let gone = self.spares.len() - kept;
+        self.file_count -= gone as u64;
+        self.spares.drain(..gone).collect()
     }
 
     /// Keeps the memory of recent entries within its bound. Entries that are not durable can only be read here.

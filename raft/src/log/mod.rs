@@ -89,7 +89,7 @@ pub struct LogOptions {
     pub file_bytes: u64,
     /// Recent entries kept in memory, at most, over all groups. What a follower lacks beyond them is read back.
     pub memory_bytes_max: usize,
-    /// Submit with io_uring where the kernel allows it.
+    /// Submit with io_uring where the kernel allows it, and the files are not in memory.
     pub io_uring: bool,
 }
 

@@ -85,7 +85,7 @@ fn leadership_ends_with_the_leader_s_majority_elsewhere() {
     });
     let new = (old + 1) % 3;
     let to = cluster.process(new).member.replica;
-    cluster.wait_for(cluster.process(old).handle().transfer_leader(to)).expect("transferred");
+    cluster.transfer(old, to);
     assert_eq!(cluster.wait_for(cluster.process(old).handle().leads_term()), None);
     let change = told.recv().expect("an event");
     assert_eq!((change.leader, change.me), (to, false));

@@ -213,8 +213,7 @@ fn a_leader_that_steps_down_cancels_what_it_sends() {
     cluster.learn(3);
     waits(cluster.process(old));
     let to = (old + 1) % 3;
-    let handle = cluster.process(old).handle();
-    cluster.wait_for(handle.transfer_leader(cluster.members[to].replica)).expect("transferred");
+    cluster.transfer(old, cluster.members[to].replica);
     // Its source is still held: what arrives is from the new leader.
     cluster.equal(&[0, 1, 2, 3]);
     eventually("the old one has let go", || (!cluster.process(old).watch.is_waiting()).then_some(()));

@@ -51,7 +51,7 @@ fn a_follower_without_room_for_its_log_still_votes_and_catches_up_later() {
     assert!(cluster.process(full).commands.lock().unwrap().len() < 40, "it cannot have all of it");
     // A leader that it never took anything from.
     let to = cluster.process(other).member.replica;
-    cluster.wait_for(cluster.process(leader).handle().transfer_leader(to)).expect("transferred");
+    cluster.transfer(leader, to);
     let term = cluster.status(other).term;
     eventually("it knows the new leader", || {
         let known = cluster.status(full);

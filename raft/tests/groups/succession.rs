@@ -98,8 +98,7 @@ fn a_leader_hands_over_to_a_follower_that_asks_and_to_nobody_else() {
     let out_of_reach = |at: usize, of| cluster.process(at).with_group(move |group| group.is_out_of_reach(of));
     assert_eq!([out_of_reach(asking, old), out_of_reach(asking, third)], [true, false]);
     assert!(!out_of_reach((leader + 2) % 3, old));
-    let handle = cluster.process(asking).handle();
-    cluster.wait_for(handle.transfer_leader(cluster.members[leader].replica)).expect("transferred");
+    cluster.transfer(asking, cluster.members[leader].replica);
     assert_eq!(cluster.leader(), leader);
     assert_eq!([0, 1, 2].map(stands_in), [false; 3]);
 }
@@ -119,6 +118,6 @@ fn a_leader_does_not_hand_over_to_one_that_is_silent() {
     cluster.propose("b");
     cluster.heal(silent);
     cluster.applied(silent, &["a", "b"]);
-    eventually("it is heard again", || cluster.wait_for(handle.transfer_leader(replica)).ok());
+    cluster.transfer(leader, replica);
     assert_eq!(cluster.leader(), silent);
 }

@@ -22,8 +22,8 @@ pub enum Command {
     Kick { index: u16, kick: File, reply: SyncSender<Result<(), StartRefused>> },
     /// A running ring's interrupts go here now.
     Call { index: u16, call: Option<File> },
-    /// Whether anything new may be taken from a running ring.
-    Enable { index: u16, enabled: bool },
+    /// Whether anything new may be taken from a running ring; after the reply it is so.
+    Enable { index: u16, enabled: bool, reply: SyncSender<()> },
     /// The memory table changed; after the reply nothing new is done under the old one.
     Memory { memory: Arc<Memory>, reply: SyncSender<()> },
     /// Mark our writes here from now on, or nowhere.

@@ -134,6 +134,7 @@ pub fn run(
     let io_thread = thread::Builder::new()
         .name("io".into())
         .spawn(move || {
+            evolute_daemon::short_turns();
             let (geometry, count) = queues_config;
             let backing = make_backing(waker);
             IoThread::new(poll, Queues::new(geometry, count), backing, receiver, spin)?.run()

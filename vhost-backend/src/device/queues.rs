@@ -551,8 +551,11 @@ impl Queues {
         let mut found = false;
         for index in 0..self.queues.len() {
             let Some(queue) = self.queues[index].as_deref() else { continue };
-            if queue.enabled && queue.broken.is_none() && queue.ring.has_available() {
-                self.kicked(u16::try_from(index).expect("at most QUEUES_MAX"));
+            let offers = queue.enabled && queue.broken.is_none() && queue.ring.has_available();
+            let index = u16::try_from(index).expect("at most QUEUES_MAX");
+            // Nothing is taken from one that is to stop.
+            if offers && !self.is_stopping(index) {
+                self.kicked(index);
                 found = true;
             }
         }

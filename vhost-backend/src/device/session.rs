@@ -323,7 +323,11 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (index, ring) = self.ring(index)?;
         ring.enabled = enable;
         if ring.running {
-            return self.commands.tell(Command::Enable { index, enabled: enable }).map_err(gone);
+            // What we acknowledge is so: a front end goes on to what a ring that still takes must not see.
+            return self
+                .commands
+                .ask(|reply| Command::Enable { index, enabled: enable, reply })
+                .map_err(gone);
         }
         self.start_if_complete(index)
     }

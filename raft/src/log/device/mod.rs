@@ -57,7 +57,8 @@ pub fn open(io_uring: bool, dir: &Path) -> io::Result<(Box<dyn Device>, OwnedFd)
         0,
         rustix::event::EventfdFlags::NONBLOCK | rustix::event::EventfdFlags::CLOEXEC,
     )?;
-    if memory::is_in_memory(dir)? {
+    // A sandbox may not tell.
+    if memory::is_in_memory(dir).unwrap_or(false) {
         return Ok((Box::new(Memory::default()), event));
     }
     if io_uring {

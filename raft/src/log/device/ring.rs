@@ -1,4 +1,4 @@
-//! io_uring, without a thread: submitting is one system call, and a file system in memory is done when it returns.
+//! io_uring, without a thread: submitting is one system call, and the kernel tells when it is done.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};

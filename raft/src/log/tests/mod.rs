@@ -17,6 +17,7 @@ use openraft::entry::RaftEntry;
 use openraft::storage::{RaftLogReader, RaftLogStorage};
 use openraft::{AsyncRuntime, EntryPayload};
 
+use super::file::LogFile;
 use super::{GroupLog, Log, LogError, LogOptions, LogOwner, OfflineLog, recover};
 use crate::machine::{Applying, Restored, StateMachine};
 use crate::runtime::LocalRt;
@@ -300,6 +301,22 @@ fn files_are_made_once_for_as_many_as_are_needed_at_a_time_and_go_when_they_are_
         let after = |seconds| Instant::now() + Duration::from_secs(seconds);
         assert_eq!(log.core().surplus(after(40)).len(), 0, "they were needed until now");
         assert_eq!(log.core().surplus(after(80)).len() as u64, spares - 2);
+    });
+}
+
+/// A log that was cut short leaves any number of files that nobody needs.
+#[test]
+fn spare_files_that_are_found_at_the_start_go_but_for_two() {
+    let dir = tempfile::tempdir().unwrap();
+    for number in 1..=22 {
+        LogFile::create(recover::file_name(dir.path(), number), options().file_bytes).unwrap();
+    }
+    run(async {
+        let log = open(dir.path()).await.unwrap();
+        let spares = || (log.usage().file_bytes - log.usage().live_bytes) / options().file_bytes;
+        assert_eq!(spares(), 16);
+        log.core().surplus(Instant::now() + Duration::from_secs(40));
+        assert_eq!(spares(), 2);
     });
 }
 

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evolute_raft::{
-    Dial, DialFuture, Group, GroupId, GroupStatus, Handle, Limits, Log, LogOptions, LogOwner, Member, Node,
-    Peers, ProcessId, ReplicaId, Role, Timing, spawn_thread,
+    Dial, DialFuture, Group, GroupId, GroupStatus, Handle, HandleError, Limits, Log, LogOptions, LogOwner,
+    Member, Node, Peers, ProcessId, ReplicaId, Role, Timing, spawn_thread,
 };
 pub use owner::{Commands, Hold, Owner, Recorder, Watch};
 use tokio::net::{TcpListener, TcpStream};
@@ -325,6 +325,16 @@ impl Cluster {
     pub fn wait_for<F: Future>(&self, future: F) -> F::Output {
         self.runtime
             .block_on(async { tokio::time::timeout(PATIENCE, future).await.expect("it happens in time") })
+    }
+
+    /// Has the leader hand over, once it has heard of the other one lately.
+    pub fn transfer(&self, leader: usize, to: ReplicaId) {
+        let handle = self.process(leader).handle();
+        eventually("it is handed over", || match self.wait_for(handle.transfer_leader(to)) {
+            Ok(()) => Some(()),
+            Err(HandleError::Silent(_)) => None,
+            Err(error) => panic!("{error}"),
+        });
     }
 
     pub fn status(&self, at: usize) -> GroupStatus {
