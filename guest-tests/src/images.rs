@@ -24,7 +24,7 @@ impl Images {
     }
 
     fn look() -> Result<Images> {
-        let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("images");
+        let recipes = recipes()?;
         let answer = Command::new("make")
             .args(["--silent", "--no-print-directory", "path", "-C"])
             .arg(&recipes)
@@ -53,6 +53,14 @@ impl Images {
     pub fn debian(&self) -> Result<PathBuf> {
         Ok(intact(&self.debian)?.join("debian.raw"))
     }
+}
+
+/// `images/` of the clone we are run in, by make or by cargo. Not of the one we were built in: all clones of a machine share
+/// their build output, and that one may be gone.
+fn recipes() -> Result<PathBuf> {
+    let here = std::env::current_dir().context("where are we?")?;
+    let found = here.ancestors().map(|dir| dir.join("images")).find(|dir| dir.join("Makefile").exists());
+    found.with_context(|| format!("there is no images/Makefile in {} or above it", here.display()))
 }
 
 /// The folder, if its files have the checksums they were built with.
