@@ -6,7 +6,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 fn repository() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("cli/ is in the repository").to_owned()
+    // cargo runs tests in their package's folder. The one it was built in may be another clone's, which shares our build output.
+    let here = std::env::current_dir().expect("we are somewhere");
+    here.parent().expect("cli/ is in the repository").to_owned()
 }
 
 /// Every file of the repository with this ending; not what git ignores, nor hidden directories.
