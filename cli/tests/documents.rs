@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 fn repository() -> PathBuf {
     // cargo runs tests in their package's folder. The one it was built in may be another clone's, which shares our build output.
@@ -110,4 +111,16 @@ fn a_link_is_found_where_a_reader_would_click_it() {
     assert_eq!(links(text), ["x.md", "y.md#part", "z/"]);
     assert_eq!(anchor(" What it is not yet"), "what-it-is-not-yet");
     assert_eq!(anchor(" `evolute dev`"), "evolute-dev");
+}
+
+/// `make mutants` would find that out after three quarters of an hour.
+#[test]
+fn every_mutant_fits_the_code() {
+    let fits = |patch: &PathBuf| {
+        let mut check = Command::new("git");
+        check.args(["apply", "--check", "--recount"]).arg(patch).current_dir(repository());
+        check.output().expect("git runs").status.success()
+    };
+    let stale: Vec<_> = files(".patch").into_iter().filter(|patch| !fits(patch)).collect();
+    assert!(stale.is_empty(), "these do not apply any more: {stale:?}");
 }
