@@ -1,10 +1,12 @@
-//! How Evolute's programs start, tell that they are ready, and stop: the lines every `main.rs` would repeat.
+//! How Evolute's programs start, tell that they are ready, and stop: the lines every `main.rs` would repeat; which of
+//! their threads go first, and how they print a date.
 //!
 //! A program's `main` does, in this order: parse its arguments (clap), [`start`], [`read_config`] when a file was
 //! named, open what it owns, serve, [`write_ready_file`], wait for [`Stop::requested`], close, return 0.
 //!
 //! It does not know what any of the programs is for.
 
+mod calendar;
 mod turns;
 
 use std::fs;
@@ -17,6 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+pub use calendar::utc;
 pub use turns::{background, short_turns};
 
 /// Sets up what every program has: traces to stderr (`EVOLUTE_LOG` filters them, default `info`), as many open files

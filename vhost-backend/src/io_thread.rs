@@ -124,11 +124,11 @@ impl IoThread {
         if self.queues.has_work(self.backing.as_ref()) {
             return Some(Duration::ZERO);
         }
-        if self.spin.goes_on(self.queues.out(), Instant::now) {
+        let now = Instant::now();
+        if self.spin.goes_on(self.queues.out(), now) {
             // Somebody else's turn first: on a full machine the guest itself may be waiting for this core.
-            let from = Instant::now();
             rustix::thread::sched_yield();
-            self.spin.let_others(from, Instant::now());
+            self.spin.let_others(now, Instant::now());
             self.queues.poll_rings();
             return Some(Duration::ZERO);
         }
@@ -137,7 +137,7 @@ impl IoThread {
         }
         let due = [self.backing.deadline(), self.queues.deadline(), self.closing.as_ref().map(|c| c.until)];
         let due = due.into_iter().flatten().min()?;
-        Some(due.saturating_duration_since(Instant::now()))
+        Some(due.saturating_duration_since(now))
     }
 
     /// True: something was done.

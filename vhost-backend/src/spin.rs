@@ -35,11 +35,10 @@ impl Spin {
     }
 
     /// There is nothing to do, and `out` requests are on their way: look again, rather than sleep?
-    pub fn goes_on(&mut self, out: usize, now: impl FnOnce() -> Instant) -> bool {
+    pub fn goes_on(&mut self, out: usize, now: Instant) -> bool {
         if self.max.is_zero() {
             return false;
         }
-        let now = now();
         let since = *self.idle_since.get_or_insert(now);
         self.rest_until = self.rest_until.filter(|until| now < *until);
         self.pays
@@ -79,7 +78,7 @@ mod tests {
     fn waited(wait: Duration, max: Duration) -> (Spin, Instant) {
         let begin = Instant::now();
         let mut spin = Spin::new(max);
-        assert!(!spin.goes_on(0, || begin), "nothing was learned yet");
+        assert!(!spin.goes_on(0, begin), "nothing was learned yet");
         spin.worked(begin + wait);
         (spin, begin + wait)
     }
@@ -88,7 +87,7 @@ mod tests {
     fn short_waits_are_looked_through_and_long_ones_slept_through() {
         let looks = |wait, max, out| {
             let (mut spin, now) = waited(wait, max);
-            spin.goes_on(out, || now)
+            spin.goes_on(out, now)
         };
         assert!(looks(MAX / 2, MAX, 1));
         assert!(!looks(MAX * 2, MAX, 1));
@@ -99,34 +98,34 @@ mod tests {
     #[test]
     fn a_look_ends_when_its_time_is_over_and_sleeping_through_it_is_learned() {
         let (mut spin, begin) = waited(Duration::ZERO, MAX);
-        assert!(spin.goes_on(1, || begin));
-        assert!(spin.goes_on(1, || begin + MAX / 2));
-        assert!(!spin.goes_on(1, || begin + MAX), "it sleeps now");
+        assert!(spin.goes_on(1, begin));
+        assert!(spin.goes_on(1, begin + MAX / 2));
+        assert!(!spin.goes_on(1, begin + MAX), "it sleeps now");
         spin.worked(begin + MAX * 3);
-        assert!(!spin.goes_on(1, || begin + MAX * 3), "the last one was not short");
+        assert!(!spin.goes_on(1, begin + MAX * 3), "the last one was not short");
         spin.worked(begin + MAX * 3 + MAX / 2);
-        assert!(spin.goes_on(1, || begin + MAX * 4), "it is worth it again");
+        assert!(spin.goes_on(1, begin + MAX * 4), "it is worth it again");
     }
 
     #[test]
     fn who_is_kept_waiting_by_others_rests_longer_each_time_and_less_when_looking_finds_something() {
         let (mut spin, mut now) = waited(Duration::ZERO, MAX);
         spin.let_others(now, now + CROWDED);
-        assert!(spin.goes_on(1, || now), "that is no crowd");
+        assert!(spin.goes_on(1, now), "that is no crowd");
         for rest in [REST_MIN, REST_MIN * 2, REST_MIN * 4] {
             spin.let_others(now, now + CROWDED * 2);
             now += CROWDED * 2;
             spin.worked(now);
-            assert!(!spin.goes_on(1, || now + rest - MAX));
+            assert!(!spin.goes_on(1, now + rest - MAX));
             spin.worked(now + rest - MAX);
-            assert!(spin.goes_on(1, || now + rest));
+            assert!(spin.goes_on(1, now + rest));
             now += rest;
         }
         (0..20).for_each(|_| spin.let_others(now, now + CROWDED * 2));
         assert_eq!(spin.rest, REST_MAX);
         now += REST_MAX * 2;
         for _ in 0..20 {
-            spin.goes_on(1, || now);
+            spin.goes_on(1, now);
             spin.worked(now);
         }
         assert_eq!(spin.rest, REST_MIN);

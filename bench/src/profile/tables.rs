@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::IopsOf;
-use crate::runner::markdown::{Set, table};
+use crate::runner::markdown::{NONE, Set, table};
 use crate::runner::results::{Figure, short};
 
 /// Per process, in the order in which they are shown: numbers by name.
@@ -59,7 +59,7 @@ fn rows_of(processes: &ByProcess, at_most: usize) -> Vec<Vec<String>> {
     names.truncate(at_most);
     let row = |name: &String| {
         let mut cells = vec![name.clone()];
-        cells.extend(processes.iter().map(|process| number(process, name).map_or("–".to_owned(), short)));
+        cells.extend(processes.iter().map(|process| number(process, name).map_or(NONE.to_owned(), short)));
         cells.push(short(all(name)));
         cells
     };

@@ -5,13 +5,13 @@ use super::plots::{Plot, depth_of};
 use crate::profile::tables::{is_profile, profiles, table_of_counts, table_of_times};
 use crate::runner::goals::{judge, summary, table_of_goals};
 use crate::runner::machine::RUN;
-use crate::runner::markdown::{Set, table};
+use crate::runner::markdown::{NONE, Set, table};
 use crate::runner::results::{Results, Row, short, table_of_figures, table_of_rows};
+use crate::runner::special::MEMORY;
 
 pub const NAMES: [&str; 9] =
     ["run", "goals", "tmpfs", "disk", "depth", "volumes", "memory", "figures", "profile"];
 const NOTHING: &str = "This run did not measure it.";
-const MEMORY: &str = "memory";
 
 /// `folder` is where the plots are, as the document names it.
 pub fn sections(results: &Results, plots: &[Plot], folder: &str) -> Vec<Section> {
@@ -78,18 +78,19 @@ fn run(results: &Results) -> String {
     or_nothing(facts.collect(), |facts| format!("{}.", facts.join(", ")))
 }
 
-/// Year, month and day of a time in seconds since 1970 (Howard Hinnant's `civil_from_days`).
+/// Year, month and day of a time in seconds since 1970.
 fn day(seconds: f64) -> String {
-    #[expect(clippy::cast_possible_truncation, reason = "days since 1970 are few")]
-    let days = (seconds / 86_400.0).floor() as i64 + 719_468;
-    let (era, of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year = (of_era - of_era / 1460 + of_era / 36_524 - of_era / 146_096) / 365;
-    let of_year = of_era - (365 * year + year / 4 - year / 100);
-    let shifted = (5 * of_year + 2) / 153;
-    let day = of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year + era * 400 + i64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02}")
+    #[expect(clippy::cast_possible_truncation, reason = "a time is in the range of u64")]
+    let seconds = seconds as u64;
+    evolute_daemon::utc(seconds).split('T').next().unwrap_or_default().to_owned()
+}
+
+/// What a curve shows of a row.
+const HEADINGS: [&str; 4] = ["IOPS", "p50 µs", "p99 µs", "CPU µs/IO"];
+
+fn cells_of(row: &Row) -> [String; 4] {
+    let short = |value: f64| format!("{value:.1}");
+    [format!("{:.0}", row.iops), short(row.p50_us), short(row.p99_us), short(row.cpu_us_per_io)]
 }
 
 /// Reads and writes of one depth in one line.
@@ -104,24 +105,14 @@ fn depth(results: &Results) -> String {
     depths.sort_unstable();
     depths.dedup();
     let mut columns = vec![("depth", Set::Number)];
-    let of_kind = ["IOPS", "p50 µs", "p99 µs", "CPU µs/IO"];
-    columns.extend(of_kind.map(|heading| (heading, Set::Number)));
-    columns.extend(of_kind.map(|heading| (heading, Set::Number)));
+    columns.extend(HEADINGS.map(|heading| (heading, Set::Number)));
+    columns.extend(HEADINGS.map(|heading| (heading, Set::Number)));
     columns[1].0 = "write IOPS";
     columns[5].0 = "read IOPS";
     let cells: Vec<Vec<String>> = depths
         .into_iter()
         .map(|depth| {
-            let of = |row: Option<&Row>| match row {
-                None => vec!["–".to_owned(); of_kind.len()],
-                Some(row) => [
-                    format!("{:.0}", row.iops),
-                    format!("{:.1}", row.p50_us),
-                    format!("{:.1}", row.p99_us),
-                    format!("{:.1}", row.cpu_us_per_io),
-                ]
-                .into(),
-            };
+            let of = |row: Option<&Row>| row.map_or(HEADINGS.map(|_| NONE.to_owned()), cells_of);
             let mut cells = vec![depth.to_string()];
             cells.extend(of(find("randwrite", depth)));
             cells.extend(of(find("randread", depth)));
@@ -132,26 +123,15 @@ fn depth(results: &Results) -> String {
 }
 
 fn table_of_growth(rows: &[&Row]) -> String {
-    let columns = [
-        ("varied", Set::Text),
-        ("number", Set::Number),
-        ("IOPS", Set::Number),
-        ("p50 µs", Set::Number),
-        ("p99 µs", Set::Number),
-        ("CPU µs/IO", Set::Number),
-    ];
+    let mut columns = vec![("varied", Set::Text), ("number", Set::Number)];
+    columns.extend(HEADINGS.map(|heading| (heading, Set::Number)));
     let cells: Vec<Vec<String>> = rows
         .iter()
         .filter_map(|row| {
             let (what, number) = varied(row)?;
-            Some(vec![
-                what.to_owned(),
-                number.to_string(),
-                format!("{:.0}", row.iops),
-                format!("{:.1}", row.p50_us),
-                format!("{:.1}", row.p99_us),
-                format!("{:.1}", row.cpu_us_per_io),
-            ])
+            let mut cells = vec![what.to_owned(), number.to_string()];
+            cells.extend(cells_of(row));
+            Some(cells)
         })
         .collect();
     table(&columns, &cells)

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::markdown::{Set, table};
+use super::markdown::{NONE, Set, table};
 use super::results::{Results, Row, short};
 
 /// A bound, and the side of it that is good.
@@ -277,9 +277,6 @@ impl Goal {
         self.bounds.map_or(NONE.to_owned(), |bounds| of(bounds).words())
     }
 }
-
-/// In a cell without a value.
-const NONE: &str = "–";
 
 impl Reached {
     fn words(self) -> &'static str {

@@ -2,6 +2,9 @@
 
 use std::fmt::Write as _;
 
+/// In a cell without a value.
+pub const NONE: &str = "–";
+
 /// How a column is set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Set {

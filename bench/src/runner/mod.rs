@@ -17,7 +17,7 @@ mod process;
 mod record;
 pub mod results;
 mod side_by_side;
-mod special;
+pub mod special;
 pub mod system;
 pub mod works;
 

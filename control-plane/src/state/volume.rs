@@ -9,6 +9,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use evolute_daemon::utc;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
@@ -260,42 +261,13 @@ pub(crate) fn no_volume_named(name: &str) -> String {
 }
 
 fn is_attached(name: &str, attached: &Attached) -> String {
-    format!("volume {name} is attached at {} since {}", attached.holder, utc(attached.since_unix_ms))
-}
-
-/// `2026-11-22T15:41:43Z`, by the days-to-civil arithmetic of the proleptic Gregorian calendar.
-fn utc(unix_ms: u64) -> String {
-    let seconds = unix_ms / 1000;
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    // Years begin in March here, so that the leap day is the last one of a year.
-    let shifted = days + 719_468;
-    let (era, day_of_era) = (shifted / 146_097, shifted % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z", second / 3600, second / 60 % 60, second % 60)
+    format!("volume {name} is attached at {} since {}", attached.holder, utc(attached.since_unix_ms / 1000))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{check_holder, check_name, check_size, utc};
+    use super::{check_holder, check_name, check_size};
     use evolute_protocol::geometry::{MIB, TIB};
-
-    #[test]
-    fn times_read_as_people_write_them() {
-        for (unix_s, text) in [
-            (0, "1970-01-01T00:00:00Z"),
-            (951_782_400, "2000-02-29T00:00:00Z"),
-            (1_709_251_199, "2024-02-29T23:59:59Z"),
-            (1_735_689_599, "2024-12-31T23:59:59Z"),
-            (4_107_542_400, "2100-03-01T00:00:00Z"),
-        ] {
-            assert_eq!(utc(unix_s * 1000), text);
-        }
-    }
 
     #[test]
     fn names_sizes_and_holders_are_checked() {

@@ -70,7 +70,7 @@ fn stop(cluster: Cluster, of: &str, record: &mut Record) {
 
 const KIB: f64 = 1024.0;
 /// The work under which memory is told, whichever run saw it.
-const MEMORY: &str = "memory";
+pub const MEMORY: &str = "memory";
 
 #[cfg(test)]
 mod tests {

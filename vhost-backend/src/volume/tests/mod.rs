@@ -20,7 +20,7 @@ use self::cluster::{Cluster, SERVERS};
 use self::rig::{EPOCH, Rig};
 use super::VolumeOptions;
 use super::control::{Ask, News, SegmentRefused};
-use crate::backing::{Backing, Failure, Outcome, Request};
+use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
 
 const C1: CopysetId = CopysetId(1);
 const ALL_AT_ONCE: usize = 200;
@@ -539,16 +539,21 @@ fn the_floor_stays_at_a_stuck_write_while_others_go_on() {
     assert_eq!(cluster.state().received.last().map(|r| r.tag.floor), Some(Sequence(52)));
 }
 
+/// A write that is not answered, and where it begins: across the border of two chunks, so that one half is done and the other
+/// half's copyset has no leader.
+fn stuck(cluster: &Cluster, rig: &mut Rig) -> (Ticket, u64) {
+    assert_eq!(rig.write(0, pattern(9, 8192)), Outcome::Done);
+    cluster.state().lead(C1, None);
+    let border = CHUNK_BYTES - 4096;
+    (rig.submit(Request::Write { offset: border, data: Bytes::from(pattern(1, 8192)) }), border)
+}
+
 /// A request that dies with its backend is done again by the next one, and so must be the newest of its bytes.
 #[test]
 fn a_change_waits_for_one_of_the_same_bytes_that_is_not_answered() {
     let cluster = Cluster::start(2);
     let mut rig = Rig::attached(&cluster, VolumeOptions::default());
-    assert_eq!(rig.write(0, pattern(9, 8192)), Outcome::Done);
-    cluster.state().lead(C1, None);
-    // Across the border: one half is answered, the other half's copyset has no leader.
-    let border = CHUNK_BYTES - 4096;
-    let stuck = rig.submit(Request::Write { offset: border, data: Bytes::from(pattern(1, 8192)) });
+    let (stuck, border) = stuck(&cluster, &mut rig);
     let later = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(2, 4096)) });
     for _ in 0..50 {
         rig.turn();
@@ -564,10 +569,7 @@ fn a_change_waits_for_one_of_the_same_bytes_that_is_not_answered() {
 fn reads_go_past_a_change_that_waits_and_changes_do_not() {
     let cluster = Cluster::start(2);
     let mut rig = Rig::attached(&cluster, VolumeOptions::default());
-    assert_eq!(rig.write(0, pattern(9, 8192)), Outcome::Done);
-    cluster.state().lead(C1, None);
-    let border = CHUNK_BYTES - 4096;
-    let stuck = rig.submit(Request::Write { offset: border, data: Bytes::from(pattern(1, 8192)) });
+    let (stuck, border) = stuck(&cluster, &mut rig);
     let later = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(2, 4096)) });
     let last = rig.submit(Request::Write { offset: border + 4096, data: Bytes::from(pattern(3, 4096)) });
     assert_eq!(rig.read(0, 8192), pattern(9, 8192));
