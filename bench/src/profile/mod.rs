@@ -2,11 +2,13 @@
 //!
 //! Each load runs twice: once sampled, to know where the time goes, and once with its system calls and context switches
 //! counted. Times are shares of samples of the CPU time each process used in the sampled run. Both slow the system a
-//! little: the IOPS told beside them are of these runs.
+//! little: the IOPS told beside them are of these runs. A load at depth 1 runs a third time, with every system call
+//! noted, to know how long a request is where.
 
 mod categories;
 mod perf;
 mod samples;
+mod stations;
 pub mod tables;
 
 use std::collections::BTreeMap;
@@ -20,14 +22,18 @@ use std::time::Duration;
 use self::categories::category;
 use self::perf::Count;
 use self::samples::Sample;
-use self::tables::{ByProcess, Profile, figures, table_of_counts, table_of_functions, table_of_times};
+use self::stations::{Station, Who, stations};
+use self::tables::{
+    ByProcess, P50, P99, Profile, figures, table_of_counts, table_of_functions, table_of_stations,
+    table_of_times,
+};
 use crate::front_end::Observer;
 use crate::front_end::options;
 use crate::runner::cpu::{Watch, Watched};
 use crate::runner::lab::{Cluster, Lab};
 use crate::runner::machine::Store;
 use crate::runner::results::json_line;
-use crate::runner::system::Wanted;
+use crate::runner::system::{BACKEND, CHUNKSERVER, Wanted};
 use crate::runner::works::{ALL, CURVE, Pace, Work};
 use crate::runner::{BenchError, Programs};
 
@@ -108,6 +114,9 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
             table_of_functions(&profile),
             table_of_counts(&profile),
         );
+        if !profile.stations.is_empty() {
+            println!("how long a request is where, µs\n\n{}", table_of_stations(&profile));
+        }
         for figure in figures(&profile, work.name, options.store.name()) {
             lines.push_str(&json_line(&figure));
             lines.push('\n');
@@ -165,7 +174,47 @@ fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work, watched: Duration) -> R
         counts.push((process.name.clone(), perf::counts(&counted(process))?.into_iter().map(each).collect()));
     }
     let iops = IopsOf { sampled: report.all.iops, counted: again.all.iops };
-    Ok(Profile { iops, times: times(category), functions: times(function), counts })
+    let stations = road(lab, cluster, work, watched, &processes)?;
+    Ok(Profile { iops, times: times(category), functions: times(function), counts, stations })
+}
+
+/// How long a request is at each station, if the load is one of which that can be told: the median, and what one in a hundred
+/// takes.
+fn road(
+    lab: &Lab<'_>,
+    cluster: &Cluster,
+    work: Work,
+    watched: Duration,
+    processes: &[Watched],
+) -> Result<ByProcess, ProfileError> {
+    let chunkservers: Vec<u32> = cluster.system.of_kind(CHUNKSERVER).map(|process| process.pid).collect();
+    let backends: Vec<u32> = cluster.system.of_kind(BACKEND).map(|process| process.pid).collect();
+    let who = |pid| match chunkservers.iter().position(|chunkserver| *chunkserver == pid) {
+        Some(at) => Who::Chunkserver(at),
+        None if backends.contains(&pid) => Who::Backend,
+        None if pid == std::process::id() => Who::Generator,
+        None => Who::Other,
+    };
+    if stations(work.name, &[], who).is_none() {
+        return Ok(Vec::new());
+    }
+    let noted = perf::file(cluster.place.dir.path(), &format!("{}-stations", work.name));
+    let mut noting =
+        Perf::new(&cluster.system.processes, || Ok(vec![perf::note(processes, watched, &noted)?]));
+    cluster.run(lab, work, lab.pace, &mut noting)?;
+    noting.finished()?;
+    let found = stations(work.name, &perf::events(&noted)?, who).unwrap_or_default();
+    let column = |name: &str, per_mille: usize| {
+        let one = |(station, times): &Station| (station.to_string(), quantile(times.clone(), per_mille));
+        (name.to_owned(), found.iter().filter(|(_, times)| !times.is_empty()).map(one).collect())
+    };
+    Ok(vec![column(P50, 500), column(P99, 990)])
+}
+
+/// Of at least one number.
+fn quantile(mut of: Vec<f64>, per_mille: usize) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[(of.len() - 1) * per_mille / 1000]
 }
 
 /// The innermost function.

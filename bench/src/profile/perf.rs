@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::ProfileError;
 use super::samples::{Sample, parse};
+use super::stations::{self, EVENTS, Event};
 use crate::runner::cpu::Watched;
 
 /// Virtual machines seldom have counters of the processor; the kernel's timer is everywhere.
@@ -60,6 +61,26 @@ pub fn record(processes: &[Watched], time: Duration, into: &Path) -> Result<Chil
     command.args(["record", "--quiet", "--event", CLOCK, "--freq", SAMPLES_PER_SECOND, "-g", "--output"]);
     command.arg(into).args(["--pid", &pids.join(",")]);
     spawn(&mut command, time)
+}
+
+/// Begins to note the system calls of [`EVENTS`], each with its time; ends by itself.
+pub fn note(processes: &[Watched], time: Duration, into: &Path) -> Result<Child, ProfileError> {
+    let pids: Vec<String> = processes.iter().map(|process| process.pid.to_string()).collect();
+    let events = EVENTS.map(|event| format!("syscalls:{event}"));
+    let mut command = Command::new("perf");
+    command.args(["record", "--quiet", "--mmap-pages", "16M", "--event", &events.join(",")]);
+    command.args(["--pid", &pids.join(","), "--output"]).arg(into);
+    spawn(&mut command, time)
+}
+
+pub fn events(noted: &Path) -> Result<Vec<Event>, ProfileError> {
+    let mut command = Command::new("perf");
+    command.args(["script", "--ns", "--fields", "pid,time,event,trace", "--input"]).arg(noted);
+    let output = output(&mut command)?;
+    if !output.status.success() {
+        return Err(ProfileError::Perf { said: String::from_utf8_lossy(&output.stderr).trim().to_owned() });
+    }
+    Ok(stations::parse(&String::from_utf8_lossy(&output.stdout)))
 }
 
 pub fn samples(recorded: &Path) -> Result<Vec<Sample>, ProfileError> {

@@ -19,7 +19,12 @@ pub struct Profile {
     pub functions: ByProcess,
     /// How often by what.
     pub counts: ByProcess,
+    /// µs by station, in columns [`P50`] and [`P99`]. Of a load at depth 1.
+    pub stations: ByProcess,
 }
+
+pub const P50: &str = "p50";
+pub const P99: &str = "p99";
 
 pub fn table_of_times(profile: &Profile) -> String {
     let mut rows = rows_of(&profile.times, usize::MAX);
@@ -40,6 +45,26 @@ pub fn table_of_functions(profile: &Profile) -> String {
 
 pub fn table_of_counts(profile: &Profile) -> String {
     table(&columns(&profile.counts, "what"), &rows_of(&profile.counts, usize::MAX))
+}
+
+/// In the order of the road; the sum of medians is about the median of all.
+pub fn table_of_stations(profile: &Profile) -> String {
+    let mut columns = vec![("station", Set::Text)];
+    columns.extend(profile.stations.iter().map(|(name, _)| (name.as_str(), Set::Number)));
+    let names: BTreeSet<&String> = profile.stations.iter().flat_map(|(_, times)| times.keys()).collect();
+    let row = |name: &&String| {
+        let of = |(_, times): &(String, BTreeMap<String, f64>)| {
+            times.get(*name).copied().map_or(NONE.to_owned(), short)
+        };
+        let mut cells = vec![(*name).clone()];
+        cells.extend(profile.stations.iter().map(of));
+        cells
+    };
+    let mut rows: Vec<Vec<String>> = names.iter().map(row).collect();
+    let medians: f64 =
+        profile.stations.iter().filter(|(name, _)| name == P50).flat_map(|(_, t)| t.values()).sum();
+    rows.push(vec!["all of them".to_owned(), short(medians), NONE.to_owned()]);
+    table(&columns, &rows)
 }
 
 fn columns<'c>(processes: &'c ByProcess, what: &'c str) -> Vec<(&'c str, Set)> {
@@ -77,6 +102,7 @@ fn sums(processes: &ByProcess) -> Vec<String> {
 const WORK: &str = "profile-";
 const TIME: &str = "CPU µs/IO";
 const TIMES: &str = "per I/O";
+const STATION: &str = "µs on the road";
 
 /// Of the functions there is nothing: they are for people.
 pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
@@ -92,6 +118,7 @@ pub fn figures(profile: &Profile, work: &str, store: &str) -> Vec<Figure> {
     };
     let mut figures = of(&profile.times, TIME);
     figures.extend(of(&profile.counts, TIMES));
+    figures.extend(of(&profile.stations, STATION));
     figures
 }
 
@@ -107,7 +134,11 @@ pub fn profiles(all: &[Figure]) -> Vec<(String, Profile)> {
         let Some((process, name)) = figure.name.split_once(": ") else { continue };
         let title = format!("{work} on {}", figure.store);
         let profile = &mut entry(&mut found, &title).1;
-        let numbers = if figure.unit == TIME { &mut profile.times } else { &mut profile.counts };
+        let numbers = match figure.unit.as_str() {
+            TIME => &mut profile.times,
+            STATION => &mut profile.stations,
+            _ => &mut profile.counts,
+        };
         entry(numbers, process).1.insert(name.to_owned(), figure.value);
     }
     found
@@ -124,7 +155,9 @@ fn entry<'e, T: Default>(all: &'e mut Vec<(String, T)>, name: &str) -> &'e mut (
 
 #[cfg(test)]
 mod tests {
-    use super::{Profile, figures, profiles, table_of_counts, table_of_functions, table_of_times};
+    use super::{
+        Profile, figures, profiles, table_of_counts, table_of_functions, table_of_stations, table_of_times,
+    };
 
     fn profile() -> Profile {
         let numbers =
@@ -136,6 +169,10 @@ mod tests {
             ],
             functions: vec![("backend".to_owned(), numbers(&[("<a|b>::c", 1.0), ("d", 2.0)]))],
             counts: vec![("backend".to_owned(), numbers(&[("sendto", 1.5), ("context-switches", 2.0)]))],
+            stations: vec![
+                ("p50".to_owned(), numbers(&[("02 leader: received", 1.5), ("01 backend: woken", 20.5)])),
+                ("p99".to_owned(), numbers(&[("02 leader: received", 9.5), ("01 backend: woken", 30.5)])),
+            ],
             ..Profile::default()
         }
     }
@@ -157,9 +194,18 @@ mod tests {
     }
 
     #[test]
+    fn stations_are_in_the_order_of_the_road() {
+        let lines: Vec<String> =
+            table_of_stations(&profile()).lines().skip(2).map(|line| line.replace("  ", "")).collect();
+        assert!(lines[0].contains("01 backend: woken") && lines[0].contains("30.5"), "{lines:?}");
+        assert!(lines[1].contains("02 leader: received"), "{lines:?}");
+        assert!(lines[2].contains("all of them") && lines[2].contains("22"), "{lines:?}");
+    }
+
+    #[test]
     fn every_number_is_a_line_for_programs() {
         let figures = figures(&profile(), "randwrite-4k-qd1", "tmpfs");
-        assert_eq!(figures.len(), 5);
+        assert_eq!(figures.len(), 9);
         assert_eq!((figures[0].work.as_str(), figures[0].value), ("profile-randwrite-4k-qd1", 0.25));
         assert_eq!(figures[0].name, "backend: allocator");
         assert!(figures.iter().all(|figure| !figure.name.contains("::")), "functions are for people");

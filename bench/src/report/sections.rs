@@ -2,7 +2,7 @@
 
 use super::document::Section;
 use super::plots::{Plot, depth_of};
-use crate::profile::tables::{is_profile, profiles, table_of_counts, table_of_times};
+use crate::profile::tables::{is_profile, profiles, table_of_counts, table_of_stations, table_of_times};
 use crate::runner::goals::{judge, summary, table_of_goals};
 use crate::runner::machine::RUN;
 use crate::runner::markdown::{NONE, Set, table};
@@ -55,7 +55,14 @@ fn profile(results: &Results) -> String {
     or_nothing(profiles(&results.figures), |found| {
         let tables = found.into_iter().map(|(work, profile)| {
             let (times, counts) = (table_of_times(&profile), table_of_counts(&profile));
-            format!("**{work}**, CPU µs per I/O:\n\n{times}\nTimes per I/O:\n\n{counts}")
+            let mut text = format!("**{work}**, CPU µs per I/O:\n\n{times}\nTimes per I/O:\n\n{counts}");
+            if !profile.stations.is_empty() {
+                let stations = table_of_stations(&profile);
+                text.push_str(&format!(
+                    "\nHow long a request is where, µs, every system call noted:\n\n{stations}"
+                ));
+            }
+            text
         });
         tables.collect::<Vec<_>>().join("\n")
     })
