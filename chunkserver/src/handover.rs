@@ -153,6 +153,7 @@ mod tests {
             applied: None,
             checkpointed: None,
             purged: None,
+            asleep: false,
             members: members
                 .map(|(n, voter, matched)| MemberStatus {
                     member: member(n),

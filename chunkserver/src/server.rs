@@ -11,11 +11,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
-use std::io::{self, IoSlice};
+use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Bytes, BytesMut};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Refusal, Reply};
@@ -239,38 +239,10 @@ async fn send_replies(outbox: Rc<Outbox>, mut socket: OwnedWriteHalf) {
         // Whoever is ready now adds its replies to this write.
         after_others(2).await;
         let parts = outbox.take();
-        let sent = write_all(&mut socket, parts).await;
+        let sent = evolute_raft::write_all(&mut socket, parts).await;
         outbox.drained.notify_one();
         if sent.is_err() {
             return outbox.close();
         }
     }
-}
-
-async fn write_all(socket: &mut OwnedWriteHalf, mut parts: VecDeque<Bytes>) -> io::Result<()> {
-    const PARTS_MAX: usize = 64;
-    while !parts.is_empty() {
-        let mut sent = if parts.len() == 1 {
-            socket.write(&parts[0]).await?
-        } else {
-            let mut slices = [IoSlice::new(&[]); PARTS_MAX];
-            let count = parts.len().min(PARTS_MAX);
-            for (slice, part) in slices.iter_mut().zip(&parts) {
-                *slice = IoSlice::new(part);
-            }
-            socket.write_vectored(&slices[..count]).await?
-        };
-        if sent == 0 {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        while let Some(part) = parts.front_mut() {
-            if sent < part.len() {
-                part.advance(sent);
-                break;
-            }
-            sent -= part.len();
-            parts.pop_front();
-        }
-    }
-    Ok(())
 }

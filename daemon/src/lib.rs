@@ -41,6 +41,20 @@ pub fn start() {
         std::process::abort();
     }));
     raise_open_files();
+    keep_memory();
+}
+
+/// Freed memory that each heap of ours keeps, at most.
+const KEPT_BYTES: i32 = 32 << 20;
+
+/// glibc returns memory to the kernel as soon as 128 KiB at the end of a heap are free, and gets it back page by page for
+/// the next request: a third of what the backend did for writes of 128 KiB.
+fn keep_memory() {
+    #[cfg(target_env = "gnu")]
+    for option in [libc::M_TRIM_THRESHOLD, libc::M_MMAP_THRESHOLD] {
+        // SAFETY: it only sets a number of the allocator's, under the allocator's own lock.
+        unsafe { libc::mallopt(option, KEPT_BYTES) };
+    }
 }
 
 /// Sockets, logs and chunk files of a busy process go past the usual soft limit of 1024.

@@ -39,6 +39,9 @@ pub const CAUGHT_UP: u64 = 256;
 /// How soon to ask openraft again to take note of a checkpoint.
 const SNAPSHOT_RETRY: Duration = Duration::from_millis(200);
 
+/// Called with the outcome of a proposal.
+pub(crate) type Done = Box<dyn FnOnce(Result<Applied, ProposeError>)>;
+
 /// A group of this thread. Cheap to clone.
 #[derive(Clone)]
 pub struct Group(pub(crate) Rc<State>);
@@ -142,6 +145,8 @@ pub struct GroupStatus {
     pub checkpointed: Option<Position>,
     /// The log up to here is gone.
     pub purged: Option<Position>,
+    /// Nothing has happened for a while, and whatever happens wakes it up.
+    pub asleep: bool,
     pub members: Vec<MemberStatus>,
 }
 
@@ -184,8 +189,14 @@ impl Group {
         if bytes > state.command_bytes_max {
             return done(Err(ProposeError::TooLarge));
         }
-        if state.proposals.get() >= PROPOSALS_MAX || state.proposed_bytes.get() + bytes > PROPOSED_BYTES_MAX {
+        let (held, held_bytes) = state.hibernation.held();
+        if state.proposals.get() + held >= PROPOSALS_MAX
+            || state.proposed_bytes.get() + held_bytes + bytes > PROPOSED_BYTES_MAX
+        {
             return done(Err(ProposeError::Busy));
+        }
+        if state.leading.get().is_some() && state.hibernation.holds() {
+            return state.hold(command, Box::new(done));
         }
         let Some(raft) = state.running() else { return done(Err(ProposeError::Stopped)) };
         let Some(taken) = state.intake.propose(bytes as u64) else { return done(Err(ProposeError::Busy)) };
@@ -284,6 +295,7 @@ impl Group {
             applied: state.applied.get(),
             checkpointed: state.checkpointed.borrow().last_log_id.as_ref().map(position),
             purged: None,
+            asleep: state.is_asleep(),
             members: Vec::new(),
         };
         let Some(raft) = state.running() else { return status };
@@ -311,7 +323,8 @@ impl Group {
                 None => None,
             };
             let answered = metrics.heartbeat.as_ref().and_then(|times| *times.get(&replica)?);
-            let heard = answered.is_some_and(|at| Instant::elapsed(&*at) <= state.lately);
+            let heard = answered.is_some_and(|at| Instant::elapsed(&*at) <= state.lately)
+                || state.slept_beside(replica);
             let member = member(replica, host);
             if metrics.current_leader == Some(replica) && !state.leader_is_lost() {
                 status.leader = Some(member);
@@ -364,6 +377,7 @@ impl Group {
     /// has caught up ([`MemberStatus::matched`] shows how far it is). Adding a member again changes nothing.
     pub async fn add_learner(&self, member: Member) -> Result<(), ChangeError> {
         let raft = self.raft()?;
+        self.0.awake().await;
         if let Some(known) = self.leads()?.members.iter().find(|it| it.member.replica == member.replica) {
             return match known.member == member {
                 true => Ok(()),
@@ -383,6 +397,7 @@ impl Group {
     /// A learner that is not caught up is refused.
     pub async fn change_members(&self, voters: Vec<ReplicaId>) -> Result<(), ChangeError> {
         let raft = self.raft()?;
+        self.0.awake().await;
         let status = self.leads()?;
         let wanted: BTreeSet<u64> = voters.into_iter().map(|replica| replica.0).collect();
         for &replica in &wanted {
@@ -415,6 +430,7 @@ impl Group {
     /// within an election.
     pub async fn transfer_leader(&self, to: ReplicaId) -> Result<(), ChangeError> {
         let raft = self.raft()?;
+        self.0.awake().await;
         let status = self.leads()?;
         let member = status.members.iter().find(|member| member.voter && member.member.replica == to);
         let Some(member) = member else { return Err(ChangeError::NotAMember(to)) };

@@ -31,6 +31,7 @@
 
 mod command;
 mod group;
+mod hibernate;
 mod intake;
 mod log;
 mod machine;
@@ -58,7 +59,7 @@ pub use machine::{
     StateMachine, voters_of,
 };
 pub use node::{Limits, Node, StartError, Timing};
-pub use peer::{Dial, DialFuture, Peers};
+pub use peer::{Dial, DialFuture, Peers, write_all};
 pub use thread::{Handle, HandleError, after_others, spawn_thread};
 
 /// A Raft group. Given by the control plane, never reused.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use openraft::{Config, SnapshotPolicy, StepDownPolicy};
 
 use crate::group::{Group, PROPOSALS_MAX};
+use crate::hibernate;
 use crate::intake::Intake;
 use crate::log::{Log, LogError};
 use crate::machine::{Machine, StateMachine, decode_membership};
@@ -123,14 +124,14 @@ pub enum StartError {
 #[derive(Clone)]
 pub struct Node(Rc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     log: Log,
-    peers: Peers,
+    pub(crate) peers: Peers,
     timing: Timing,
     limits: Limits,
     rate: Rc<Rate>,
     intake: Rc<Intake>,
-    groups: RefCell<BTreeMap<GroupId, Group>>,
+    pub(crate) groups: RefCell<BTreeMap<GroupId, Group>>,
 }
 
 impl Node {
@@ -143,7 +144,10 @@ impl Node {
     pub fn with_limits(log: Log, peers: Peers, timing: Timing, limits: Limits) -> Self {
         let rate = Rc::new(Rate::new(limits.snapshot_bytes_per_second));
         let intake = Intake::new(log.clone());
-        Self(Rc::new(Inner { log, peers, timing, limits, rate, intake, groups: RefCell::default() }))
+        let inner = Rc::new(Inner { log, peers, timing, limits, rate, intake, groups: RefCell::default() });
+        let heartbeat = Duration::from_millis(timing.heartbeat_ms);
+        tokio::task::spawn_local(hibernate::watch(Rc::downgrade(&inner), heartbeat));
+        Self(inner)
     }
 
     pub fn log(&self) -> &Log {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use crate::group::LeaderChange;
+use crate::hibernate::Hibernation;
 use crate::intake::Intake;
 use crate::log::GroupLog;
 use crate::peer::Receiving;
@@ -44,6 +45,7 @@ pub(crate) struct State {
     pub purging: Cell<Option<u64>>,
     pub pins: RefCell<Pins>,
     pub succession: Succession,
+    pub hibernation: Hibernation,
     /// The raft snapshot that arrives here, or arrived last.
     pub receiving: RefCell<Option<Rc<Receiving>>>,
     pub intake: Rc<Intake>,
@@ -107,6 +109,7 @@ impl State {
             purging: Cell::new(None),
             pins: RefCell::default(),
             succession: Succession::default(),
+            hibernation: Hibernation::default(),
             receiving: RefCell::default(),
             intake,
             proposals: Cell::new(0),
@@ -190,6 +193,7 @@ impl State {
             self.succession.leads_now();
         }
         self.leading.set(mine.then_some(term));
+        self.stir();
         if !vote.committed || self.leader.replace(Some((term, leader))) == Some((term, leader)) {
             return;
         }
@@ -229,7 +233,10 @@ impl State {
     }
 
     pub async fn stop(&self) {
-        self.leading.set(None);
+        if self.leading.take().is_some() {
+            self.wake_members();
+        }
+        self.hibernation.stopped();
         self.receiving.take();
         if let Some(raft) = self.raft.get() {
             // The error is a panic of openraft's task, which the process's panic hook has already told.

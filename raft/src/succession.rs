@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use openraft::async_runtime::watch::WatchReceiver;
 
-use crate::peer::WeakPeers;
+use crate::peer::{Peers, WeakPeers};
 use crate::state::State;
 use crate::types::{LeaderId, TransferRequest, Vote};
 use crate::{Group, ProcessId, ReplicaId};
@@ -86,6 +86,10 @@ impl Succession {
         let _ = self.peers.set(peers);
     }
 
+    pub fn peers(&self) -> Option<Peers> {
+        self.peers.get()?.upgrade()
+    }
+
     pub fn leads_now(&self) {
         self.settled.set(Some(Instant::now()));
     }
@@ -126,6 +130,11 @@ impl State {
         (leads && last == connection).then_some(leader)
     }
 
+    /// The vote of the leader, if this is the connection it was last heard over.
+    pub fn leader_vote_over(&self, connection: u64) -> Option<Vote> {
+        self.led_over(connection).map(Leader::vote)
+    }
+
     /// Where the leader is that was last heard over this connection.
     pub fn leader_over(&self, connection: u64) -> Option<ProcessId> {
         let leader = self.led_over(connection)?;
@@ -148,11 +157,15 @@ impl State {
         self.lost().is_some_and(|lost| lost.heard.is_none())
     }
 
-    /// The vote of a leader that was lost and is heard again: nobody else is voted for. Any other is openraft's care.
+    /// The vote of a leader that was lost and is heard again, or sleeps: nobody else is voted for. Any other is openraft's
+    /// care.
     pub fn stands_by(&self) -> Option<Vote> {
-        let lost = self.lost()?;
-        let lease = self.election_max / 2;
-        (lost.heard?.elapsed() < lease).then(|| lost.leader.vote())
+        let heard_again = || {
+            let lost = self.lost()?;
+            let lease = self.election_max / 2;
+            (lost.heard?.elapsed() < lease).then(|| lost.leader.vote())
+        };
+        self.sleeps_under().or_else(heard_again)
     }
 
     fn lost(&self) -> Option<Lost> {
@@ -202,7 +215,7 @@ impl State {
 
     /// How many voters stand before this one, without the leader; `None`: no voter. Another order in every group, so
     /// that one process does not inherit all of a dead one's.
-    fn turn(&self, leader: u64) -> Option<u32> {
+    pub fn turn(&self, leader: u64) -> Option<u32> {
         let metrics = self.running()?.metrics();
         let metrics = metrics.borrow_watched();
         let mut voters: Vec<u64> =
@@ -223,7 +236,7 @@ impl Group {
             return;
         }
         let Some(leader) = self.status().leader.filter(|leader| *leader != self.me()) else { return };
-        let Some(peers) = succession.peers.get().and_then(WeakPeers::upgrade) else { return };
+        let Some(peers) = succession.peers() else { return };
         succession.asked.set(Some(Instant::now()));
         tracing::info!(group = %self.id(), %leader, "asking the leader to hand over");
         peers.out_of_reach(leader.process);
@@ -238,7 +251,7 @@ impl Group {
     /// This process heard lately of a client that does not reach the member's ([`Self::take_over`], in any group): whoever
     /// evens out leaders is not to move this one there.
     pub fn is_out_of_reach(&self, member: ReplicaId) -> bool {
-        let Some(peers) = self.0.succession.peers.get().and_then(WeakPeers::upgrade) else { return false };
+        let Some(peers) = self.0.succession.peers() else { return false };
         let status = self.status();
         let process = status.members.iter().map(|status| status.member).find(|m| m.replica == member);
         process.is_some_and(|member| within(STANDS_IN, peers.last_out_of_reach(member.process)))

@@ -23,6 +23,7 @@ use super::error::StoreError;
 use super::format::FileId;
 use super::options::{CheckpointDone, CopysetRecord};
 use super::overlay::Layer;
+use super::pace::Filling;
 use super::shard::Shard;
 use super::stage::Staged;
 use super::swap::{Swap, Swapped};
@@ -58,6 +59,7 @@ pub type Outcome<T> = Result<Arc<T>, StoreError>;
 pub struct CheckpointThread {
     jobs: Option<mpsc::Sender<Job>>,
     thread: Option<JoinHandle<()>>,
+    filling: Arc<Filling>,
 }
 
 pub enum Job {
@@ -91,6 +93,7 @@ pub enum Job {
 impl CheckpointThread {
     pub fn start(mut drainer: Drainer) -> Result<Self, StoreError> {
         let (jobs, queue) = mpsc::channel();
+        let filling = drainer.filling.clone();
         let run = move || {
             evolute_daemon::background();
             for job in queue {
@@ -127,7 +130,7 @@ impl CheckpointThread {
             .name("checkpoint".into())
             .spawn(run)
             .map_err(|e| StoreError::io("starting the checkpoint thread", e))?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+        Ok(Self { jobs: Some(jobs), thread: Some(thread), filling })
     }
 
     pub fn send(&self, job: Job) -> Result<(), StoreError> {
@@ -139,6 +142,7 @@ impl CheckpointThread {
 impl Drop for CheckpointThread {
     fn drop(&mut self) {
         self.jobs = None;
+        self.filling.hurry();
         if let Some(thread) = self.thread.take() {
             // It panicked: then so did this process (panics abort), or a test is about to say so.
             let _ = thread.join();
@@ -153,6 +157,7 @@ pub fn freeze(shard: &mut Shard, states: Vec<CopysetRecord>) {
         return;
     }
     let layer = Arc::new(std::mem::take(&mut shard.active));
+    shard.filling.set(0);
     let states = shard.with_admission(states);
     let frozen = Arc::new(Frozen { layer, states, rescued: AtomicBool::new(false) });
     shard.draining = Some(Draining::new(frozen));

@@ -32,6 +32,7 @@ use super::format::{
 };
 use super::options::CopysetRecord;
 use super::overlay::{ChunkLayer, Layer};
+use super::pace::{Filling, Pace};
 use super::rescue::{self, Rescued};
 use super::table::{ChunkRecord, FIRST_GENERATION, Table};
 
@@ -85,6 +86,10 @@ pub struct Drainer {
     pub capacity: u64,
     /// The next generation that no file has or had.
     pub generations: Arc<AtomicU32>,
+    /// The layer that fills meanwhile.
+    pub filling: Arc<Filling>,
+    /// What both may hold together.
+    pub overlay_bytes_max: u64,
 }
 
 /// Chunk files written and not yet synced.
@@ -105,9 +110,12 @@ impl Drainer {
         let mut unsynced = Unsynced::default();
         let mut keys: Vec<_> = layer.chunks().map(|(key, _)| key).collect();
         keys.sort_unstable();
+        let blocks: usize = layer.chunks().map(|(_, chunk)| chunk.block_count()).sum();
+        let room = (self.overlay_bytes_max / 2).min(self.overlay_bytes_max.saturating_sub(layer.bytes()));
+        let mut pace = Pace::new(self.filling.clone(), room, (blocks * BLOCK) as u64);
         for key in keys {
             let chunk = layer.chunk(key).expect("a key of this layer");
-            let written = self.drain_chunk(key, chunk, number, &mut drained, &mut unsynced);
+            let written = self.drain_chunk(key, chunk, number, &mut pace, &mut drained, &mut unsynced);
             written.map_err(|e| self.failed(&format!("writing {key}"), e))?;
             if unsynced.files.len() >= FILES_AT_ONCE {
                 sync_files(&mut unsynced.files)
@@ -278,6 +286,7 @@ impl Drainer {
         key: ChunkKey,
         chunk: &ChunkLayer,
         number: u64,
+        pace: &mut Pace,
         drained: &mut Drained,
         unsynced: &mut Unsynced,
     ) -> io::Result<()> {
@@ -324,7 +333,7 @@ impl Drainer {
             // The chunk was discarded and begun again: nothing in its file counts.
             file.punch(CHECKSUMS_AT, FILE_BYTES - CHECKSUMS_AT)?;
         }
-        drained.bytes += write_data(&*file, &blocks, &target.written)?;
+        drained.bytes += write_data(&*file, &blocks, &target.written, pace)?;
         drained.bytes += write_sectors(&*file, &id, number, &sectors)?;
         drained.blocks += blocks.len() as u64;
         file.start_writeback();
@@ -487,6 +496,7 @@ fn write_data(
     file: &dyn File,
     blocks: &[(u16, &Block)],
     written: &[u8; CHECKSUM_SECTORS],
+    pace: &mut Pace,
 ) -> io::Result<u64> {
     let mut bytes = 0;
     let mut rest = blocks;
@@ -511,6 +521,7 @@ fn write_data(
             let mut parts = gather(parts);
             file.write(&mut parts, data_at(*first))?;
             bytes += (run * BLOCK) as u64;
+            pace.wrote((run * BLOCK) as u64);
         } else if zero && now.iter().any(|(block, _)| written[checksum_place(*block).0] > 0) {
             file.punch(data_at(*first), (run * BLOCK) as u64)?;
         }

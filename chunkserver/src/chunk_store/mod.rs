@@ -30,6 +30,7 @@ mod format;
 mod offline;
 mod options;
 mod overlay;
+mod pace;
 mod read;
 mod recover;
 mod repair;
@@ -209,8 +210,9 @@ impl ChunkStore {
     ) {
         let shard = &mut *self.shard.borrow_mut();
         shard.changed(chunk, offset, u32::try_from(data.len()).expect("inside a chunk"));
-        let Shard { active, admissions, .. } = shard;
+        let Shard { active, admissions, filling, .. } = shard;
         active.write(chunk, || Shard::owner_in(admissions, copyset), offset, data, checksums);
+        filling.set(active.bytes());
     }
 
     /// Tells which blocks of a range, which is not empty, are changed from now on.

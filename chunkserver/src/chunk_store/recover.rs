@@ -22,6 +22,7 @@ use super::error::StoreError;
 use super::format::{CHUNKS_DIR, parse_file_name, parse_volume_dir, volume_dir};
 use super::options::{CopysetRecord, Identity, StoreOptions};
 use super::overlay::{Layer, Owner};
+use super::pace::Filling;
 use super::rescue::{self, RESCUE_FILE};
 use super::rocks::Rocks;
 use super::shard::{Shard, default_open_chunks};
@@ -157,6 +158,7 @@ impl Parts {
         let generations = Arc::new(AtomicU32::new(taken.unwrap_or(FIRST_GENERATION) + 1));
         let table = Arc::new(RwLock::new(table));
         let cluster = identity.cluster;
+        let filling = Arc::<Filling>::default();
         let mut drainer = Drainer {
             disk: disk.clone(),
             catalog: catalog.clone(),
@@ -166,6 +168,8 @@ impl Parts {
             volumes,
             capacity: options.capacity_bytes.unwrap_or(space.total),
             generations: generations.clone(),
+            filling: filling.clone(),
+            overlay_bytes_max: options.overlay_bytes_max,
         };
         put_back_rescued(&mut drainer, &admissions)?;
         let shard = Shard {
@@ -183,6 +187,7 @@ impl Parts {
             arriving: Vec::new(),
             generations,
             thread: CheckpointThread::start(drainer)?,
+            filling,
             options,
             cluster,
             version: 0,

@@ -19,6 +19,7 @@ use super::error::StoreError;
 use super::format::{BLOCKS_PER_CHECKSUM_SECTOR, checksum_place};
 use super::options::{CopysetRecord, Pressure, RESERVE_BYTES_MAX, StoreOptions, StoreUsage};
 use super::overlay::{Layer, Owner, block_of};
+use super::pace::Filling;
 use super::read::View;
 use super::swap::Swapping;
 use super::table::Table;
@@ -46,6 +47,8 @@ pub struct Shard {
     /// The next generation that no file has or had.
     pub generations: Arc<AtomicU32>,
     pub thread: CheckpointThread,
+    /// Tells it how far the active layer is.
+    pub filling: Arc<Filling>,
     pub options: StoreOptions,
     pub cluster: ClusterId,
     /// Rises whenever what a planned read knows may have changed: at a freeze and at a finish.

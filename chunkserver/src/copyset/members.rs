@@ -132,6 +132,7 @@ mod tests {
             applied: None,
             checkpointed: None,
             purged: None,
+            asleep: false,
             members,
         }
     }

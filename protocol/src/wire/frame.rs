@@ -103,13 +103,17 @@ pub struct FrameReader {
 /// How much is asked of the socket at once: some sixty 4 KiB writes, so that a busy connection costs one system call
 /// for many frames, and a frame pins at most this much beside itself.
 const READ_BYTES: usize = 256 << 10;
+/// The same while long frames come: the part of one that does not fit any more is copied, and this many hold eight.
+const READ_BYTES_LONG: usize = 1 << 20;
+const LONG: usize = 64 << 10;
 
 impl FrameReader {
     /// Where the next bytes of the socket go.
     pub fn space(&mut self) -> &mut BytesMut {
         let missing = self.missing().unwrap_or(0);
         if self.buffer.capacity() - self.buffer.len() < (16 << 10).max(missing) {
-            self.buffer.reserve(READ_BYTES.max(missing));
+            let long = self.buffer.len() + missing >= LONG;
+            self.buffer.reserve(if long { READ_BYTES_LONG } else { READ_BYTES }.max(missing));
         }
         &mut self.buffer
     }

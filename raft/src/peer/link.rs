@@ -6,16 +6,17 @@ use std::io;
 use std::rc::Rc;
 use std::time::Duration;
 
+use bytes::BufMut;
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
 use super::Dial;
 use super::frame::{self, Frame, Kind, Outbox, Reader};
-use super::message::get_append_result;
+use super::message::{get_append_result, put_sleep};
 use super::snapshot::{Answer, get_answer};
-use crate::types::AppendResult;
-use crate::{GroupId, ProcessId};
+use crate::types::{AppendResult, Vote};
+use crate::{GroupId, Position, ProcessId, ReplicaId};
 
 /// A dial that takes longer is taken for failed.
 const DIAL_MAX: Duration = Duration::from_secs(2);
@@ -46,12 +47,14 @@ enum State {
 }
 
 /// A connection that is up, and who waits for answers on it.
-pub(super) struct Connection {
-    pub outbox: Rc<Outbox>,
+pub(crate) struct Connection {
+    pub(super) outbox: Rc<Outbox>,
     sessions: Rc<Cell<u64>>,
     appends: RefCell<HashMap<u64, mpsc::UnboundedSender<AppendResult>>>,
     snapshots: RefCell<HashMap<u64, mpsc::UnboundedSender<Answer>>>,
     calls: RefCell<HashMap<u64, oneshot::Sender<Frame>>>,
+    /// The other process last showed itself.
+    heard: Cell<Instant>,
 }
 
 impl Connection {
@@ -61,7 +64,7 @@ impl Connection {
     }
 
     /// Opens a session of appends; its answers come out of the receiver, which ends with the connection.
-    pub fn open(&self) -> (u64, mpsc::UnboundedReceiver<AppendResult>) {
+    pub(super) fn open(&self) -> (u64, mpsc::UnboundedReceiver<AppendResult>) {
         let session = self.next_session();
         let (answers, receiver) = mpsc::unbounded_channel();
         if !self.outbox.is_closed() {
@@ -71,7 +74,7 @@ impl Connection {
     }
 
     /// The same for a raft snapshot.
-    pub fn open_snapshot(&self) -> (u64, mpsc::UnboundedReceiver<Answer>) {
+    pub(super) fn open_snapshot(&self) -> (u64, mpsc::UnboundedReceiver<Answer>) {
         let session = self.next_session();
         let (answers, receiver) = mpsc::unbounded_channel();
         if !self.outbox.is_closed() {
@@ -80,13 +83,13 @@ impl Connection {
         (session, receiver)
     }
 
-    pub fn close_session(&self, session: u64) {
+    pub(super) fn close_session(&self, session: u64) {
         self.appends.borrow_mut().remove(&session);
         self.snapshots.borrow_mut().remove(&session);
     }
 
     /// One question, one answer; `None` when the connection ends first, or the group is not there.
-    pub async fn call(
+    pub(super) async fn call(
         &self,
         kind: Kind,
         group: GroupId,
@@ -101,6 +104,26 @@ impl Connection {
         let _forget = Forget { connection: self, session };
         self.outbox.frame(kind, group, session, body);
         receiver.await.ok().filter(|frame| frame.kind != Kind::NotHere)
+    }
+
+    /// Asks a follower to sleep; false when it does not, or the connection ends first.
+    pub async fn sleep(&self, group: GroupId, to: ReplicaId, vote: &Vote, last: Position) -> bool {
+        let body = |out: &mut bytes::BytesMut| put_sleep(out, to.0, vote, last);
+        let answer = self.call(Kind::Sleep, group, body).await;
+        answer.is_some_and(|frame| frame.kind == Kind::Slept && frame.body[..] == [1])
+    }
+
+    pub fn wake(&self, group: GroupId, to: ReplicaId) {
+        self.outbox.frame(Kind::Wake, group, 0, |out| out.put_u64_le(to.0));
+    }
+
+    pub fn show_life(&self) {
+        self.outbox.frame(Kind::Alive, GroupId(0), 0, |_| {});
+    }
+
+    /// It is up, and the other process showed itself within that time.
+    pub fn is_heard(&self, within: Duration) -> bool {
+        !self.outbox.is_closed() && self.heard.get().elapsed() < within
     }
 
     fn fail_all(&self) {
@@ -126,7 +149,8 @@ impl Connection {
                     let _ = answers.send(answer);
                 }
             }
-            Kind::NotHere | Kind::Voted | Kind::Transferred => {
+            Kind::Alive => self.heard.set(Instant::now()),
+            Kind::NotHere | Kind::Voted | Kind::Transferred | Kind::Slept => {
                 self.appends.borrow_mut().remove(&frame.session);
                 if let Some(answers) = self.snapshots.borrow_mut().remove(&frame.session) {
                     let _ = answers.send(Answer::Refused("the replica is not there".to_owned()));
@@ -141,6 +165,8 @@ impl Connection {
             | Kind::PreVote
             | Kind::Transfer
             | Kind::TakeOver
+            | Kind::Sleep
+            | Kind::Wake
             | Kind::Snapshot
             | Kind::SnapshotFrame
             | Kind::SnapshotEnd => return false,
@@ -194,6 +220,14 @@ impl Link {
         }
     }
 
+    /// The connection, if there is one now.
+    pub fn connected(&self) -> Option<Rc<Connection>> {
+        match &*self.state.borrow() {
+            State::Up(connection) if !connection.outbox.is_closed() => Some(connection.clone()),
+            _ => None,
+        }
+    }
+
     pub fn close(&self) {
         if let State::Up(connection) = self.state.replace(State::Closed) {
             connection.fail_all();
@@ -222,6 +256,7 @@ impl Link {
             appends: RefCell::default(),
             snapshots: RefCell::default(),
             calls: RefCell::default(),
+            heard: Cell::new(Instant::now()),
         });
         {
             let mut state = self.state.borrow_mut();

@@ -7,6 +7,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use openraft::entry::RaftEntry;
 use openraft::raft::{StreamAppendError, TransferLeaderRequest};
 
+use super::frame::Body;
 use crate::machine::{get_membership, put_membership};
 use crate::types::{
     AppendRequest, AppendResult, Entry, LeaderId, LogId, Payload, TransferRequest, Vote, VoteRequest,
@@ -56,7 +57,8 @@ pub(super) fn get_vote(from: &mut Bytes) -> Option<Vote> {
 }
 
 /// An append, and the leader's word on what no member lacks any more.
-pub(super) fn put_append(out: &mut BytesMut, to: u64, request: &AppendRequest, floor: Option<u64>) {
+pub(super) fn put_append(body: &mut Body<'_>, to: u64, request: &AppendRequest, floor: Option<u64>) {
+    let out = &mut *body.bytes;
     out.put_u64_le(to);
     out.put_u8(u8::from(floor.is_some()));
     out.put_u64_le(floor.unwrap_or_default());
@@ -65,6 +67,7 @@ pub(super) fn put_append(out: &mut BytesMut, to: u64, request: &AppendRequest, f
     put_log_id(out, &request.leader_commit);
     out.put_u32_le(length(request.entries.len()));
     for entry in &request.entries {
+        let out = &mut *body.bytes;
         let at = position(&entry.log_id());
         out.put_u64_le(at.term);
         out.put_u64_le(at.index);
@@ -76,7 +79,7 @@ pub(super) fn put_append(out: &mut BytesMut, to: u64, request: &AppendRequest, f
             Payload::Normal(command) => {
                 out.put_u8(NORMAL);
                 out.put_u32_le(length(command.len()));
-                command.0.iter().for_each(|part| out.put_slice(part));
+                command.0.iter().for_each(|part| body.put(part));
             }
             Payload::Membership(membership) => {
                 out.put_u8(MEMBERSHIP);
@@ -222,6 +225,19 @@ pub(super) fn get_take_over(mut from: Bytes) -> Option<(u64, u64)> {
     from.is_empty().then_some(ids)
 }
 
+pub(super) fn put_sleep(out: &mut BytesMut, to: u64, vote: &Vote, last: Position) {
+    out.put_u64_le(to);
+    put_vote(out, vote);
+    out.put_u64_le(last.term);
+    out.put_u64_le(last.index);
+}
+
+pub(super) fn get_sleep(mut from: Bytes) -> Option<(u64, Vote, Position)> {
+    let to = from.try_get_u64_le().ok()?;
+    let (vote, last) = (get_vote(&mut from)?, get_position(&mut from)?);
+    from.is_empty().then_some((to, vote, last))
+}
+
 fn length(n: usize) -> u32 {
     u32::try_from(n).expect("a command is bounded far below 4 GiB")
 }
@@ -235,9 +251,11 @@ mod tests {
     use openraft::raft::StreamAppendError;
     use proptest::prelude::{any, prop, proptest};
 
+    use super::super::frame::Body;
     use super::{
-        get_append, get_append_result, get_take_over, get_transfer, get_vote_request, get_vote_response,
-        put_append, put_append_result, put_take_over, put_transfer, put_vote_request, put_vote_response,
+        get_append, get_append_result, get_sleep, get_take_over, get_transfer, get_vote_request,
+        get_vote_response, put_append, put_append_result, put_sleep, put_take_over, put_transfer,
+        put_vote_request, put_vote_response,
     };
     use crate::types::{
         AppendRequest, Entry, Host, LeaderId, Membership, Payload, TransferRequest, Vote, VoteRequest,
@@ -267,6 +285,10 @@ mod tests {
         AppendRequest { vote: vote(), prev_log_id: Some(at(6, 9)), entries, leader_commit: None }
     }
 
+    fn of_append(request: &AppendRequest, floor: Option<u64>) -> Bytes {
+        bytes(|out| put_append(&mut Body::of(out), 2, request, floor))
+    }
+
     fn bytes(put: impl FnOnce(&mut BytesMut)) -> Bytes {
         let mut out = BytesMut::new();
         put(&mut out);
@@ -288,7 +310,7 @@ mod tests {
         let sent = append();
         for floor in [None, Some(4)] {
             check(
-                &bytes(|out| put_append(out, 2, &sent, floor)),
+                &of_append(&sent, floor),
                 |b| get_append(b).map(|a| (a.to, a.floor, a.request)),
                 |(to, got, request)| (to, got) == (2, floor) && format!("{request:?}") == format!("{sent:?}"),
             );
@@ -312,6 +334,8 @@ mod tests {
             got == (8, transfer.clone())
         });
         check(&bytes(|out| put_take_over(out, 7, 9)), get_take_over, |got| got == (7, 9));
+        let last = Position { term: 3, index: 4 };
+        check(&bytes(|out| put_sleep(out, 7, &vote(), last)), get_sleep, |got| got == (7, vote(), last));
     }
 
     #[test]
@@ -319,11 +343,11 @@ mod tests {
         for index in [0, 9, 11, u64::MAX] {
             let mut request = append();
             request.entries[0].log_id.index = index;
-            assert!(get_append(bytes(|out| put_append(out, 2, &request, None))).is_none(), "{index} after 9");
+            assert!(get_append(of_append(&request, None)).is_none(), "{index} after 9");
         }
         let mut request = append();
         request.entries[1].log_id = at(6, 11);
-        assert!(get_append(bytes(|out| put_append(out, 2, &request, None))).is_none(), "a term that falls");
+        assert!(get_append(of_append(&request, None)).is_none(), "a term that falls");
     }
 
     proptest! {
@@ -335,12 +359,13 @@ mod tests {
             let _ = get_vote_request(bytes.clone());
             let _ = get_vote_response(bytes.clone());
             let _ = get_take_over(bytes.clone());
+            let _ = get_sleep(bytes.clone());
             let _ = get_transfer(bytes);
         }
 
         #[test]
         fn a_changed_byte_never_panics(place: prop::sample::Index, byte: u8) {
-            let mut changed = bytes(|out| put_append(out, 2, &append(), None)).to_vec();
+            let mut changed = of_append(&append(), None).to_vec();
             let place = place.index(changed.len());
             changed[place] = byte;
             let _ = get_append(changed.into());

@@ -48,6 +48,8 @@ use self::message::put_take_over;
 use crate::group::Group;
 use crate::{GroupId, Member, ProcessId, ReplicaId};
 
+pub use self::frame::write_all;
+pub(crate) use self::link::Connection;
 pub(crate) use self::network::Network;
 pub(crate) use self::snapshot::Rate;
 pub(crate) use self::snapshot::receive::Receiving;
@@ -85,6 +87,21 @@ struct Inner {
     /// Processes that some client did not reach, and when that was last heard of.
     out_of_reach: RefCell<HashMap<ProcessId, Instant>>,
     sessions: Rc<Cell<u64>>,
+}
+
+/// Who calls us over one connection.
+pub(crate) struct Caller {
+    /// No other connection's in the life of this process.
+    pub number: u64,
+    /// It last showed itself.
+    heard: Cell<Instant>,
+}
+
+impl Caller {
+    /// For how long it has not shown itself: also after its connection has ended.
+    pub fn silence(&self) -> Duration {
+        self.heard.get().elapsed()
+    }
 }
 
 /// [`Peers`] for what they themselves hold.
@@ -126,7 +143,8 @@ impl Peers {
             accepted.push(Rc::downgrade(&outbox));
         }
         self.0.accepted_ever.set(self.0.accepted_ever.get() + 1);
-        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox, self.0.accepted_ever.get()));
+        let caller = Rc::new(Caller { number: self.0.accepted_ever.get(), heard: Cell::new(Instant::now()) });
+        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox, caller));
     }
 
     /// An accepted connection was ended, and not by us. Whoever called on it may be gone: then the groups it led are to
@@ -189,6 +207,17 @@ impl Peers {
                 connection.outbox.frame(Kind::TakeOver, group, 0, body);
             }
         });
+    }
+
+    /// Tells every process called from here that this one lives.
+    pub(crate) fn show_life(&self) {
+        let links: Vec<_> = self.0.links.borrow().values().cloned().collect();
+        links.iter().filter_map(|link| link.connected()).for_each(|connection| connection.show_life());
+    }
+
+    /// The connection to `process`, if there is one now.
+    pub(crate) fn connected(&self, process: ProcessId) -> Option<Rc<Connection>> {
+        self.0.links.borrow().get(&process)?.connected()
     }
 
     /// A client does not reach this process.

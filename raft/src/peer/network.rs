@@ -17,7 +17,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use super::Peers;
-use super::frame::{Frame, Kind};
+use super::frame::{Body, Frame, Kind};
 use super::link::{Connection, Link};
 use super::message::{get_vote_response, put_append, put_transfer, put_vote_request};
 use super::snapshot::{Rate, send};
@@ -131,8 +131,8 @@ impl Pump {
         let Some(session) = self.session.upgrade() else { return false };
         // Every time: "nobody may purge anything", because a new member has nothing yet, must not come late.
         let floor = self.state.lowest_matched();
-        let body = |out: &mut bytes::BytesMut| put_append(out, self.to, request, floor);
-        self.connection.outbox.frame(Kind::Append, self.group, self.number, body);
+        let body = |out: &mut Body<'_>| put_append(out, self.to, request, floor);
+        self.connection.outbox.frame_with(Kind::Append, self.group, self.number, body);
         session.sent.set(session.sent.get() + 1);
         session.moved.notify_one();
         true

@@ -4,18 +4,21 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
+use std::time::Instant;
 
+use bytes::BufMut;
 use futures::StreamExt;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use super::Peers;
 use super::frame::{self, Frame, Kind, Outbox, Reader};
 use super::link::set_options;
 use super::message::{
-    get_append, get_take_over, get_transfer, get_vote_request, put_append_result, put_vote_response,
+    get_append, get_sleep, get_take_over, get_transfer, get_vote_request, put_append_result,
+    put_vote_response,
 };
 use super::snapshot::receive;
+use super::{Caller, Peers};
 use crate::ReplicaId;
 use crate::group::Group;
 use crate::intake::Taken;
@@ -26,8 +29,8 @@ use crate::types::{AppendRequest, VoteResponse};
 /// before it is answered, so this is never reached by one of ours.
 const APPENDS_WAITING_MAX: usize = 256;
 
-/// Serves one connection until it ends. `number` is no other's in the life of this process.
-pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, number: u64) {
+/// Serves one connection until it ends.
+pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, caller: Rc<Caller>) {
     let from = stream.peer_addr().ok();
     if let Err(error) = set_options(&stream) {
         tracing::warn!(?from, %error, "a peer's connection cannot be used");
@@ -35,8 +38,9 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, n
     }
     let (read, write) = stream.into_split();
     let writer = tokio::task::spawn_local(frame::send(outbox.clone(), write));
+    let number = caller.number;
     let mut serving =
-        Serving { peers: peers.clone(), outbox: outbox.clone(), number, sessions: HashMap::new() };
+        Serving { peers: peers.clone(), outbox: outbox.clone(), caller, sessions: HashMap::new() };
     let ended = tokio::select! {
         ended = serving.run(Reader::new(read)) => ended,
         () = outbox.until_closed() => Ok(()),
@@ -56,7 +60,7 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, n
 struct Serving {
     peers: Peers,
     outbox: Rc<Outbox>,
-    number: u64,
+    caller: Rc<Caller>,
     sessions: HashMap<u64, mpsc::Sender<AppendRequest>>,
 }
 
@@ -104,9 +108,18 @@ impl Serving {
                 Kind::Vote | Kind::PreVote => self.vote(frame)?,
                 Kind::Transfer => self.transfer(frame)?,
                 Kind::TakeOver => self.take_over(&frame)?,
-                Kind::Appended | Kind::Voted | Kind::Transferred | Kind::NotHere | Kind::SnapshotAnswer => {
-                    return Err(senseless());
+                Kind::Sleep => self.sleep(&frame)?,
+                Kind::Wake => self.wake(&frame)?,
+                Kind::Alive => {
+                    self.caller.heard.set(Instant::now());
+                    self.outbox.frame(Kind::Alive, frame.group, frame.session, |_| {});
                 }
+                Kind::Appended
+                | Kind::Voted
+                | Kind::Transferred
+                | Kind::NotHere
+                | Kind::SnapshotAnswer
+                | Kind::Slept => return Err(senseless()),
             }
         }
     }
@@ -144,7 +157,8 @@ impl Serving {
             return Ok(());
         };
         group.0.floor_heard(append.request.vote.leader_id.term, append.floor);
-        group.0.append_heard(&append.request.vote, self.number);
+        group.0.append_heard(&append.request.vote, self.caller.number);
+        group.0.append_stirs(&append.request, self.caller.number);
         group.0.commit_heard(&append.request.vote, append.request.leader_commit.as_ref());
         let requests = match self.sessions.get(&session) {
             Some(requests) => requests,
@@ -178,6 +192,7 @@ impl Serving {
         let (to, request) = get_vote_request(frame.body.clone()).ok_or_else(senseless)?;
         let Some(group) = self.replica(&frame, to) else { return Ok(()) };
         let outbox = self.outbox.clone();
+        group.0.vote_stirs();
         if !request.leadership_transfer
             && let Some(leader) = group.0.stands_by()
         {
@@ -207,9 +222,26 @@ impl Serving {
         Ok(())
     }
 
+    fn sleep(&self, frame: &Frame) -> io::Result<()> {
+        let (to, vote, last) = get_sleep(frame.body.clone()).ok_or_else(senseless)?;
+        let Some(group) = self.replica(frame, to) else { return Ok(()) };
+        let sleeps = group.0.sleep(&vote, last, &self.caller);
+        self.outbox.frame(Kind::Slept, frame.group, frame.session, |out| out.put_u8(u8::from(sleeps)));
+        Ok(())
+    }
+
+    fn wake(&self, frame: &Frame) -> io::Result<()> {
+        let to = frame.body[..].try_into().map(u64::from_le_bytes).map_err(|_| senseless())?;
+        if let Some(group) = self.replica(frame, to) {
+            group.0.woken(self.caller.number);
+        }
+        Ok(())
+    }
+
     fn transfer(&self, frame: Frame) -> io::Result<()> {
         let (to, request) = get_transfer(frame.body.clone()).ok_or_else(senseless)?;
         let Some(group) = self.replica(&frame, to) else { return Ok(()) };
+        group.0.stir();
         let outbox = self.outbox.clone();
         tokio::task::spawn_local(async move {
             let Some(raft) = group.0.running() else { return };

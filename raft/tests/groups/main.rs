@@ -3,6 +3,7 @@
 mod cluster;
 mod members;
 mod processes;
+mod sleep;
 mod snapshots;
 mod space;
 mod succession;

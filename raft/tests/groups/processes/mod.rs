@@ -202,6 +202,16 @@ impl Process {
         self.cut();
     }
 
+    /// Its thread stands still, as SIGSTOP would have it, until something is sent.
+    pub fn freeze(&self) -> mpsc::Sender<()> {
+        let (thaw, thawed) = mpsc::channel();
+        let job: Job = Box::new(move |_, _| {
+            let _ = thawed.recv();
+        });
+        assert!(self.jobs.send(job).is_ok(), "it runs");
+        thaw
+    }
+
     /// As kill -9 would: nothing is said to anybody, nothing more is written.
     pub fn kill(mut self) {
         self.end();
