@@ -20,7 +20,7 @@ pub struct Watch<'p> {
     machine_before: Duration,
     /// Per process, in the measured time.
     pub used: Vec<Duration>,
-    /// Of the whole machine, everybody included.
+    /// Of the whole machine, everybody and the host's other guests included.
     pub machine: Duration,
 }
 
@@ -75,12 +75,13 @@ fn of_machine() -> Duration {
     ticks_of_machine(&stat).map_or(Duration::ZERO, from_ticks)
 }
 
-/// `cpu user nice system idle iowait irq softirq steal …`: all but idle, iowait and steal, which nobody here used.
+/// `cpu user nice system idle iowait irq softirq steal …`: all but idle and iowait, which nobody used. What the host gave to
+/// other guests (steal) is as gone as what somebody here took.
 fn ticks_of_machine(stat: &str) -> Option<u64> {
     let fields: Vec<u64> =
         stat.lines().next()?.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
-    let [user, nice, system, _idle, _iowait, irq, softirq, ..] = fields[..] else { return None };
-    Some(user + nice + system + irq + softirq)
+    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = fields[..] else { return None };
+    Some(user + nice + system + irq + softirq + steal)
 }
 
 fn from_ticks(ticks: u64) -> Duration {
@@ -97,7 +98,7 @@ mod tests {
 
     #[test]
     fn idle_time_of_the_machine_is_nobodys() {
-        assert_eq!(ticks_of_machine("cpu  1 2 3 1000 50 4 5 9 0 0\ncpu0 1"), Some(15));
+        assert_eq!(ticks_of_machine("cpu  1 2 3 1000 50 4 5 9 0 0\ncpu0 1"), Some(24));
     }
 
     #[test]
