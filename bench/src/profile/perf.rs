@@ -74,24 +74,21 @@ pub fn note(processes: &[Watched], time: Duration, into: &Path) -> Result<Child,
 }
 
 pub fn events(noted: &Path) -> Result<Vec<Event>, ProfileError> {
-    let mut command = Command::new("perf");
-    command.args(["script", "--ns", "--fields", "pid,time,event,trace", "--input"]).arg(noted);
-    let output = output(&mut command)?;
-    if !output.status.success() {
-        return Err(ProfileError::Perf { said: String::from_utf8_lossy(&output.stderr).trim().to_owned() });
-    }
-    Ok(stations::parse(&String::from_utf8_lossy(&output.stdout)))
+    Ok(stations::parse(&script(&["--ns", "--fields", "pid,time,event,trace"], noted)?))
 }
 
 pub fn samples(recorded: &Path) -> Result<Vec<Sample>, ProfileError> {
-    let mut command = Command::new("perf");
     // Inlined functions would have to be looked up one by one, which takes minutes.
-    command.args(["script", "--no-inline", "--fields", "pid,ip,sym,dso", "--input"]).arg(recorded);
-    let output = output(&mut command)?;
+    Ok(parse(&script(&["--no-inline", "--fields", "pid,ip,sym,dso"], recorded)?))
+}
+
+/// What was recorded, as text.
+fn script(how: &[&str], recorded: &Path) -> Result<String, ProfileError> {
+    let output = output(Command::new("perf").arg("script").args(how).arg("--input").arg(recorded))?;
     if !output.status.success() {
         return Err(ProfileError::Perf { said: String::from_utf8_lossy(&output.stderr).trim().to_owned() });
     }
-    Ok(parse(&String::from_utf8_lossy(&output.stdout)))
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// Begins to count; ends by itself, and then the counts are in the file.
