@@ -23,7 +23,7 @@ pub use calendar::utc;
 pub use turns::{background, short_turns};
 
 /// Sets up what every program has: traces to stderr (`EVOLUTE_LOG` filters them, default `info`), as many open files
-/// as the system allows, and the end of the process when any thread of it panics.
+/// as the system allows, an allocator that keeps what was freed, and the end of the process when any thread of it panics.
 ///
 /// A panic is a broken invariant of ours: to go on with half a process would be worse than a restart.
 pub fn start() {

@@ -189,10 +189,7 @@ impl Group {
         if bytes > state.command_bytes_max {
             return done(Err(ProposeError::TooLarge));
         }
-        let (held, held_bytes) = state.hibernation.held();
-        if state.proposals.get() + held >= PROPOSALS_MAX
-            || state.proposed_bytes.get() + held_bytes + bytes > PROPOSED_BYTES_MAX
-        {
+        if state.proposals.get() >= PROPOSALS_MAX || state.proposed_bytes.get() + bytes > PROPOSED_BYTES_MAX {
             return done(Err(ProposeError::Busy));
         }
         if state.leading.get().is_some() && state.hibernation.holds() {
@@ -200,12 +197,10 @@ impl Group {
         }
         let Some(raft) = state.running() else { return done(Err(ProposeError::Stopped)) };
         let Some(taken) = state.intake.propose(bytes as u64) else { return done(Err(ProposeError::Busy)) };
-        state.proposals.set(state.proposals.get() + 1);
-        state.proposed_bytes.set(state.proposed_bytes.get() + bytes);
+        state.count_proposal(bytes);
         let answering = state.clone();
         let answer = Answer::new(move |outcome: Option<ClientWriteResult>| {
-            answering.proposals.set(answering.proposals.get() - 1);
-            answering.proposed_bytes.set(answering.proposed_bytes.get() - bytes);
+            answering.forget_proposal(bytes);
             drop(taken);
             done(match outcome {
                 Some(Ok(response)) => Ok(Applied { at: position(&response.log_id), result: response.data }),

@@ -28,11 +28,12 @@ use std::time::{Duration, Instant};
 use openraft::async_runtime::Instant as _;
 use openraft::async_runtime::watch::WatchReceiver;
 use openraft::{ServerState, TokioInstant};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
 use crate::group::{Done, Group};
 use crate::node::Inner;
-use crate::peer::{Caller, Connection, Peers};
+use crate::peer::{Caller, Connection};
 use crate::state::State;
 use crate::types::{AppendRequest, LeaderId, Vote};
 use crate::{Command, Position, ProcessId, ProposeError, ReplicaId};
@@ -59,8 +60,9 @@ pub(crate) struct Hibernation {
     members: RefCell<Vec<(ReplicaId, Rc<Connection>)>>,
     /// This leader last woke up.
     woke: Cell<Option<Instant>>,
+    /// Proposals that wait until it is awake.
     held: RefCell<Vec<(Command, Done)>>,
-    held_bytes: Cell<usize>,
+    awake: Notify,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -77,23 +79,6 @@ impl Hibernation {
     pub fn holds(&self) -> bool {
         self.mode.get() != Mode::Awake
     }
-
-    pub fn held(&self) -> (usize, usize) {
-        (self.held.borrow().len(), self.held_bytes.get())
-    }
-
-    /// Nothing is to wait any more.
-    pub fn stopped(&self) {
-        self.mode.set(Mode::Awake);
-        for (_, done) in self.take_held() {
-            done(Err(ProposeError::Stopped));
-        }
-    }
-
-    fn take_held(&self) -> Vec<(Command, Done)> {
-        self.held_bytes.set(0);
-        self.held.take()
-    }
 }
 
 impl State {
@@ -103,9 +88,8 @@ impl State {
 
     /// A proposal for which [`Hibernation::holds`] is to wait.
     pub fn hold(self: &Rc<Self>, command: Command, done: Done) {
-        let hibernation = &self.hibernation;
-        hibernation.held_bytes.set(hibernation.held_bytes.get() + command.len());
-        hibernation.held.borrow_mut().push((command, done));
+        self.count_proposal(command.len());
+        self.hibernation.held.borrow_mut().push((command, done));
         self.stir();
     }
 
@@ -133,13 +117,15 @@ impl State {
     /// Wakes up, and returns when whatever needs a leader's lease can be asked for.
     pub async fn awake(self: &Rc<Self>) {
         self.stir();
+        let awake = self.hibernation.awake.notified();
         if self.hibernation.mode.get() == Mode::Waking {
-            self.until_renewed().await;
+            awake.await;
         }
     }
 
     async fn renew(self: Rc<Self>) {
         self.until_renewed().await;
+        // It may have lost its leadership meanwhile, and follow one that sleeps.
         if self.hibernation.mode.get() == Mode::Waking {
             self.hibernation.mode.set(Mode::Awake);
         }
@@ -173,10 +159,22 @@ impl State {
         let _ = timeout(self.election_max / 2, renewed).await;
     }
 
+    /// Nothing waits for its waking up any more.
     fn release(self: &Rc<Self>) {
+        self.hibernation.awake.notify_waiters();
         let group = Group(self.clone());
-        for (command, done) in self.hibernation.take_held() {
+        for (command, done) in self.hibernation.held.take() {
+            self.forget_proposal(command.len());
             group.propose(command, done);
+        }
+    }
+
+    /// It will not be awake again.
+    pub fn refuse_held(&self) {
+        self.hibernation.mode.set(Mode::Awake);
+        for (command, done) in self.hibernation.held.take() {
+            self.forget_proposal(command.len());
+            done(Err(ProposeError::Stopped));
         }
     }
 
@@ -248,7 +246,7 @@ impl State {
 
     /// What is due for this replica. `stood_still`: this thread did not run for a while, and has not heard everything that was
     /// said meanwhile.
-    fn look(self: &Rc<Self>, peers: &Peers, stood_still: bool) {
+    fn look(self: &Rc<Self>, stood_still: bool) {
         let Some(raft) = self.running() else { return };
         let hibernation = &self.hibernation;
         if self.leading.get().is_some() {
@@ -262,7 +260,7 @@ impl State {
                 Mode::Asleep | Mode::Waking => {}
                 Mode::Awake if self.is_still() => {
                     hibernation.still.set((None, 0));
-                    tokio::task::spawn_local(self.clone().fall_asleep(peers.clone()));
+                    tokio::task::spawn_local(self.clone().fall_asleep());
                 }
                 Mode::Awake => {}
             }
@@ -298,7 +296,8 @@ impl State {
         looks >= STILL_LOOKS
     }
 
-    async fn fall_asleep(self: Rc<Self>, peers: Peers) {
+    async fn fall_asleep(self: Rc<Self>) {
+        let Some(peers) = self.succession.peers() else { return };
         let (stirs, Some(last)) = (self.hibernation.stirs.get(), self.applied.get()) else { return };
         let Some(term) = self.serves() else { return };
         let status = Group(self.clone()).status();
@@ -364,7 +363,7 @@ pub(crate) async fn watch(node: Weak<Inner>, heartbeat: Duration) {
         last = Instant::now();
         node.peers.show_life();
         for group in node.groups.borrow().values() {
-            group.0.look(&node.peers, stood_still);
+            group.0.look(stood_still);
         }
     }
 }

@@ -142,6 +142,18 @@ impl State {
         self.log.get()
     }
 
+    /// A proposal of so many bytes waits for its answer.
+    pub fn count_proposal(&self, bytes: usize) {
+        self.proposals.set(self.proposals.get() + 1);
+        self.proposed_bytes.set(self.proposed_bytes.get() + bytes);
+    }
+
+    /// It does not any more.
+    pub fn forget_proposal(&self, bytes: usize) {
+        self.proposals.set(self.proposals.get() - 1);
+        self.proposed_bytes.set(self.proposed_bytes.get() - bytes);
+    }
+
     /// See [`crate::Group::leadership`].
     pub fn serves(&self) -> Option<u64> {
         let term = self.leading.get()?;
@@ -236,7 +248,7 @@ impl State {
         if self.leading.take().is_some() {
             self.wake_members();
         }
-        self.hibernation.stopped();
+        self.refuse_held();
         self.receiving.take();
         if let Some(raft) = self.raft.get() {
             // The error is a panic of openraft's task, which the process's panic hook has already told.

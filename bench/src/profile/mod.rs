@@ -22,7 +22,7 @@ use std::time::Duration;
 use self::categories::category;
 use self::perf::Count;
 use self::samples::Sample;
-use self::stations::{Station, Who, stations};
+use self::stations::{Station, Who, road, stations};
 use self::tables::{
     ByProcess, P50, P99, Profile, figures, table_of_counts, table_of_functions, table_of_stations,
     table_of_times,
@@ -174,19 +174,20 @@ fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work, watched: Duration) -> R
         counts.push((process.name.clone(), perf::counts(&counted(process))?.into_iter().map(each).collect()));
     }
     let iops = IopsOf { sampled: report.all.iops, counted: again.all.iops };
-    let stations = road(lab, cluster, work, watched, &processes)?;
+    let stations = times_on_the_road(lab, cluster, work, watched, &processes)?;
     Ok(Profile { iops, times: times(category), functions: times(function), counts, stations })
 }
 
 /// How long a request is at each station, if the load is one of which that can be told: the median, and what one in a hundred
 /// takes.
-fn road(
+fn times_on_the_road(
     lab: &Lab<'_>,
     cluster: &Cluster,
     work: Work,
     watched: Duration,
     processes: &[Watched],
 ) -> Result<ByProcess, ProfileError> {
+    let Some(road) = road(work.name) else { return Ok(Vec::new()) };
     let chunkservers: Vec<u32> = cluster.system.of_kind(CHUNKSERVER).map(|process| process.pid).collect();
     let backends: Vec<u32> = cluster.system.of_kind(BACKEND).map(|process| process.pid).collect();
     let who = |pid| match chunkservers.iter().position(|chunkserver| *chunkserver == pid) {
@@ -195,26 +196,19 @@ fn road(
         None if pid == std::process::id() => Who::Generator,
         None => Who::Other,
     };
-    if stations(work.name, &[], who).is_none() {
-        return Ok(Vec::new());
-    }
     let noted = perf::file(cluster.place.dir.path(), &format!("{}-stations", work.name));
     let mut noting =
         Perf::new(&cluster.system.processes, || Ok(vec![perf::note(processes, watched, &noted)?]));
     cluster.run(lab, work, lab.pace, &mut noting)?;
     noting.finished()?;
-    let found = stations(work.name, &perf::events(&noted)?, who).unwrap_or_default();
+    let mut found = stations(road, &perf::events(&noted)?, who);
+    found.retain(|(_, times)| !times.is_empty());
+    found.iter_mut().for_each(|(_, times)| times.sort_by(f64::total_cmp));
     let column = |name: &str, per_mille: usize| {
-        let one = |(station, times): &Station| (station.to_string(), quantile(times.clone(), per_mille));
-        (name.to_owned(), found.iter().filter(|(_, times)| !times.is_empty()).map(one).collect())
+        let one = |(station, times): &Station| (station.clone(), times[(times.len() - 1) * per_mille / 1000]);
+        (name.to_owned(), found.iter().map(one).collect())
     };
     Ok(vec![column(P50, 500), column(P99, 990)])
-}
-
-/// Of at least one number.
-fn quantile(mut of: Vec<f64>, per_mille: usize) -> f64 {
-    of.sort_by(f64::total_cmp);
-    of[(of.len() - 1) * per_mille / 1000]
 }
 
 /// The innermost function.

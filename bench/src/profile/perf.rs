@@ -56,21 +56,23 @@ pub fn check() -> Result<(), ProfileError> {
 
 /// Begins to sample; ends by itself.
 pub fn record(processes: &[Watched], time: Duration, into: &Path) -> Result<Child, ProfileError> {
-    let pids: Vec<String> = processes.iter().map(|process| process.pid.to_string()).collect();
     let mut command = Command::new("perf");
     command.args(["record", "--quiet", "--event", CLOCK, "--freq", SAMPLES_PER_SECOND, "-g", "--output"]);
-    command.arg(into).args(["--pid", &pids.join(",")]);
+    command.arg(into).args(["--pid", &pids(processes)]);
     spawn(&mut command, time)
 }
 
 /// Begins to note the system calls of [`EVENTS`], each with its time; ends by itself.
 pub fn note(processes: &[Watched], time: Duration, into: &Path) -> Result<Child, ProfileError> {
-    let pids: Vec<String> = processes.iter().map(|process| process.pid.to_string()).collect();
     let events = EVENTS.map(|event| format!("syscalls:{event}"));
     let mut command = Command::new("perf");
     command.args(["record", "--quiet", "--mmap-pages", "16M", "--event", &events.join(",")]);
-    command.args(["--pid", &pids.join(","), "--output"]).arg(into);
+    command.args(["--pid", &pids(processes), "--output"]).arg(into);
     spawn(&mut command, time)
+}
+
+fn pids(processes: &[Watched]) -> String {
+    processes.iter().map(|process| process.pid.to_string()).collect::<Vec<_>>().join(",")
 }
 
 pub fn events(noted: &Path) -> Result<Vec<Event>, ProfileError> {

@@ -25,7 +25,7 @@ enum By {
     Follower,
 }
 
-struct Step {
+pub struct Step {
     /// What has been done when this call is made, or has returned.
     name: &'static str,
     by: By,
@@ -37,7 +37,7 @@ const fn step(name: &'static str, by: By, calls: &'static [&'static str]) -> Ste
 }
 
 /// Calls that sent something, by when they began; calls that got something, by when they returned.
-pub const EVENTS: [&str; 10] = [
+pub const EVENTS: [&str; 8] = [
     "sys_enter_write",
     "sys_enter_writev",
     "sys_enter_sendto",
@@ -46,40 +46,52 @@ pub const EVENTS: [&str; 10] = [
     "sys_exit_read",
     "sys_exit_readv",
     "sys_exit_recvfrom",
-    "sys_exit_pwrite64",
-    "sys_exit_ppoll",
 ];
 const SENDS: &[&str] = &["sys_enter_sendto", "sys_enter_writev"];
 const GETS: &[&str] = &["sys_exit_recvfrom", "sys_exit_read", "sys_exit_readv"];
 const KICK: &[&str] = &["sys_enter_write"];
 const LOG: &[&str] = &["sys_enter_pwrite64", "sys_enter_io_uring_enter"];
 
-const WRITE: [Step; 13] = [
-    step("", By::Generator, KICK),
-    step("01 backend: woken; parsed, split, routed, framed", By::Backend, SENDS),
-    step("02 leader: woken, received", By::Leader, GETS),
-    step("03 leader: fenced, one entry, on its way to the followers", By::Leader, SENDS),
-    step("04 follower: woken, received", By::Follower, GETS),
-    step("05 follower: openraft, the log's batch", By::Follower, LOG),
-    step("06 follower: log written, acknowledged", By::Follower, SENDS),
-    step("07 leader: woken, received", By::Leader, GETS),
-    step("08 leader: committed, applied, replied", By::Leader, SENDS),
-    step("09 backend: woken, received", By::Backend, GETS),
-    step("10 backend: completed, the guest called", By::Backend, KICK),
-    step("11 guest: woken", By::Generator, GETS),
-    step("12 guest: next request", By::Generator, KICK),
+const ROUTED: Step = step("backend: woken; parsed, split, routed, framed", By::Backend, SENDS);
+const RECEIVED: Step = step("leader: woken, received", By::Leader, GETS);
+const ANSWERED: Step = step("backend: woken, received", By::Backend, GETS);
+const CALLED: Step = step("guest: woken", By::Generator, GETS);
+const NEXT: Step = step("guest: next request", By::Generator, KICK);
+
+/// After the kick, with which a request begins.
+const WRITE: [Step; 12] = [
+    ROUTED,
+    RECEIVED,
+    step("leader: fenced, one entry, on its way to the followers", By::Leader, SENDS),
+    step("follower: woken, received", By::Follower, GETS),
+    step("follower: openraft, the log's batch", By::Follower, LOG),
+    step("follower: log written, acknowledged", By::Follower, SENDS),
+    RECEIVED,
+    step("leader: committed, applied, replied", By::Leader, SENDS),
+    ANSWERED,
+    step("backend: completed, the guest called", By::Backend, KICK),
+    CALLED,
+    NEXT,
 ];
 
-const READ: [Step; 8] = [
-    step("", By::Generator, KICK),
-    step("01 backend: woken; parsed, split, routed, framed", By::Backend, SENDS),
-    step("02 leader: woken, received", By::Leader, GETS),
-    step("03 leader: read, verified, replied", By::Leader, SENDS),
-    step("04 backend: woken, received", By::Backend, GETS),
-    step("05 backend: verified, completed, the guest called", By::Backend, KICK),
-    step("06 guest: woken", By::Generator, GETS),
-    step("07 guest: next request", By::Generator, KICK),
+const READ: [Step; 7] = [
+    ROUTED,
+    RECEIVED,
+    step("leader: read, verified, replied", By::Leader, SENDS),
+    ANSWERED,
+    step("backend: verified, completed, the guest called", By::Backend, KICK),
+    CALLED,
+    NEXT,
 ];
+
+/// The road of a load's requests. `None`: it cannot be told.
+pub fn road(work: &str) -> Option<&'static [Step]> {
+    match work {
+        "randwrite-4k-qd1" => Some(&WRITE),
+        "randread-4k-qd1" => Some(&READ),
+        _ => None,
+    }
+}
 
 /// One system call begun or returned.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -107,17 +119,13 @@ fn event(line: &str) -> Option<Event> {
     Some(Event { pid, at, name })
 }
 
-/// A station: its name, and the µs it took, one number per request.
-pub type Station = (&'static str, Vec<f64>);
+/// A station: its number and name, and the µs it took, one number per request.
+pub type Station = (String, Vec<f64>);
 
-/// Of all requests whose whole road was seen. `None`: a load of which that cannot be told.
-pub fn stations(work: &str, events: &[Event], who: impl Fn(u32) -> Who) -> Option<Vec<Station>> {
-    let road: &[Step] = match work {
-        "randwrite-4k-qd1" => &WRITE,
-        "randread-4k-qd1" => &READ,
-        _ => return None,
-    };
-    let mut found: Vec<Station> = road[1..].iter().map(|step| (step.name, Vec::new())).collect();
+/// Of all requests whose whole road was seen.
+pub fn stations(road: &[Step], events: &[Event], who: impl Fn(u32) -> Who) -> Vec<Station> {
+    let numbered = (1..).zip(road).map(|(number, step)| (format!("{number:02} {}", step.name), Vec::new()));
+    let mut found: Vec<Station> = numbered.collect();
     let events: Vec<(Who, Duration, &str)> =
         events.iter().map(|event| (who(event.pid), event.at, event.name.as_str())).collect();
     let kicks: Vec<usize> = (0..events.len())
@@ -129,10 +137,10 @@ pub fn stations(work: &str, events: &[Event], who: impl Fn(u32) -> Who) -> Optio
             station.1.push(pair[1].saturating_sub(pair[0]).as_secs_f64() * 1e6);
         }
     }
-    Some(found)
+    found
 }
 
-/// When each step of one request was made, from its kick to the next.
+/// When one request began, and when each step of it was made: from its kick to the next.
 fn walk(road: &[Step], events: &[(Who, Duration, &str)]) -> Option<Vec<Duration>> {
     let leader = events.iter().skip_while(|event| event.0 != Who::Backend);
     let leader = leader.map(|event| event.0).find(|who| matches!(who, Who::Chunkserver(_)))?;
@@ -140,8 +148,8 @@ fn walk(road: &[Step], events: &[(Who, Duration, &str)]) -> Option<Vec<Duration>
     // The one that is heard first is not always the one that was asked first.
     let answered = events.iter().position(|event| is_other(event.0) && event.2.starts_with("sys_enter_send"));
     let follower = answered.map(|at| events[at].0);
-    let mut times = Vec::with_capacity(road.len());
-    let mut from = 0;
+    let mut times = vec![events.first()?.1];
+    let mut from = 1;
     for step in road {
         let by = |who: Who| match step.by {
             By::Generator => who == Who::Generator,
@@ -160,7 +168,7 @@ fn walk(road: &[Step], events: &[(Who, Duration, &str)]) -> Option<Vec<Duration>
 mod tests {
     use std::time::Duration;
 
-    use super::{Event, Who, parse, stations};
+    use super::{Event, WRITE, Who, parse, road, stations};
 
     /// Generator 1, backend 2, chunkservers 3 to 5.
     fn who(pid: u32) -> Who {
@@ -207,14 +215,15 @@ mod tests {
         let mut events = write(0);
         events.extend(write(150));
         // The second has no end, and one whose reply was not seen is no request.
-        let found = stations("randwrite-4k-qd1", &events, who).expect("a road");
+        let found = stations(&WRITE, &events, who);
         let times: Vec<f64> = found.iter().map(|(_, times)| times[0]).collect();
+        assert_eq!(found[8].0, "09 backend: woken, received");
         assert_eq!(times, [10.0, 20.0, 10.0, 21.0, 9.0, 10.0, 10.0, 10.0, 20.0, 5.0, 15.0, 10.0]);
         assert!(found.iter().all(|(_, times)| times.len() == 1));
         let without: Vec<Event> = events.into_iter().filter(|event| event.pid != 2).collect();
-        let found = stations("randwrite-4k-qd1", &without, who).expect("a road");
+        let found = stations(&WRITE, &without, who);
         assert!(found.iter().all(|(_, times)| times.is_empty()));
-        assert_eq!(stations("randwrite-4k-qd32", &without, who), None);
+        assert!(road("randwrite-4k-qd1").is_some() && road("randwrite-4k-qd32").is_none());
     }
 
     #[test]
