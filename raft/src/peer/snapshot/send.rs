@@ -22,7 +22,8 @@ use crate::{GroupId, SNAPSHOT_FRAME_BYTES_MAX};
 /// A receiver speaks every second. One that does not is called on another connection.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Nothing more was staged for so long: the transfer is given up, and with it the log that is kept for it. openraft
-/// begins anew.
+/// begins anew. Of a transfer that was lost before anything was staged nothing is worth keeping: [`SILENCE_MAX`] is
+/// enough.
 const STALLED_MAX: Duration = Duration::from_secs(60);
 /// The same once everything is staged: the receiver applies what it was at, and installs.
 const INSTALLING_MAX: Duration = Duration::from_secs(600);
@@ -125,7 +126,9 @@ impl Sending {
             match self.session().await {
                 Ok(vote) => return Ok(vote),
                 Err(Stop::Refused(why)) => return Err(why),
-                Err(Stop::Lost) if self.is_stalled() => return Err("nothing more is staged".to_owned()),
+                Err(Stop::Lost) if self.is_stalled() || self.never_began() => {
+                    return Err("nothing more is staged".to_owned());
+                }
                 Err(Stop::Lost) => tokio::time::sleep(RETRY).await,
             }
         }
@@ -238,6 +241,10 @@ impl Sending {
             self.moved = Instant::now();
         }
         Ok(())
+    }
+
+    fn never_began(&self) -> bool {
+        self.staged == 0 && self.moved.elapsed() >= SILENCE_MAX
     }
 
     fn is_stalled(&self) -> bool {
