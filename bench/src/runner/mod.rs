@@ -100,7 +100,7 @@ pub enum BenchError {
     Load { work: &'static str, why: String },
     #[error("{0}")]
     NoStore(String),
-    #[error("the chunkservers still write after {0:?}")]
+    #[error("the chunkservers are still busy after {0:?}")]
     NeverAtRest(Duration),
     #[error("the chunkserver does not come back: {what}{}", log.map(|name| format!(" (its log: {name}.log)")).unwrap_or_default())]
     NotBack { what: &'static str, log: Option<&'static str> },

@@ -31,18 +31,6 @@ pub fn forget_peak(pid: u32) -> Result<(), BenchError> {
     fs::write(&path, PEAK).map_err(|source| BenchError::Io { doing: format!("writing {path}"), source })
 }
 
-/// Bytes this process caused to be written to a disk, less what was thrown away before it got there, as the kernel
-/// guesses: buffered writes count when they dirty a page, and then the whole folio it is in. Good for seeing that
-/// nothing is written.
-pub fn written_bytes(pid: u32) -> Result<u64, BenchError> {
-    let (path, text) = read(pid, "io")?;
-    let field = |name| number_after(&text, name);
-    match (field("write_bytes:"), field("cancelled_write_bytes:")) {
-        (Some(written), Some(cancelled)) => Ok(written.saturating_sub(cancelled)),
-        _ => Err(BenchError::Unreadable { path }),
-    }
-}
-
 /// Bytes written so far, by everybody, to the disk that holds `path`; none where that is no disk.
 pub fn disk_written_bytes(path: &Path) -> Option<u64> {
     let device = fs::metadata(path).ok()?.st_dev();
@@ -96,15 +84,13 @@ fn start_ticks_in(stat: &str) -> Option<u64> {
 mod tests {
     use std::time::Duration;
 
-    use super::{Memory, age, memory, memory_in, number_after, sectors_written_in, start_ticks_in};
+    use super::{Memory, age, memory, memory_in, sectors_written_in, start_ticks_in};
 
     #[test]
     fn files_of_the_kernel_are_read_as_they_are() {
         let status = "Name:\tx\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n";
         assert_eq!(memory_in(status), Some(Memory { now: 1 << 20, peak: 2 << 20 }));
         assert_eq!(memory_in("Name:\tx\n"), None);
-        let io = "rchar: 6\nwrite_bytes: 4096\ncancelled_write_bytes: 0\n";
-        assert_eq!(number_after(io, "write_bytes:"), Some(4096));
         assert_eq!(sectors_written_in("  1 2 3 4 5 6 77 8 9 10 11"), Some(77));
         let stat = "12 (a) b (c) R 1 12 12 0 -1 4194304 100 0 0 0 70 5 0 0 20 0 1 0 4321 1 1";
         assert_eq!(start_ticks_in(stat), Some(4321));

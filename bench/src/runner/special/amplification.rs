@@ -14,7 +14,7 @@ use super::{figure, stop};
 use crate::runner::BenchError;
 use crate::runner::lab::{Cluster, Lab};
 use crate::runner::machine::Store;
-use crate::runner::process::{disk_written_bytes, written_bytes};
+use crate::runner::process::disk_written_bytes;
 use crate::runner::record::Record;
 use crate::runner::system::{CHUNKSERVER, Wanted};
 use crate::runner::works::{Pace, randwrite};
@@ -26,7 +26,6 @@ const BLOCK_BYTES: u64 = 4096;
 const TIMES: u32 = 5;
 /// A checkpoint is due after 30 s whatever is in the overlay; it begins within a second of that.
 const REST_MIN: Duration = Duration::from_secs(32);
-const REST_MAX: Duration = Duration::from_secs(120);
 /// What is looked at to know what others write.
 const CALM: Duration = Duration::from_secs(5);
 
@@ -35,7 +34,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let size = lab.volume_bytes(Store::Disk, &base).map_err(BenchError::NoStore)?;
     let cluster = lab.cluster(Store::Disk, &Wanted::volume(size))?;
     cluster.fill(lab)?;
-    rest(&cluster, lab)?;
+    cluster.rest(lab, REST_MIN)?;
     let before_rest = on_disk(&cluster)?;
     lab.wait(CALM)?;
     let before = on_disk(&cluster)?;
@@ -43,7 +42,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let pace = Pace { seconds: lab.pace.seconds * TIMES, ramp: Duration::ZERO };
     let began = Instant::now();
     let report = cluster.run(lab, randwrite(DEPTH), pace, &mut ())?;
-    rest(&cluster, lab)?;
+    cluster.rest(lab, REST_MIN)?;
     let after = on_disk(&cluster)?;
     let asked = (report.write.ios * BLOCK_BYTES) as f64;
     let replicas = cluster.system.of_kind(CHUNKSERVER).count() as f64;
@@ -67,26 +66,4 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
 fn on_disk(cluster: &Cluster) -> Result<u64, BenchError> {
     let data = cluster.place.data.path();
     disk_written_bytes(data).ok_or_else(|| BenchError::NoStore(format!("{} is on no disk", data.display())))
-}
-
-/// Until the next checkpoint has surely been and nothing more is written by the chunkservers.
-fn rest(cluster: &Cluster, lab: &Lab<'_>) -> Result<(), BenchError> {
-    const LOOK: Duration = Duration::from_secs(1);
-    const QUIET_LOOKS: u32 = 3;
-    let since = Instant::now();
-    // A hint only, but one that does not hear what others write.
-    let written = || -> Result<Vec<u64>, BenchError> {
-        cluster.system.of_kind(CHUNKSERVER).map(|process| written_bytes(process.pid)).collect()
-    };
-    let (mut last, mut quiet) = (written()?, 0);
-    while since.elapsed() < REST_MIN || quiet < QUIET_LOOKS {
-        if since.elapsed() > REST_MAX {
-            return Err(BenchError::NeverAtRest(REST_MAX));
-        }
-        lab.wait(LOOK)?;
-        let now = written()?;
-        quiet = if now == last { quiet + 1 } else { 0 };
-        last = now;
-    }
-    Ok(())
 }

@@ -38,6 +38,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
         }
         let before = resident(&cluster)?;
         cluster.fill(lab)?;
+        cluster.rest(lab, Duration::ZERO)?;
         let row = cluster.load(lab, &format!("copysets-{copysets}"), randwrite(DEPTH))?;
         record.row(Row { copysets: Some(copysets), ..row })?;
         match few {

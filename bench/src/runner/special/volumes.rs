@@ -1,5 +1,7 @@
 //! The same load on one volume or spread over many: total depth and total bytes stay the same.
 
+use std::time::Duration;
+
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
 use crate::runner::lab::{Cluster, Lab};
@@ -24,6 +26,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
         let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
         let before = Used::of(&cluster)?;
         cluster.fill(lab)?;
+        cluster.rest(lab, Duration::ZERO)?;
         let work = randwrite(DEPTH / count as usize);
         let row = cluster.load(lab, &format!("volumes-{count}"), work)?;
         record.row(Row { volumes: Some(count), ..row })?;
