@@ -36,7 +36,7 @@ help:
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
 	@echo 'make torture      breaks a real cluster and checks every answer; DURATION=seconds SEED=n FAULTS=list (needs root)'
-	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 three minutes of fifteen'
+	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 four minutes of twenty'
 	@echo 'make bench-report tables and plots of docs/performance.md from RESULTS="FILE FILE", which the two beside it wrote as OUT'
 	@echo 'make bench-profile  where each µs of a load goes, per process (needs root and perf); WORKS="NAME NAME" OUT=FILE'
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'

@@ -185,6 +185,9 @@ pub struct DevArgs {
     /// Serve this volume; with a size it is created if absent. Kept for the next start
     #[arg(long = "volume", value_name = "NAME[:SIZE]")]
     pub volumes: Vec<DevVolume>,
+    /// Serve all volumes by one backend process, as for the disks of one virtual machine, instead of one each
+    #[arg(long)]
+    pub one_backend: bool,
     /// Put the data (not sockets, logs and ports) under this directory, for instance on /dev/shm
     #[arg(long, value_name = "DIR", visible_alias = "chunkserver-dir-base")]
     pub data_on: Option<PathBuf>,

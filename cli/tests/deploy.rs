@@ -33,7 +33,7 @@ fn a_backends_configuration_is_complete() {
     use evolute_vhost_backend::config::Args;
     let file: Args = read_config(&deploy("vhost.toml")).expect("valid");
     let config = Args::parse_from(["evolute-vhost"]).or(file).check().expect("complete");
-    assert_eq!(config.volume, "vm1");
+    assert_eq!(config.disks[0].volume, "vm1");
     // The unit's directories: /run/evolute is made by RuntimeDirectory, the state by StateDirectory.
     let unit = fs::read_to_string(deploy("systemd/evolute-vhost@.service")).expect("there");
     assert!(unit.contains("RuntimeDirectory=evolute\n") && unit.contains("evolute/vhost/%i\n"));

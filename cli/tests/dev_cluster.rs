@@ -10,7 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use evolute_vhost_backend::volume::VolumeOptions;
 use evolute_vhost_backend::volume::client::Client;
+use evolute_vhost_backend::volume::control::ControlOptions;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -20,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 fn programs_are_built() -> bool {
     let beside = Path::new(EVOLUTE).parent().expect("a directory");
-    let missing = ["evolute-mds", "evolute-chunkserver", "evolute-vhost"]
+    let missing = ["evolute-mds", "evolute-chunkserver", "evolute-vhost", "vublk-bench"]
         .iter()
         .find(|name| !beside.join(name).exists());
     if let Some(name) = missing {
@@ -213,6 +215,65 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     assert_eq!(pids.iter().filter(|pid| is_alive(**pid)).count(), 5);
     dev.signal(Signal::KILL);
     until("the children's end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+}
+
+/// One process for all volumes: it dies and comes back with both, and the loss of one is not that of the other.
+#[test]
+fn one_backend_serves_several_volumes() {
+    if !programs_are_built() {
+        return;
+    }
+    let temporary = tempfile::tempdir().expect("tempdir");
+    let dir = temporary.path().join("c");
+    let dev =
+        Dev::start(&dir, &["--one-backend", "--volume", "a:64M", "--volume", "b:64M", "--mds-port", "0"]);
+    let pid = |at: usize| dev.running()["volumes"][at]["pid"].as_u64().expect("a pid");
+    let socket = |at: usize| dev.running()["volumes"][at]["socket"].as_str().expect("a path").to_owned();
+    let works = |at: usize| {
+        let load = [
+            "--rw",
+            "randwrite",
+            "--qd",
+            "4",
+            "--runtime",
+            "0.1",
+            "--size",
+            "16M",
+            "--stall",
+            "10",
+            "--socket",
+        ];
+        let bench = Path::new(EVOLUTE).with_file_name("vublk-bench");
+        let ran = Command::new(bench).args(load).arg(socket(at)).stdout(Stdio::null()).status();
+        ran.expect("runs").success()
+    };
+    let first = pid(0);
+    assert_eq!(pid(1), first);
+    assert!(works(0) && works(1));
+
+    kill(first, Signal::KILL);
+    let second = until("a new backend", || Some(pid(0)).filter(|pid| *pid != first && *pid != 0));
+    assert_eq!(pid(1), second);
+    assert!(works(0) && works(1));
+
+    // Somebody else takes one of them.
+    let taken = Client::attach_with(
+        ControlOptions {
+            volume: "a".to_owned(),
+            mds: vec![dev.mds()],
+            holder: "a test".to_owned(),
+            takeover: true,
+            state_dir: None,
+        },
+        VolumeOptions::default(),
+    );
+    let taken = taken.expect("taken over");
+    assert!(!works(0), "it has to learn of it, and then it ends");
+    until("its socket's end", || (!Path::new(&socket(0)).exists()).then_some(()));
+    assert!(works(1) && is_alive(second));
+    assert!(dev.ask(&["volume", "show", "b"])["attached"].is_object());
+    taken.detach().expect("detached");
+    assert!(dev.stop().success(), "the other one was served to the end");
 }
 
 #[test]

@@ -203,12 +203,34 @@ impl<'a> Cluster<'a> {
         self.start_backend(&format!("{volume}-successor"), volume, "--takeover")
     }
 
+    /// Starts one backend for all of these, the disks of one guest, and gives their sockets. [`Cluster::backend`] knows it as
+    /// `A+B`.
+    pub fn serve_together(&mut self, volumes: &[&str]) -> Result<Vec<PathBuf>> {
+        let sockets: Vec<PathBuf> = volumes.iter().map(|volume| self.socket(volume)).collect();
+        let disks: Vec<String> = volumes
+            .iter()
+            .zip(&sockets)
+            .map(|(volume, socket)| format!("--disk {volume}={}", socket.display()))
+            .collect();
+        self.run_backend(&volumes.join("+"), &disks.join(" "))?;
+        Ok(sockets)
+    }
+
     fn start_backend(&mut self, name: &str, volume: &str, more_flags: &str) -> Result<PathBuf> {
-        let socket = self.scene.folder().join(format!("{name}.sock"));
+        let socket = self.socket(name);
+        let flags = format!("--socket-path {} --volume {volume} {more_flags}", socket.display());
+        self.run_backend(name, &flags)?;
+        Ok(socket)
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.scene.folder().join(format!("{name}.sock"))
+    }
+
+    fn run_backend(&mut self, name: &str, flags: &str) -> Result<()> {
         let process_name = format!("backend-{name}");
         let arguments = format!(
-            "--socket-path {} --volume {volume} --mds {} --queues 4 --state-dir {} {more_flags}",
-            socket.display(),
+            "--mds {} --queues 4 --state-dir {} {flags}",
             self.mds_address,
             folder(self.scene, &process_name)?
         );
@@ -217,7 +239,7 @@ impl<'a> Cluster<'a> {
         let mut process = process.with_ready_file(self.scene);
         process.start()?;
         self.backends.insert(name.to_string(), process);
-        Ok(socket)
+        Ok(())
     }
 
     /// Stops the backend of a volume for good, cleanly.

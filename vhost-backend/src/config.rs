@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Deserialize;
 
-/// Serves one Evolute volume to a virtual machine as a vhost-user-blk device.
+/// Serves Evolute volumes to virtual machines as vhost-user-blk devices: one, or several by one process.
 #[derive(Debug, Clone, Default, Parser, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 #[command(
@@ -16,6 +16,7 @@ use serde::Deserialize;
   evolute-vhost --socket-path /run/evolute/vm1.sock --volume vm1 --mds 10.0.0.1:7700 --state-dir /var/lib/evolute/vm1
   qemu-system-x86_64 … -object memory-backend-memfd,id=mem,size=4G,share=on -machine q35,memory-backend=mem \\
       -chardev socket,id=c0,path=/run/evolute/vm1.sock,reconnect=1 -device vhost-user-blk-pci,chardev=c0,num-queues=4
+  evolute-vhost --disk root=/run/evolute/root.sock --disk data=/run/evolute/data.sock --mds 10.0.0.1:7700
 
 The socket listens before anything else is done. While no chunkserver or control plane is reachable the guest's
 requests wait; they resume by themselves. SIGTERM ends the process cleanly; after a kill -9, start it again: QEMU
@@ -37,6 +38,10 @@ pub struct Args {
     /// The volume's name
     #[arg(long, value_name = "NAME")]
     pub volume: Option<String>,
+    /// Serve this volume at this socket; again for each volume, in place of --volume and --socket-path. They share one
+    /// I/O thread, which costs less than a process each, and a crash, which they come back from together
+    #[arg(long, value_name = "VOLUME=SOCKET", conflicts_with_all = ["volume", "socket_path", "fd", "serial"])]
+    pub disk: Vec<String>,
     /// Control plane addresses, separated by commas
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     pub mds: Vec<String>,
@@ -64,7 +69,8 @@ pub struct Args {
     /// Fail requests that could not be served for this long, instead of holding them [default: 0, hold for ever]
     #[arg(long, value_name = "SECONDS")]
     pub fail_after_s: Option<u64>,
-    /// Written (by rename) once guests are served: {"pid":…,"socket":"…","volume":"…","size_bytes":…}
+    /// Written (by rename) once guests are served: {"pid":…,"socket":"…","volume":"…","size_bytes":…}, or with --disk
+    /// {"pid":…,"disks":[{"socket":"…","volume":"…","size_bytes":…}]}
     #[arg(long, value_name = "FILE")]
     pub ready_file: Option<PathBuf>,
     /// Print what this program can do, as QEMU's vhost-user conventions ask, and exit
@@ -83,16 +89,25 @@ pub enum Socket {
     Connected(i32),
 }
 
+/// One volume and the socket it is served at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disk {
+    pub volume: String,
+    pub socket: Socket,
+    pub serial: String,
+}
+
 /// The settings, complete.
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub socket: Socket,
-    pub volume: String,
+    /// At least one.
+    pub disks: Vec<Disk>,
+    /// They were given by `--disk`: the ready file lists them.
+    pub lists_disks: bool,
     pub mds: Vec<String>,
     pub state_dir: Option<PathBuf>,
     pub takeover: bool,
     pub read_only: bool,
-    pub serial: String,
     pub queues: u16,
     pub spin: Duration,
     pub fail_after: Option<Duration>,
@@ -112,6 +127,12 @@ pub enum ConfigError {
     Serial(usize),
     #[error("--fd {0} is not a descriptor given to this process")]
     Fd(i32),
+    #[error("--disk must be VOLUME=SOCKET, not {0:?}")]
+    Disk(String),
+    #[error("--disk has {0:?} twice")]
+    Twice(String),
+    #[error("--disk takes the place of --{0}: give one of them")]
+    DiskAnd(&'static str),
 }
 
 /// Bytes of a virtio disk's serial number.
@@ -121,12 +142,19 @@ const SPIN_US: u64 = 100;
 
 impl Args {
     /// These flags over the settings of a file.
-    pub fn or(self, file: Self) -> Self {
+    pub fn or(self, mut file: Self) -> Self {
+        // Which disks there are is one setting, however it is given.
+        if !self.disk.is_empty() {
+            (file.volume, file.socket_path, file.serial) = (None, None, None);
+        } else if self.volume.is_some() || self.socket_path.is_some() || self.fd.is_some() {
+            file.disk.clear();
+        }
         Self {
             config: self.config,
             socket_path: if self.fd.is_some() { None } else { self.socket_path.or(file.socket_path) },
             fd: self.fd,
             volume: self.volume.or(file.volume),
+            disk: if self.disk.is_empty() { file.disk } else { self.disk },
             mds: if self.mds.is_empty() { file.mds } else { self.mds },
             state_dir: self.state_dir.or(file.state_dir),
             takeover: self.takeover || file.takeover,
@@ -141,26 +169,10 @@ impl Args {
     }
 
     pub fn check(self) -> Result<Config, ConfigError> {
-        let socket = match (self.fd, self.socket_path) {
-            (Some(fd), _) if fd > 2 => Socket::Connected(fd),
-            (Some(fd), _) => return Err(ConfigError::Fd(fd)),
-            (None, Some(path)) => Socket::Listen(path),
-            (None, None) => return Err(ConfigError::Missing("socket-path")),
-        };
+        let disks = self.disks()?;
         if self.mds.is_empty() {
             return Err(ConfigError::Missing("mds"));
         }
-        let volume = self.volume.ok_or(ConfigError::Missing("volume"))?;
-        let serial = match self.serial {
-            Some(serial) if serial.len() > SERIAL_BYTES => return Err(ConfigError::Serial(serial.len())),
-            Some(serial) => serial,
-            // A long volume name keeps its end, where names usually differ.
-            None => {
-                let from = (0..=volume.len())
-                    .find(|&at| volume.is_char_boundary(at) && volume.len() - at <= SERIAL_BYTES);
-                volume[from.unwrap_or(volume.len())..].to_owned()
-            }
-        };
         let queues = self.queues.unwrap_or(256);
         if !(1..=256).contains(&queues) {
             return Err(ConfigError::Queues(queues));
@@ -170,19 +182,71 @@ impl Args {
             return Err(ConfigError::Spin(spin_us));
         }
         Ok(Config {
-            socket,
-            volume,
+            disks,
+            lists_disks: !self.disk.is_empty(),
             mds: self.mds,
             state_dir: self.state_dir,
             takeover: self.takeover,
             read_only: self.read_only,
-            serial,
             queues,
             spin: Duration::from_micros(spin_us),
             fail_after: self.fail_after_s.filter(|&s| s > 0).map(Duration::from_secs),
             ready_file: self.ready_file,
         })
     }
+
+    fn disks(&self) -> Result<Vec<Disk>, ConfigError> {
+        if self.disk.is_empty() {
+            return self.only_disk().map(|disk| vec![disk]);
+        }
+        for (flag, given) in [
+            ("volume", self.volume.is_some()),
+            ("socket-path", self.socket_path.is_some()),
+            ("fd", self.fd.is_some()),
+            ("serial", self.serial.is_some()),
+        ] {
+            if given {
+                return Err(ConfigError::DiskAnd(flag));
+            }
+        }
+        let mut disks: Vec<Disk> = Vec::new();
+        for text in &self.disk {
+            let parts = text.split_once('=').filter(|(volume, path)| !volume.is_empty() && !path.is_empty());
+            let (volume, path) = parts.ok_or_else(|| ConfigError::Disk(text.clone()))?;
+            let socket = Socket::Listen(path.into());
+            if disks.iter().any(|disk| disk.volume == volume) {
+                return Err(ConfigError::Twice(volume.to_owned()));
+            }
+            if disks.iter().any(|disk| disk.socket == socket) {
+                return Err(ConfigError::Twice(path.to_owned()));
+            }
+            disks.push(Disk { volume: volume.to_owned(), socket, serial: serial_of(volume) });
+        }
+        Ok(disks)
+    }
+
+    fn only_disk(&self) -> Result<Disk, ConfigError> {
+        let socket = match (self.fd, &self.socket_path) {
+            (Some(fd), _) if fd > 2 => Socket::Connected(fd),
+            (Some(fd), _) => return Err(ConfigError::Fd(fd)),
+            (None, Some(path)) => Socket::Listen(path.clone()),
+            (None, None) => return Err(ConfigError::Missing("socket-path")),
+        };
+        let volume = self.volume.clone().ok_or(ConfigError::Missing("volume"))?;
+        let serial = match &self.serial {
+            Some(serial) if serial.len() > SERIAL_BYTES => return Err(ConfigError::Serial(serial.len())),
+            Some(serial) => serial.clone(),
+            None => serial_of(&volume),
+        };
+        Ok(Disk { volume, socket, serial })
+    }
+}
+
+/// A long volume name keeps its end, where names usually differ.
+fn serial_of(volume: &str) -> String {
+    let fits = |&at: &usize| volume.is_char_boundary(at) && volume.len() - at <= SERIAL_BYTES;
+    let from = (0..=volume.len()).find(fits);
+    volume[from.unwrap_or(volume.len())..].to_owned()
 }
 
 #[cfg(test)]
@@ -214,16 +278,36 @@ mod tests {
     }
 
     #[test]
+    fn several_disks_are_given_by_name_and_socket() {
+        let of = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+        let disks = |texts: &[&str]| Args { disk: of(texts), mds: args().mds, ..Args::default() };
+        let config = disks(&["a=/a", "b=/b=c"]).check().expect("good");
+        assert_eq!((config.disks.len(), &config.disks[1].socket), (2, &Socket::Listen("/b=c".into())));
+        for (args, error) in [
+            (disks(&["a"]), ConfigError::Disk("a".into())),
+            (disks(&["=/a"]), ConfigError::Disk("=/a".into())),
+            (disks(&["a=/a", "a=/b"]), ConfigError::Twice("a".into())),
+            (disks(&["a=/a", "b=/a"]), ConfigError::Twice("/a".into())),
+            (Args { disk: of(&["a=/a"]), ..args() }, ConfigError::DiskAnd("volume")),
+        ] {
+            assert_eq!(args.check().unwrap_err(), error);
+        }
+        // The flags say which disks there are, the file the rest.
+        assert_eq!(disks(&["a=/a"]).or(args()).check().expect("good").disks[0].volume, "a");
+        assert_eq!(args().or(disks(&["a=/a"])).check().expect("good").disks[0].volume, "vm");
+    }
+
+    #[test]
     fn the_serial_is_the_end_of_the_volumes_name() {
         let config =
             Args { volume: Some("a-very-long-volume-name-01".into()), ..args() }.check().expect("good");
-        assert_eq!(config.serial, "-long-volume-name-01");
+        assert_eq!(config.disks[0].serial, "-long-volume-name-01");
     }
 
     #[test]
     fn a_descriptor_wins_over_a_path() {
         let config = Args { fd: Some(7), ..Args::default() }.or(args()).check().expect("good");
-        assert_eq!(config.socket, Socket::Connected(7));
+        assert_eq!(config.disks[0].socket, Socket::Connected(7));
         assert!(serde_json::from_str::<serde_json::Value>(CAPABILITIES).is_ok());
     }
 }

@@ -1,7 +1,8 @@
-//! The I/O thread: one loop that owns the rings, the backing and its connections, and everything in flight.
+//! The I/O thread: one loop that owns, of every disk of this process, the rings, the backing and its connections, and
+//! everything in flight.
 //!
 //! ```text
-//!           ┌──────────────────────────── one turn ─────────────────────────────┐
+//!           ┌────────────────────── one turn of one disk ───────────────────────┐
 //!  kicks ──▶│ serve rings ─▶ backing.settle ─▶ completions ─▶ used rings, calls │──▶ arm, sleep in epoll
 //!  sockets ▶│ backing.on_event                                                  │
 //!  waker ──▶│ commands of the socket thread, backing.on_wake                    │
@@ -9,15 +10,19 @@
 //! ```
 //!
 //! Whatever has arrived when a turn begins is done in that turn: one send per peer, one interrupt per ring. Nothing in
-//! a turn blocks. It does not know vhost-user messages (`device::session`) or the cluster (`volume`).
+//! a turn blocks. Disks that have something to do have their turns one after the other, and the thread sleeps when none has:
+//! many disks with little to do cost one waking together. They share nothing else. It does not know vhost-user messages
+//! (`device::session`) or the cluster (`volume`).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
@@ -25,12 +30,15 @@ use crate::backing::{Backing, Outcome, Ticket};
 use crate::device::command::Command;
 use crate::device::config_space::QUEUES_MAX;
 use crate::device::queues::{Queues, Setup, StartRefused};
+use crate::device::request::Geometry;
 use crate::spin::Spin;
 
-const WAKER: Token = Token(0);
-const FIRST_KICK: usize = 1;
-/// Where the backing's tokens begin.
-const FIRST_BACKING_TOKEN: usize = FIRST_KICK + QUEUES_MAX as usize;
+/// Of every loop with a [`WakerHandle`].
+pub(crate) const WAKER: Token = Token(usize::MAX);
+/// The bits of a token above these say of which disk it is. Below: first the kicks of its queues, then what its backing
+/// chose, a connection to each of at most 65536 chunkservers.
+const DISK_SHIFT: u32 = 20;
+const FIRST_BACKING_TOKEN: usize = QUEUES_MAX as usize;
 /// Events of one turn. More stay in the kernel for the next.
 const EVENTS_PER_TURN: usize = 256;
 /// How long the end of the process waits without an answer arriving. What is still out then is done again by the
@@ -53,20 +61,84 @@ impl WakerHandle {
     }
 }
 
+/// Builds a disk's backing, on the I/O thread.
+pub(crate) type MakeBacking = Box<dyn FnOnce(WakerHandle) -> Box<dyn Backing> + Send>;
+
+/// A disk that is to be served from now on, until [`Command::Close`].
+pub(crate) struct NewDisk {
+    pub geometry: Geometry,
+    /// How many are offered.
+    pub queues: u16,
+    pub make_backing: MakeBacking,
+    pub commands: Receiver<Command>,
+}
+
+/// The I/O thread, as others see it.
+pub struct IoLoop {
+    disks: Sender<NewDisk>,
+    waker: WakerHandle,
+    thread: JoinHandle<io::Result<()>>,
+}
+
+impl IoLoop {
+    /// `spin`: how long to look for more work before sleeping.
+    pub fn start(spin: Duration) -> io::Result<IoLoop> {
+        let poll = Poll::new()?;
+        let waker = WakerHandle::new(&poll)?;
+        let (disks, joining) = channel();
+        let (own, spin) = (waker.clone(), Spin::new(spin));
+        let thread = thread::Builder::new().name("io".into()).spawn(move || {
+            evolute_daemon::short_turns();
+            IoThread { poll, waker: own, joining, joined_all: false, disks: Vec::new(), spin }.run()
+        })?;
+        Ok(IoLoop { disks, waker, thread })
+    }
+
+    /// A disk whose commands nobody takes (their sender says so) found the thread ended.
+    pub(crate) fn add(&self, disk: NewDisk) {
+        let _ = self.disks.send(disk);
+        self.waker.wake();
+    }
+
+    pub(crate) fn waker(&self) -> WakerHandle {
+        self.waker.clone()
+    }
+
+    /// Waits until the last disk is closed.
+    pub fn end(self) -> io::Result<()> {
+        drop(self.disks);
+        self.waker.wake();
+        self.thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    }
+}
+
 /// Everything the loop owns.
-pub(crate) struct IoThread {
+struct IoThread {
     poll: Poll,
+    waker: WakerHandle,
+    joining: Receiver<NewDisk>,
+    /// Nobody can add another one.
+    joined_all: bool,
+    /// At the place that their tokens say.
+    disks: Vec<Option<Disk>>,
+    spin: Spin,
+}
+
+struct Disk {
+    first_token: usize,
+    registry: Registry,
     queues: Queues,
     backing: Box<dyn Backing>,
     commands: Receiver<Command>,
     /// A ring's kick eventfd while it runs. Never read: registered edge-triggered, every write is a new edge.
     kicks: Vec<Option<File>>,
-    spin: Spin,
+    /// Something came in for it in this turn.
+    called: bool,
     completed: Vec<(Ticket, Outcome)>,
     closing: Option<Closing>,
 }
 
-/// The process ends.
+/// A disk ends.
 struct Closing {
     /// When to give up on what is still out.
     until: Instant,
@@ -76,30 +148,10 @@ struct Closing {
 }
 
 impl IoThread {
-    pub(crate) fn new(
-        poll: Poll,
-        queues: Queues,
-        mut backing: Box<dyn Backing>,
-        commands: Receiver<Command>,
-        spin: Duration,
-    ) -> io::Result<IoThread> {
-        backing.register(poll.registry(), FIRST_BACKING_TOKEN)?;
-        Ok(IoThread {
-            poll,
-            queues,
-            backing,
-            commands,
-            kicks: (0..QUEUES_MAX).map(|_| None).collect(),
-            spin: Spin::new(spin),
-            completed: Vec::new(),
-            closing: None,
-        })
-    }
-
-    /// Until [`Command::Close`], or until epoll fails.
-    pub(crate) fn run(mut self) -> io::Result<()> {
+    /// Until there is no disk any more and there will be none, or until epoll fails.
+    fn run(mut self) -> io::Result<()> {
         let mut events = Events::with_capacity(EVENTS_PER_TURN);
-        loop {
+        while !(self.joined_all && self.disks.iter().all(Option::is_none)) {
             let timeout = self.timeout();
             match self.poll.poll(&mut events, timeout) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
@@ -109,34 +161,33 @@ impl IoThread {
             if self.turn(&events, now) {
                 self.spin.worked(now);
             }
-            if self.is_finished(now) {
-                self.queues.abandon_all();
-                if let Some(closing) = &self.closing {
-                    let _ = closing.reply.send(());
+            for place in &mut self.disks {
+                if place.as_mut().is_some_and(|disk| disk.is_finished(now)) {
+                    place.take().into_iter().for_each(Disk::end);
                 }
-                return Ok(());
             }
         }
+        Ok(())
     }
 
     /// How long to sleep: not at all while there is work, or while it pays to look for more.
     fn timeout(&mut self) -> Option<Duration> {
-        if self.queues.has_work(self.backing.as_ref()) {
+        if self.disks.iter().flatten().any(Disk::has_work) {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
-        if self.spin.goes_on(self.queues.out(), now) {
+        let out = self.disks.iter().flatten().map(|disk| disk.queues.out()).sum();
+        if self.spin.goes_on(out, now) {
             // Somebody else's turn first: on a full machine the guest itself may be waiting for this core.
             rustix::thread::sched_yield();
             self.spin.let_others(now, Instant::now());
-            self.queues.poll_rings();
+            self.disks.iter_mut().flatten().for_each(|disk| _ = disk.queues.poll_rings());
             return Some(Duration::ZERO);
         }
-        if self.queues.arm() {
+        if self.disks.iter_mut().flatten().any(|disk| disk.queues.arm()) {
             return Some(Duration::ZERO);
         }
-        let due = [self.backing.deadline(), self.queues.deadline(), self.closing.as_ref().map(|c| c.until)];
-        let due = due.into_iter().flatten().min()?;
+        let due = self.disks.iter().flatten().filter_map(Disk::deadline).min()?;
         Some(due.saturating_duration_since(now))
     }
 
@@ -144,25 +195,100 @@ impl IoThread {
     fn turn(&mut self, events: &Events, now: Instant) -> bool {
         let mut woken = false;
         for event in events {
-            match event.token().0 {
-                0 => woken = true,
-                kick if kick < FIRST_BACKING_TOKEN => {
-                    self.queues.kicked(u16::try_from(kick - FIRST_KICK).expect("below QUEUES_MAX"));
-                }
-                _ => self.backing.on_event(event),
+            if event.token() == WAKER {
+                woken = true;
+            } else if let Some(Some(disk)) = self.disks.get_mut(event.token().0 >> DISK_SHIFT) {
+                disk.on_event(event);
             }
         }
         if woken {
-            while let Ok(command) = self.commands.try_recv() {
-                self.obey(command, now);
-            }
-            self.backing.on_wake();
+            self.admit();
+            self.disks.iter_mut().flatten().for_each(|disk| disk.on_wake(now));
         }
-        let offered = self.queues.has_work(self.backing.as_ref());
+        let mut worked = false;
+        for disk in self.disks.iter_mut().flatten() {
+            worked |= disk.is_due(now) && disk.turn(now);
+        }
+        worked
+    }
+
+    fn admit(&mut self) {
+        loop {
+            let new = match self.joining.try_recv() {
+                Ok(new) => new,
+                Err(TryRecvError::Empty) => return,
+                Err(TryRecvError::Disconnected) => {
+                    self.joined_all = true;
+                    return;
+                }
+            };
+            let place = self.disks.iter().position(Option::is_none).unwrap_or(self.disks.len());
+            match Disk::new(new, place << DISK_SHIFT, self.poll.registry(), self.waker.clone()) {
+                Ok(disk) if place == self.disks.len() => self.disks.push(Some(disk)),
+                Ok(disk) => self.disks[place] = Some(disk),
+                Err(error) => tracing::error!(%error, "a disk cannot be served"),
+            }
+        }
+    }
+}
+
+impl Disk {
+    fn new(new: NewDisk, first_token: usize, registry: &Registry, waker: WakerHandle) -> io::Result<Disk> {
+        let NewDisk { geometry, queues, make_backing, commands } = new;
+        let mut backing = make_backing(waker);
+        backing.register(registry, first_token + FIRST_BACKING_TOKEN)?;
+        Ok(Disk {
+            first_token,
+            registry: registry.try_clone()?,
+            queues: Queues::new(geometry, queues),
+            backing,
+            commands,
+            kicks: (0..QUEUES_MAX).map(|_| None).collect(),
+            called: true,
+            completed: Vec::new(),
+            closing: None,
+        })
+    }
+
+    fn has_work(&self) -> bool {
+        self.queues.has_work(self.backing.as_ref())
+    }
+
+    fn deadline(&self) -> Option<Instant> {
+        let closing = self.closing.as_ref().map(|closing| closing.until);
+        [self.backing.deadline(), self.queues.deadline(), closing].into_iter().flatten().min()
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        self.called || self.has_work() || self.deadline().is_some_and(|due| due <= now)
+    }
+
+    fn on_event(&mut self, event: &Event) {
+        self.called = true;
+        match event.token().0 - self.first_token {
+            kick if kick < FIRST_BACKING_TOKEN => {
+                self.queues.kicked(u16::try_from(kick).expect("below QUEUES_MAX"));
+            }
+            _ => self.backing.on_event(event),
+        }
+    }
+
+    /// Perhaps for this disk.
+    fn on_wake(&mut self, now: Instant) {
+        self.called = true;
+        while let Ok(command) = self.commands.try_recv() {
+            self.obey(command, now);
+        }
+        self.backing.on_wake();
+    }
+
+    /// True: something was done.
+    fn turn(&mut self, now: Instant) -> bool {
+        let worked = std::mem::take(&mut self.called) || self.has_work();
         self.queues.serve(self.backing.as_mut(), now);
         self.backing.settle(now);
         self.backing.take_completed(&mut self.completed);
-        let worked = offered || !self.completed.is_empty() || !events.is_empty();
+        let worked = worked || !self.completed.is_empty();
         for (ticket, outcome) in self.completed.drain(..) {
             self.queues.complete(ticket, outcome, now);
         }
@@ -177,7 +303,7 @@ impl IoThread {
     fn drop_kicks(&mut self) {
         for (index, kick) in (0..).zip(&mut self.kicks) {
             if kick.is_some() && !self.queues.is_running(index) {
-                unregister(self.poll.registry(), kick);
+                unregister(&self.registry, kick);
             }
         }
     }
@@ -229,14 +355,10 @@ impl IoThread {
 
     fn set_kick(&mut self, index: u16, kick: File) -> Result<(), StartRefused> {
         let slot = &mut self.kicks[usize::from(index)];
-        unregister(self.poll.registry(), slot);
-        self.poll
-            .registry()
-            .register(
-                &mut SourceFd(&kick.as_raw_fd()),
-                Token(FIRST_KICK + usize::from(index)),
-                Interest::READABLE,
-            )
+        unregister(&self.registry, slot);
+        let token = Token(self.first_token + usize::from(index));
+        self.registry
+            .register(&mut SourceFd(&kick.as_raw_fd()), token, Interest::READABLE)
             .map_err(|_| StartRefused::Kick)?;
         *slot = Some(kick);
         Ok(())
@@ -250,6 +372,15 @@ impl IoThread {
             closing.until = now + CLOSE_PATIENCE;
         }
         out == 0 || now >= closing.until
+    }
+
+    fn end(mut self) {
+        self.queues.abandon_all();
+        // The front end holds them, too: closing ours takes none out of the poll.
+        self.drop_kicks();
+        if let Some(closing) = self.closing.take() {
+            let _ = closing.reply.send(());
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! In the order data flows: [`device`] takes requests out of the guest's rings and answers them; [`backing`] is the border
 //! it hands them over; [`volume`] sends each piece to the chunkserver that leads it. [`io_thread`] is the one thread all
-//! of that happens on.
+//! of that happens on, for every disk of the process.
 //!
 //! `device` never names a chunk; `volume` never names a descriptor.
 

@@ -1,16 +1,21 @@
-//! `evolute-vhost`: config → socket → attach → serve, until told to stop.
+//! `evolute-vhost`: config → sockets → attach → serve, until told to stop.
 
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::process::ExitCode;
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
+use std::thread::{JoinHandle, ScopedJoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use evolute_daemon::Stop;
-use evolute_vhost_backend::config::{Args, CAPABILITIES, Config, Socket};
-use evolute_vhost_backend::device::{self, DeviceConfig, Endpoint, StopSignal};
-use evolute_vhost_backend::volume::control::{self, AttachError, AttachedVolume, Control, ControlOptions};
+use evolute_vhost_backend::config::{self, Args, CAPABILITIES, Config, Socket};
+use evolute_vhost_backend::device::{self, DeviceConfig, DeviceError, Endpoint, StopSignal};
+use evolute_vhost_backend::io_thread::IoLoop;
+use evolute_vhost_backend::volume::control::{
+    self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions,
+};
 use evolute_vhost_backend::volume::{Volume, VolumeOptions};
 
 /// How often main looks whether it was told to stop, or the volume was taken away.
@@ -43,63 +48,186 @@ fn run(args: Args) -> Result<()> {
     let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
     let config = args.or(file).check()?;
     let stop = stop_requests()?;
-    // The socket first: a front end that connects now waits for us instead of failing.
-    let endpoint = endpoint(&config)?;
-    let (control, link) = control::start(ControlOptions {
-        volume: config.volume.clone(),
-        mds: config.mds.clone(),
-        holder: holder(&config),
-        takeover: config.takeover,
-        state_dir: config.state_dir.clone(),
-    })?;
-    let Some(attached) = wait_attached(&control, &stop)? else { return Ok(()) };
-    let device = DeviceConfig {
-        serial: config.serial.clone(),
-        read_only: config.read_only,
-        queues: config.queues,
-        spin_us: u32::try_from(config.spin.as_micros()).unwrap_or(u32::MAX),
-        ..DeviceConfig::new(attached.size_bytes)
-    };
-    let options = VolumeOptions {
-        read_only: config.read_only,
-        fail_after: config.fail_after,
-        ..VolumeOptions::default()
-    };
-    let signal = StopSignal::new().context("cannot make the stop signal")?;
-    let serving = {
-        let signal = signal.clone();
-        let make = move |waker| Box::new(Volume::new(options, link, waker)) as _;
-        std::thread::Builder::new()
-            .name("vhost-user".into())
-            .spawn(move || device::run(device, endpoint, make, signal))
-            .context("cannot start the socket's thread")?
-    };
-    ready(&config, attached)?;
-    let mut lost = None;
-    while !serving.is_finished() {
-        if let Some(error) = control.lost() {
-            lost = Some(error);
-            break;
-        }
-        if stop.recv_timeout(LOOK_EVERY) == Ok(()) {
-            break;
-        }
+    // The sockets first: a front end that connects now waits for us instead of failing.
+    let endpoints = config.disks.iter().map(endpoint).collect::<Result<Vec<_>>>()?;
+    let io = Arc::new(IoLoop::start(config.spin).context("cannot start the I/O thread")?);
+    let mut disks = Vec::new();
+    for (disk, endpoint) in config.disks.iter().zip(endpoints) {
+        disks.push(Disk::attach(&config, disk.clone(), endpoint)?);
     }
-    signal.stop();
-    let served = serving.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-    if lost.is_none() && !control.detach(DETACH_TIMEOUT) {
-        tracing::info!(
-            "the control plane was not told that the volume is free; the next attach here takes it"
-        );
+    let ended = serve(&config, &io, &mut disks, &stop);
+    let stopped = stop_all(disks);
+    // The last one: every device has let go of it.
+    if let Some(io) = Arc::into_inner(io) {
+        io.end().context("the I/O thread failed")?;
     }
-    if let Some(error) = lost {
-        return Err(error.into());
-    }
-    served.context("the device ended")
+    ended.and(stopped)
 }
 
-fn endpoint(config: &Config) -> Result<Endpoint> {
-    match &config.socket {
+/// One volume on its way to its guest, and while it is served.
+struct Disk {
+    of: config::Disk,
+    control: Control,
+    state: State,
+}
+
+enum State {
+    Attaching {
+        endpoint: Endpoint,
+        link: ControlLink,
+    },
+    Serving {
+        attached: AttachedVolume,
+        signal: StopSignal,
+        device: JoinHandle<Result<(), DeviceError>>,
+    },
+    /// Its guest has left, or nothing can be done for it any more. `ours`: the volume is still to be given back.
+    Over {
+        ours: bool,
+    },
+}
+
+impl Disk {
+    fn attach(config: &Config, of: config::Disk, endpoint: Endpoint) -> Result<Self> {
+        let (control, link) = control::start(ControlOptions {
+            volume: of.volume.clone(),
+            mds: config.mds.clone(),
+            holder: holder(&of.socket),
+            takeover: config.takeover,
+            state_dir: config.state_dir.clone(),
+        })?;
+        Ok(Self { of, control, state: State::Attaching { endpoint, link } })
+    }
+
+    fn is_attaching(&self) -> bool {
+        matches!(self.state, State::Attaching { .. })
+    }
+
+    /// Takes it further, waiting for the control plane no longer than `patience`. An error is its end.
+    fn look(&mut self, config: &Config, io: &Arc<IoLoop>, patience: Duration) -> Result<()> {
+        match std::mem::replace(&mut self.state, State::Over { ours: false }) {
+            State::Attaching { endpoint, link } => {
+                self.state = match self.control.wait_attached(patience)? {
+                    None => State::Attaching { endpoint, link },
+                    Some(attached) => self.serve(config, io, attached, endpoint, link)?,
+                };
+            }
+            State::Serving { device, .. } if device.is_finished() => {
+                self.state = State::Over { ours: true };
+                joined(device)?;
+            }
+            State::Serving { attached, signal, device } => match self.control.lost() {
+                None => self.state = State::Serving { attached, signal, device },
+                Some(lost) => {
+                    signal.stop();
+                    let _ = joined(device);
+                    return Err(lost.into());
+                }
+            },
+            over @ State::Over { .. } => self.state = over,
+        }
+        Ok(())
+    }
+
+    fn serve(
+        &self,
+        config: &Config,
+        io: &Arc<IoLoop>,
+        attached: AttachedVolume,
+        endpoint: Endpoint,
+        link: ControlLink,
+    ) -> Result<State> {
+        let settings = DeviceConfig {
+            serial: self.of.serial.clone(),
+            read_only: config.read_only,
+            queues: config.queues,
+            ..DeviceConfig::new(attached.size_bytes)
+        };
+        let options = VolumeOptions {
+            read_only: config.read_only,
+            fail_after: config.fail_after,
+            ..VolumeOptions::default()
+        };
+        let signal = StopSignal::new().context("cannot make the stop signal")?;
+        let (io, stop) = (Arc::clone(io), signal.clone());
+        let make = move |waker| Box::new(Volume::new(options, link, waker)) as _;
+        let device = std::thread::Builder::new()
+            .name("vhost-user".into())
+            .spawn(move || device::serve(&io, settings, endpoint, make, stop))
+            .context("cannot start the socket's thread")?;
+        let AttachedVolume { volume, size_bytes, epoch } = attached;
+        tracing::info!(%volume, size_bytes, %epoch, "serving {:?}", self.of.volume);
+        Ok(State::Serving { attached, signal, device })
+    }
+}
+
+/// Until told to stop, or until no disk is left; then, why. One disk's end is not that of the others.
+fn serve(config: &Config, io: &Arc<IoLoop>, disks: &mut [Disk], stop: &mpsc::Receiver<()>) -> Result<()> {
+    let mut ready = false;
+    let mut last = Ok(());
+    loop {
+        let attaching = disks.iter().filter(|disk| disk.is_attaching()).count();
+        // It waits either here or for the control plane's answers.
+        let (here, there) = match u32::try_from(attaching).unwrap_or(u32::MAX) {
+            0 => (LOOK_EVERY, Duration::ZERO),
+            n => (Duration::ZERO, LOOK_EVERY / n),
+        };
+        if stop.recv_timeout(here) == Ok(()) {
+            return Ok(());
+        }
+        for disk in disks.iter_mut() {
+            if let Err(error) = disk.look(config, io, there) {
+                if config.lists_disks {
+                    tracing::error!("volume {:?} is served no more: {error:#}", disk.of.volume);
+                }
+                last = Err(error);
+            }
+        }
+        if disks.iter().all(|disk| matches!(disk.state, State::Over { .. })) {
+            return last;
+        }
+        if !ready && !disks.iter().any(Disk::is_attaching) {
+            ready = true;
+            tell_ready(config, disks)?;
+        }
+    }
+}
+
+/// All at the same time: what is out on one has its time, and so has the control plane.
+fn stop_all(disks: Vec<Disk>) -> Result<()> {
+    for disk in &disks {
+        if let State::Serving { signal, .. } = &disk.state {
+            signal.stop();
+        }
+    }
+    let stop = |disk: Disk| {
+        let (served, ours) = match disk.state {
+            State::Serving { device, .. } => (joined(device), true),
+            State::Attaching { .. } => (Ok(()), false),
+            State::Over { ours } => (Ok(()), ours),
+        };
+        if ours && !disk.control.detach(DETACH_TIMEOUT) {
+            tracing::info!(
+                "the control plane was not told that the volume is free; the next attach here takes it"
+            );
+        }
+        served
+    };
+    std::thread::scope(|scope| {
+        let stopping: Vec<_> = disks.into_iter().map(|disk| scope.spawn(move || stop(disk))).collect();
+        // The scope waits for all of them, whichever fails first.
+        let ended =
+            |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+        stopping.into_iter().try_for_each(ended)
+    })
+}
+
+fn joined(device: JoinHandle<Result<(), DeviceError>>) -> Result<()> {
+    device.join().unwrap_or_else(|panic| resume_unwind(panic)).context("the device ended")
+}
+
+fn endpoint(disk: &config::Disk) -> Result<Endpoint> {
+    match &disk.socket {
         Socket::Listen(path) => Ok(Endpoint::listen(path)?),
         Socket::Connected(fd) => {
             // SAFETY: fcntl with F_GETFD touches nothing but the descriptor table.
@@ -114,9 +242,9 @@ fn endpoint(config: &Config) -> Result<Endpoint> {
 }
 
 /// Names the place that writes: the same socket on the same host is the same holder, and may attach again.
-fn holder(config: &Config) -> String {
+fn holder(socket: &Socket) -> String {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    match &config.socket {
+    match socket {
         Socket::Listen(path) => {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
             format!("{host}:{}", path.display())
@@ -125,29 +253,26 @@ fn holder(config: &Config) -> String {
     }
 }
 
-/// Waits as long as it takes; `None`: told to stop meanwhile.
-fn wait_attached(control: &Control, stop: &mpsc::Receiver<()>) -> Result<Option<AttachedVolume>> {
-    loop {
-        if let Some(attached) = control.wait_attached(LOOK_EVERY)? {
-            return Ok(Some(attached));
-        }
-        if stop.try_recv().is_ok() {
-            return Ok(None);
-        }
-    }
-}
-
-fn ready(config: &Config, attached: AttachedVolume) -> Result<()> {
-    let AttachedVolume { volume, size_bytes, epoch } = attached;
-    tracing::info!(%volume, size_bytes, %epoch, "serving {:?}", config.volume);
+fn tell_ready(config: &Config, disks: &[Disk]) -> Result<()> {
     let Some(path) = &config.ready_file else { return Ok(()) };
-    let socket = match &config.socket {
-        Socket::Listen(path) => Some(path),
-        Socket::Connected(_) => None,
-    };
-    let content = serde_json::json!({
-        "pid": std::process::id(), "socket": socket, "volume": config.volume, "size_bytes": size_bytes,
+    let served = disks.iter().filter_map(|disk| match &disk.state {
+        State::Serving { attached, .. } => Some((&disk.of, attached)),
+        State::Attaching { .. } | State::Over { .. } => None,
     });
+    let mut told: Vec<_> = served
+        .map(|(of, attached)| {
+            let socket = match &of.socket {
+                Socket::Listen(path) => Some(path),
+                Socket::Connected(_) => None,
+            };
+            serde_json::json!({ "socket": socket, "volume": of.volume, "size_bytes": attached.size_bytes })
+        })
+        .collect();
+    let mut content = match config.lists_disks {
+        true => serde_json::json!({ "disks": told }),
+        false => told.pop().unwrap_or_default(),
+    };
+    content["pid"] = std::process::id().into();
     evolute_daemon::write_ready_file(path, &content)
 }
 

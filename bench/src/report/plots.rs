@@ -63,13 +63,9 @@ pub fn plots(results: &Results) -> Vec<Plot> {
             line("local qsd randread", over_depth("qsd", "randread", value)),
         ],
     };
-    let over = |file, title, x, of: fn(&Row) -> Option<u32>| Plot {
-        file,
-        title,
-        x,
-        y: "IOPS",
-        lines: vec![line("Evolute randwrite", points(results, |row| Some((of(row)?, row.iops))))],
-    };
+    let iops_over =
+        |label, of: fn(&Row) -> Option<u32>| line(label, points(results, |row| Some((of(row)?, row.iops))));
+    let over = |file, title, x, lines| Plot { file, title, x, y: "IOPS", lines };
     let mut plots = vec![
         latency("randwrite-latency.svg", "4K random writes: latency over depth", "randwrite"),
         latency("randread-latency.svg", "4K random reads: latency over depth", "randread"),
@@ -79,13 +75,16 @@ pub fn plots(results: &Results) -> Vec<Plot> {
             "copysets.svg",
             "4K random writes, depth 32, one volume: IOPS over copysets",
             "copysets of each chunkserver, six of them in use",
-            |row| row.copysets,
+            vec![iops_over("Evolute randwrite", |row| row.copysets)],
         ),
         over(
             "volumes.svg",
             "4K random writes, depth 128 in all: IOPS over volumes",
             "volumes that share the depth",
-            |row| row.volumes,
+            vec![
+                iops_over("a backend process each", |row| row.volumes),
+                iops_over("one backend process", |row| row.volumes_of_one_backend),
+            ],
         ),
     ];
     for plot in &mut plots {

@@ -70,7 +70,9 @@ fn profile(results: &Results) -> String {
 
 /// What besides the load varies in a row.
 fn varied(row: &Row) -> Option<(&'static str, u32)> {
-    row.volumes.map(|n| ("volumes", n)).or(row.copysets.map(|n| ("copysets per chunkserver", n)))
+    let volumes = row.volumes.map(|n| ("volumes", n));
+    let together = row.volumes_of_one_backend.map(|n| ("volumes of one backend", n));
+    volumes.or(together).or(row.copysets.map(|n| ("copysets per chunkserver", n)))
 }
 
 /// One line of what the numbers depend on besides the code.

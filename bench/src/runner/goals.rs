@@ -200,9 +200,9 @@ const GOALS: [Goal; 20] = [
         Source::Worst("write-amplification"),
     ),
     goal(
-        ("32 volumes at QD4 by one at QD128, tmpfs", "", "–"),
+        ("32 volumes of one backend at QD4 by one at QD128, tmpfs", "", "–"),
         at_least(0.8, 0.95),
-        Source::Ratio("volumes-32", "volumes-1"),
+        Source::Ratio("one-backend-32", "volumes-1"),
     ),
     goal(
         ("500 copysets per chunkserver by 12, QD32, tmpfs", "", "–"),
@@ -404,7 +404,7 @@ mod tests {
         let results = Results {
             rows: vec![
                 with("volumes-1", 100.0),
-                with("volumes-32", 90.0),
+                with("one-backend-32", 90.0),
                 with("randwrite-4k-qd32", 1.0),
                 on_disk,
             ],

@@ -191,6 +191,22 @@ impl Cluster {
     }
 }
 
+/// Loads on two clusters turn by turn, and of each the run in the middle: what is told of them is how they compare, and a slow
+/// minute of the machine is to hit both or neither.
+pub fn by_turns(lab: &Lab<'_>, loads: [(&Cluster, &str, Work); 2]) -> Result<[Row; 2], BenchError> {
+    const TURNS: usize = 3;
+    let [mut first, mut second] = [Vec::new(), Vec::new()];
+    for _ in 0..TURNS {
+        for ((cluster, name, work), rows) in loads.into_iter().zip([&mut first, &mut second]) {
+            rows.push(cluster.load(lab, name, work)?);
+        }
+    }
+    Ok([first, second].map(|mut rows| {
+        rows.sort_by(|a, b| a.iops.total_cmp(&b.iops));
+        rows.swap_remove(TURNS / 2)
+    }))
+}
+
 /// Watches a device that is connected and has nothing to do.
 struct Rest<'l> {
     cluster: &'l Cluster,

@@ -38,6 +38,9 @@ pub struct Row {
     pub copysets: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volumes: Option<u32>,
+    /// The same, all served by one backend process and not by one each.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volumes_of_one_backend: Option<u32>,
 }
 
 /// One number that is not of a load: `name` says of what within the work, `unit` what it counts.
@@ -99,6 +102,7 @@ impl Row {
             others_percent: rounded(others / (report.runtime_s * cores) * 100.0, 1),
             copysets: None,
             volumes: None,
+            volumes_of_one_backend: None,
         }
     }
 
@@ -295,6 +299,7 @@ pub mod tests {
             others_percent: 1.0,
             copysets: None,
             volumes: None,
+            volumes_of_one_backend: None,
         }
     }
 

@@ -46,13 +46,15 @@ pub struct Wanted {
     pub volumes: Vec<u64>,
     /// Copysets at least; 0: as few as there are chunkservers for.
     pub copysets: u32,
+    /// One backend process serves all volumes, and not one each.
+    pub one_backend: bool,
     /// How often a process that dies is started again.
     pub restarts: u32,
 }
 
 impl Wanted {
     pub fn volume(bytes: u64) -> Self {
-        Self { volumes: vec![bytes], copysets: 0, restarts: 0 }
+        Self { volumes: vec![bytes], copysets: 0, one_backend: false, restarts: 0 }
     }
 }
 
@@ -63,7 +65,7 @@ pub struct System {
     pub name: &'static str,
     /// One for each volume.
     pub sockets: Vec<PathBuf>,
-    /// Of Evolute: `backend` as often as there are volumes, `chunkserver-1` to `-3`, `mds`.
+    /// Of Evolute: `backend` for each volume or for all, `chunkserver-1` to `-3`, `mds`.
     pub processes: Vec<Watched>,
     /// Where Evolute's control plane answers.
     pub mds: String,
@@ -90,6 +92,9 @@ impl System {
         if wanted.copysets > 0 {
             command.args(["--copysets", &wanted.copysets.to_string()]);
         }
+        if wanted.one_backend {
+            command.arg("--one-backend");
+        }
         for (i, bytes) in wanted.volumes.iter().enumerate() {
             command.args(["--volume", &format!("bench-{i}:{bytes}")]);
         }
@@ -106,7 +111,9 @@ impl System {
         let watched = |p: Process| Watched { name: p.name, pid: p.pid };
         for volume in running.volumes {
             system.sockets.push(volume.socket);
-            system.processes.push(Watched { name: BACKEND.to_owned(), pid: volume.pid });
+            if system.processes.last().is_none_or(|process| process.pid != volume.pid) {
+                system.processes.push(Watched { name: BACKEND.to_owned(), pid: volume.pid });
+            }
         }
         system.processes.extend(running.chunkservers.into_iter().map(watched));
         system.run_dir = dir.join("cluster/run");

@@ -25,12 +25,16 @@ const CHUNKSERVERS: usize = 3;
 const STATUS_POLL: Duration = Duration::from_millis(100);
 /// A cluster that serves but has not quite settled (a replica still joins) is waited for this long.
 const SETTLE_MAX: Duration = Duration::from_secs(10);
+/// The name of the process that serves all volumes.
+const ONE_BACKEND: &str = "backend";
 
 /// What the person asked for.
 #[derive(Debug)]
 pub struct Wanted {
     pub programs: Programs,
     pub volumes: Vec<DevVolume>,
+    /// One process for all volumes.
+    pub one_backend: bool,
     pub copysets_min: u32,
     pub start_timeout: Duration,
     pub restarts_max: u32,
@@ -233,36 +237,61 @@ impl<P: Fn(&str)> Cluster<P> {
         deadline: Instant,
     ) -> Result<Vec<RunningVolume>, Failure> {
         let mut running = Vec::new();
-        let mut starts = Vec::new();
         for volume in volumes {
-            let name = format!("backend-{}", volume.name);
+            let name = match self.wanted.one_backend {
+                true => ONE_BACKEND.to_owned(),
+                false => format!("backend-{}", volume.name),
+            };
             let socket = self.layout.socket(&volume.name)?;
-            let arguments = arguments(&[
-                ("--socket-path", socket.clone().into()),
-                ("--volume", volume.name.clone().into()),
-                ("--mds", loopback(self.kept.mds_port).into()),
-                ("--state-dir", self.data(&format!("backends/{}", volume.name))?.into()),
-            ]);
-            let spec = self.spec(&name, self.wanted.programs.vhost.clone(), arguments, deadline);
             running.push(RunningVolume {
                 lines: Lines::new(&volume.name, &socket),
                 volume: volume.name,
                 size_bytes: volume.size_bytes,
                 socket,
+                log: self.layout.log(&name),
                 name,
                 pid: 0,
-                log: spec.log.clone(),
             });
+        }
+        let mut starts = Vec::new();
+        for served in running.chunk_by(|one, next| one.name == next.name) {
+            let spec = self.backend(served, deadline)?;
             starts.push(Process::start(spec, self.events.clone()));
         }
         if !starts.is_empty() {
             (self.progress)("starting the backends");
         }
-        for (volume, (process, pid)) in running.iter_mut().zip(try_join_all(starts).await?) {
-            volume.pid = pid;
+        let processes = try_join_all(starts).await?;
+        for (process, pid) in processes {
+            for volume in running.iter_mut().filter(|volume| volume.name == process.name) {
+                volume.pid = pid;
+            }
             self.processes.push(process);
         }
         Ok(running)
+    }
+
+    /// The process that serves these.
+    fn backend(&self, served: &[RunningVolume], deadline: Instant) -> Result<Spec, Failure> {
+        let mds = ("--mds", loopback(self.kept.mds_port).into());
+        let arguments = match served {
+            [only] if !self.wanted.one_backend => arguments(&[
+                ("--socket-path", only.socket.clone().into()),
+                ("--volume", only.volume.clone().into()),
+                mds,
+                ("--state-dir", self.data(&format!("backends/{}", only.volume))?.into()),
+            ]),
+            several => {
+                let mut pairs = vec![mds, ("--state-dir", self.data("backends")?.into())];
+                for volume in several {
+                    let mut disk = OsString::from(format!("{}=", volume.volume));
+                    disk.push(&volume.socket);
+                    pairs.push(("--disk", disk));
+                }
+                arguments(&pairs)
+            }
+        };
+        Ok(self.spec(&served[0].name, self.wanted.programs.vhost.clone(), arguments, deadline))
     }
 
     /// A directory for somebody's data, made if absent.
@@ -291,7 +320,7 @@ impl Running {
         if let Some(process) = chunkservers.chain([&mut self.mds]).find(|process| process.name == name) {
             process.pid = pid;
         }
-        if let Some(volume) = self.volumes.iter_mut().find(|volume| volume.name == name) {
+        for volume in self.volumes.iter_mut().filter(|volume| volume.name == name) {
             volume.pid = pid;
         }
     }

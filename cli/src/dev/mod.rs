@@ -1,6 +1,6 @@
 //! `evolute dev`: a whole cluster under one directory on loopback, without root.
 //!
-//! One control plane, three chunkservers in three zones, a backend per named volume; real programs, found next to
+//! One control plane, three chunkservers in three zones, a backend per named volume (or one for all); real programs, found next to
 //! this one, talking over the same sockets as in a machine room. [`layout`] says what is where, [`ports`] who listens
 //! where, [`process`] keeps each program running, [`cluster`] knows their order: up from the control plane, down from
 //! the backends, so that no guest sees an error on the way.
@@ -33,6 +33,7 @@ pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
     let wanted = Wanted {
         programs,
         volumes: args.volumes.clone(),
+        one_backend: args.one_backend,
         copysets_min: args.copysets,
         start_timeout: args.start_timeout,
         restarts_max: args.restarts,

@@ -16,7 +16,7 @@
 //! - FLUSH is answered at once, because an answered write is durable already.
 //!
 //! It does not know chunks, chunkservers or the control plane: all of that is behind [`crate::backing::Backing`].
-//! Start at [`run`] for the life of the device, at `queues.rs` for the life of a request.
+//! Start at [`serve`] for the life of the device, at `queues.rs` for the life of a request.
 
 mod chain;
 pub(crate) mod command;
@@ -30,7 +30,7 @@ mod inflight;
 mod memory;
 mod queue;
 pub(crate) mod queues;
-mod request;
+pub(crate) mod request;
 mod ring;
 mod session;
 mod socket;
@@ -39,15 +39,13 @@ mod tickets;
 use std::io;
 use std::path::PathBuf;
 use std::sync::mpsc;
-use std::thread;
 use std::time::Duration;
 
 use crate::backing::Backing;
-use crate::io_thread::{IoThread, WakerHandle};
+use crate::io_thread::{IoLoop, NewDisk, WakerHandle};
 
 use command::Commands;
 use config_space::SERIAL_BYTES;
-use queues::Queues;
 use request::Geometry;
 
 pub use socket::{Endpoint, Listening, StopSignal};
@@ -64,8 +62,8 @@ pub struct DeviceConfig {
     /// Queues offered, 1 to 256. QEMU asks for one per vCPU and does not start if that is more than we offer;
     /// a queue nobody uses costs nothing.
     pub queues: u16,
-    /// Microseconds to look for new requests before sleeping. 0: sleep at once. Anything more buys latency
-    /// with CPU and only pays while a core is idle.
+    /// Microseconds to look for new requests before sleeping, of the I/O thread that [`run`] starts. 0: sleep at once.
+    /// Anything more buys latency with CPU and only pays while a core is idle.
     pub spin_us: u32,
     /// Accept only guest memory that its owner cannot shrink under us (`F_SEAL_SHRINK`). QEMU's
     /// `memory-backend-memfd` seals by default, files in `/dev/shm` cannot.
@@ -112,11 +110,25 @@ pub enum DeviceError {
     Connection(#[source] io::Error),
 }
 
-/// Serves one disk until `stop`, or until an [`Endpoint::Connected`] front end leaves.
-///
-/// The calling thread becomes the socket thread; an I/O thread is started, and `make_backing` is called on it. The
-/// handshake is answered from `config` alone, rings wait until the backing is ready.
+/// Serves one disk, on an I/O thread of its own; see [`serve`].
 pub fn run(
+    config: DeviceConfig,
+    endpoint: Endpoint,
+    make_backing: impl FnOnce(WakerHandle) -> Box<dyn Backing> + Send + 'static,
+    stop: StopSignal,
+) -> Result<(), DeviceError> {
+    let io = IoLoop::start(Duration::from_micros(config.spin_us.into())).map_err(DeviceError::IoThread)?;
+    let served = serve(&io, config, endpoint, make_backing, stop);
+    io.end().map_err(DeviceError::IoThread)?;
+    served
+}
+
+/// Serves one disk of `io` until `stop`, or until an [`Endpoint::Connected`] front end leaves.
+///
+/// The calling thread becomes the socket thread; `make_backing` is called on the I/O thread. The handshake is answered
+/// from `config` alone, rings wait until the backing is ready.
+pub fn serve(
+    io: &IoLoop,
     config: DeviceConfig,
     endpoint: Endpoint,
     make_backing: impl FnOnce(WakerHandle) -> Box<dyn Backing> + Send + 'static,
@@ -125,28 +137,16 @@ pub fn run(
     if config.queues == 0 || config.queues > config_space::QUEUES_MAX {
         return Err(DeviceError::Queues(config.queues));
     }
-    let poll = mio::Poll::new().map_err(DeviceError::IoThread)?;
-    let waker = WakerHandle::new(&poll).map_err(DeviceError::IoThread)?;
     let (sender, receiver) = mpsc::channel();
-    let commands = Commands::new(sender, waker.clone());
-    let queues_config = (config.geometry(), config.queues);
-    let spin = Duration::from_micros(config.spin_us.into());
-    let io_thread = thread::Builder::new()
-        .name("io".into())
-        .spawn(move || {
-            evolute_daemon::short_turns();
-            let (geometry, count) = queues_config;
-            let backing = make_backing(waker);
-            IoThread::new(poll, Queues::new(geometry, count), backing, receiver, spin)?.run()
-        })
-        .map_err(DeviceError::IoThread)?;
-
+    let commands = Commands::new(sender, io.waker());
+    io.add(NewDisk {
+        geometry: config.geometry(),
+        queues: config.queues,
+        make_backing: Box::new(make_backing),
+        commands: receiver,
+    });
     let served = socket::serve(&endpoint, &config, &commands, &stop);
-    // It may have ended already, in good order or by itself; `join` says which.
+    // It may have ended already, in good order or by itself; the end of the loop says which.
     let _ = socket::close(&commands);
-    match io_thread.join() {
-        Ok(ended) => ended.map_err(DeviceError::IoThread)?,
-        Err(panic) => std::panic::resume_unwind(panic),
-    }
     served
 }

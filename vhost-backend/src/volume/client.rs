@@ -13,12 +13,12 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use evolute_protocol::geometry::{REQUEST_BYTES_MAX, SECTOR_BYTES};
-use mio::{Events, Poll, Token};
+use mio::{Events, Poll};
 
 use super::control::{self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions};
 use super::{Volume, VolumeOptions};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
-use crate::io_thread::WakerHandle;
+use crate::io_thread::{WAKER, WakerHandle};
 
 /// Bytes and requests taken and not yet durable.
 const BYTES_MAX: u64 = 32 << 20;
@@ -28,8 +28,6 @@ const DETACH_MAX: Duration = Duration::from_secs(10);
 /// How long the reason of a failure may be behind the failure.
 const REASON_MAX: Duration = Duration::from_millis(200);
 
-/// Where [`WakerHandle`] reports.
-const WAKER: Token = Token(0);
 const FIRST_TOKEN: usize = 1;
 
 /// Why a call did not do what it was asked.

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evolute_vhost_backend::backing::{Backing, Failure, Outcome, Request, Ticket};
-use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, StopSignal, run};
+use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, StopSignal, run, serve};
+use evolute_vhost_backend::io_thread::IoLoop;
 use evolute_vhost_backend::io_thread::WakerHandle;
 
 /// Long enough that only a hang gets there.
@@ -188,6 +189,8 @@ impl State {
     }
 }
 
+type MakeBacking = Box<dyn FnOnce(WakerHandle) -> Box<dyn Backing> + Send>;
+
 /// A device that serves a socket on its own thread; stopped when dropped.
 pub struct Served {
     pub path: PathBuf,
@@ -205,6 +208,26 @@ impl Served {
     }
 
     pub fn start_at(path: &Path, config: DeviceConfig, disk: &Disk) -> Served {
+        Served::start_with(path, disk, move |endpoint, make, stop| run(config, endpoint, make, stop))
+    }
+
+    /// On an I/O thread that others use, too.
+    pub fn start_on(io: &Arc<IoLoop>, config: DeviceConfig, disk: &Disk) -> Served {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let io = Arc::clone(io);
+        let mut served =
+            Served::start_with(&dir.path().join("disk.sock"), disk, move |endpoint, make, stop| {
+                serve(&io, config, endpoint, make, stop)
+            });
+        served._dir = Some(dir);
+        served
+    }
+
+    fn start_with(
+        path: &Path,
+        disk: &Disk,
+        serve: impl FnOnce(Endpoint, MakeBacking, StopSignal) -> Result<(), DeviceError> + Send + 'static,
+    ) -> Served {
         let endpoint = Endpoint::listen(path).expect("a socket");
         let stop = StopSignal::new().expect("an eventfd");
         let (disk, signal) = (disk.clone(), stop.clone());
@@ -215,7 +238,7 @@ impl Served {
             });
             Box::new(RecordingBacking(disk))
         };
-        let thread = std::thread::spawn(move || run(config, endpoint, make_backing, signal));
+        let thread = std::thread::spawn(move || serve(endpoint, Box::new(make_backing), signal));
         Served { path: path.to_owned(), stop, thread: Some(thread), _dir: None }
     }
 

@@ -8,4 +8,5 @@ mod disk;
 mod front_end;
 mod messages;
 mod replay;
+mod sharing;
 mod stopping;

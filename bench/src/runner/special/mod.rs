@@ -29,8 +29,8 @@ pub struct Special {
 
 pub const ALL: [Special; 6] = [
     Special { name: "idle", store: Store::Tmpfs, slow: false, seconds: 50, run: idle::run },
-    Special { name: "volumes", store: Store::Tmpfs, slow: false, seconds: 90, run: volumes::run },
-    Special { name: "copysets", store: Store::Tmpfs, slow: false, seconds: 90, run: copysets::run },
+    Special { name: "volumes", store: Store::Tmpfs, slow: false, seconds: 210, run: volumes::run },
+    Special { name: "copysets", store: Store::Tmpfs, slow: false, seconds: 120, run: copysets::run },
     Special { name: "in-flight", store: Store::Tmpfs, slow: false, seconds: 15, run: in_flight::run },
     Special {
         name: amplification::WORK,

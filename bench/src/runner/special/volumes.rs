@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab};
+use crate::runner::lab::{Cluster, Lab, by_turns};
 use crate::runner::machine::Store;
 use crate::runner::process::memory;
 use crate::runner::record::Record;
@@ -16,28 +16,56 @@ const DEPTH: usize = 128;
 const MANY: u32 = 32;
 const MIB: u64 = 1 << 20;
 
-/// Each number of volumes on a cluster of its own: volumes that are there and idle would have their share.
+/// Each number of volumes on a cluster of its own: volumes that are there and idle would have their share. The cluster with
+/// one volume stays, to be compared with.
 pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
-    let counts: &[u32] = if lab.quick { &[1, MANY] } else { &[1, 2, 4, 8, 16, MANY] };
-    let mut one = None;
-    for &count in counts {
-        let bytes = (lab.small_bytes() / u64::from(count) / MIB).max(1) * MIB;
-        let wanted = Wanted { volumes: vec![bytes; count as usize], ..Wanted::volume(0) };
-        let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
-        let before = Used::of(&cluster)?;
-        cluster.fill(lab)?;
-        cluster.rest(lab, Duration::ZERO)?;
-        let work = randwrite(DEPTH / count as usize);
-        let row = cluster.load(lab, &format!("volumes-{count}"), work)?;
+    let (each, together): (&[u32], &[u32]) =
+        if lab.quick { (&[MANY], &[MANY]) } else { (&[2, 4, 8, 16, MANY], &[2, 8, MANY]) };
+    let (one, one_used) = filled(lab, 1, false)?;
+    for &count in each {
+        let (cluster, before) = filled(lab, count, false)?;
+        let row = cluster.load(lab, &format!("volumes-{count}"), randwrite(depth(count)))?;
         record.row(Row { volumes: Some(count), ..row })?;
-        match one {
-            None => one = Some(before),
-            Some(one) if count == MANY => tell(&cluster, one, before, record)?,
-            Some(_) => {}
+        if count == MANY {
+            tell(&cluster, one_used, before, record)?;
         }
         stop(cluster, "volumes", record);
     }
+    for &count in together {
+        let (cluster, before) = filled(lab, count, true)?;
+        let (name, work) = (format!("one-backend-{count}"), randwrite(depth(count)));
+        let row = if count == MANY {
+            let loads = [(&one, "volumes-1", randwrite(DEPTH)), (&cluster, name.as_str(), work)];
+            let [single, row] = by_turns(lab, loads)?;
+            record.row(Row { volumes: Some(1), ..single })?;
+            let kib = before.backends as f64 / f64::from(MANY) / KIB;
+            let figure = figure(&cluster, MEMORY, "volume: its share of one backend for 32", kib, "KiB");
+            record.figure(figure.noted("attached, nothing written"))?;
+            row
+        } else {
+            cluster.load(lab, &name, work)?
+        };
+        record.row(Row { volumes_of_one_backend: Some(count), ..row })?;
+        stop(cluster, "one-backend", record);
+    }
+    stop(one, "volumes", record);
     Ok(())
+}
+
+/// Of each of so many volumes.
+fn depth(count: u32) -> usize {
+    DEPTH / count as usize
+}
+
+/// A cluster at rest, and what it used before it was filled.
+fn filled(lab: &Lab<'_>, count: u32, one_backend: bool) -> Result<(Cluster, Used), BenchError> {
+    let bytes = (lab.small_bytes() / u64::from(count) / MIB).max(1) * MIB;
+    let wanted = Wanted { volumes: vec![bytes; count as usize], one_backend, ..Wanted::volume(0) };
+    let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
+    let before = Used::of(&cluster)?;
+    cluster.fill(lab)?;
+    cluster.rest(lab, Duration::ZERO)?;
+    Ok((cluster, before))
 }
 
 /// Resident bytes of each kind of process together, before anything is written.
