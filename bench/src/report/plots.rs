@@ -82,8 +82,8 @@ pub fn plots(results: &Results) -> Vec<Plot> {
             "4K random writes, depth 128 in all: IOPS over volumes",
             "volumes that share the depth",
             vec![
-                iops_over("a backend process each", |row| row.volumes),
-                iops_over("one backend process", |row| row.volumes_of_one_backend),
+                iops_over("Evolute, a backend process each", |row| row.volumes),
+                iops_over("Evolute, one backend process", |row| row.volumes_of_one_backend),
             ],
         ),
     ];
