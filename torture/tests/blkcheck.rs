@@ -255,9 +255,17 @@ fn a_load_goes_to_another_server() {
 #[test]
 fn what_a_replaced_server_still_writes_is_found() {
     let report = replaced(8, |server, run| {
-        let before = run.progress.acked_writes.load(Ordering::SeqCst);
+        // So that nothing newer covers it up.
+        assert!(run.pause(PATIENCE), "it drains");
+        let disk = server.disk();
+        let content = || {
+            let mut content = vec![0; 16 << 20];
+            disk.read_exact_at(&mut content, 0).expect("inside");
+            content
+        };
+        let before = content();
         signal(&server.child, Signal::CONT);
-        until("it had time", || run.progress.acked_writes.load(Ordering::SeqCst) > before + 200);
+        until("it writes", || content() != before);
     });
     assert_fails(&report, "which nobody ever wrote here since the round began");
 }
