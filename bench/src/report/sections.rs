@@ -21,7 +21,9 @@ pub fn sections(results: &Results, plots: &[Plot], folder: &str) -> Vec<Section>
         or_nothing(rows.collect(), table_of_rows)
     };
     let about_growth = |row: &&Row| varied(row).is_some();
-    let growth: Vec<&Row> = results.rows.iter().filter(about_growth).collect();
+    let mut growth: Vec<&Row> = results.rows.iter().filter(about_growth).collect();
+    // In the order of their numbers, whatever was measured beside what.
+    growth.sort_by_key(|row| (row.copysets, row.volumes_of_one_backend, row.volumes));
     let of_work = |memory: bool| {
         let wanted = |work: &str| work != RUN && !is_profile(work) && (work == MEMORY) == memory;
         let figures = results.figures.iter().filter(|figure| wanted(&figure.work));
@@ -155,6 +157,35 @@ mod tests {
     fn section(results: &Results, name: &str) -> String {
         let found = sections(results, &plots(results), "performance");
         found.into_iter().find(|(known, _)| *known == name).expect(name).1
+    }
+
+    #[test]
+    fn what_was_varied_is_in_the_order_of_its_numbers() {
+        let base = || row("tmpfs", "any");
+        let results = Results {
+            rows: vec![
+                Row { copysets: Some(500), ..base() },
+                Row { volumes: Some(32), ..base() },
+                Row { volumes_of_one_backend: Some(2), ..base() },
+                Row { copysets: Some(12), ..base() },
+                Row { volumes: Some(1), ..base() },
+            ],
+            ..Results::default()
+        };
+        let text = section(&results, "volumes");
+        let first_cells = |line: &str| {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            Some(format!("{} {}", cells.get(1)?, cells.get(2)?))
+        };
+        let lines: Vec<String> = text.lines().skip(2).filter_map(first_cells).collect();
+        let wanted = [
+            "volumes 1",
+            "volumes 32",
+            "volumes of one backend 2",
+            "copysets per chunkserver 12",
+            "copysets per chunkserver 500",
+        ];
+        assert_eq!(lines[..5], wanted, "{text}");
     }
 
     #[test]
