@@ -178,7 +178,7 @@ fn serve(config: &Config, io: &Arc<IoLoop>, disks: &mut [Disk], stop: &mpsc::Rec
         for disk in disks.iter_mut() {
             if let Err(error) = disk.look(config, io, there) {
                 if config.lists_disks {
-                    tracing::error!("volume {:?} is served no more: {error:#}", disk.of.volume);
+                    tracing::error!("volume {:?} is not served: {error:#}", disk.of.volume);
                 }
                 last = Err(error);
             }
