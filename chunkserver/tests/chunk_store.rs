@@ -575,6 +575,20 @@ fn on_a_disk_full_to_the_last_block_what_is_there_is_overwritten() {
     assert_eq!(store.read(CHUNK, 0, 8192).unwrap(), expected);
 }
 
+/// A read that meets a checkpoint is tried again; in the end it tells which block it is, as any other.
+#[test]
+fn damage_is_named_while_a_checkpoint_is_under_way() {
+    let capacity_bytes = Some((8 + 2) * 4096);
+    let mut store = Store::with(StoreOptions { capacity_bytes, ..StoreOptions::default() });
+    store.write(CHUNK, 0, &pattern(1, 8 * 4096));
+    store.checkpoint().unwrap();
+    store.meddle(CHUNK, |file| file.write_all_at(&[0xee; 100], DATA_AT + 5 * 4096 + 700).unwrap());
+    // It waits for space.
+    store.write(CHUNK, 9 * 4096, &pattern(2, 4096));
+    store.checkpoint().unwrap_err();
+    assert_eq!(store.read(CHUNK, 3 * 4096, 4 * 4096), unreadable(5));
+}
+
 #[test]
 fn what_others_order_is_let_in_while_there_is_memory_for_it() {
     let mut store = Store::with(StoreOptions {

@@ -295,7 +295,8 @@ impl ChunkStore {
     ) -> impl Future<Output = Result<ReadData, ReadError>> + use<> + 'static {
         let shard = self.shard.clone();
         async move {
-            for _ in 0..READ_ATTEMPTS {
+            let mut attempts = 1;
+            loop {
                 let (plan, file, disk, version) = {
                     let mut shard = shard.borrow_mut();
                     let (plan, file) = plan(&mut shard, chunk, offset, len)?;
@@ -307,13 +308,13 @@ impl ChunkStore {
                     Err(fault) => fault,
                 };
                 let shard = shard.borrow();
-                if shard.version == version && shard.draining.is_none() {
-                    tracing::error!(%chunk, offset, len, %fault, "a read found damage");
+                let met_checkpoint = shard.version != version || shard.draining.is_some();
+                if !met_checkpoint || attempts == READ_ATTEMPTS {
+                    tracing::error!(%chunk, offset, len, %fault, attempts, "a read found damage");
                     return Err(unreadable(&fault, offset));
                 }
+                attempts += 1;
             }
-            tracing::error!(%chunk, offset, len, "a read found damage, again and again");
-            Err(ReadError::Unreadable { block: format::block_index(overlay::block_of(offset as usize)) })
         }
     }
 
