@@ -31,9 +31,10 @@ use tokio::task::spawn_local;
 use crate::copyset::registry::Registry;
 use crate::copyset::{Answer, Caller, Copyset};
 
-/// Requests of one connection that were read and not answered. A backend serves one volume and keeps far fewer in
-/// flight; 4096 × 1 MiB is never reached because of what may wait on a copyset.
-const UNANSWERED_MAX: usize = 4096;
+/// Requests of one connection that were read and not answered: more than the disks that share one may have out
+/// (`DISKS_PER_CONNECTION`, `vhost-backend/src/connections/mod.rs`), so that a copyset that answers nothing holds up no
+/// other. 16 Ki × 1 MiB is never reached because of what may wait on a copyset.
+const UNANSWERED_MAX: usize = 16 << 10;
 /// Replies of one connection that the client has not taken yet: 16 of the longest.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 /// Connections at a time; a few hundred backends and the other chunkservers.

@@ -53,10 +53,6 @@ impl RamDisk {
 }
 
 impl Backing for RamDisk {
-    fn register(&mut self, _registry: &mio::Registry, _first_token: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn submit(&mut self, ticket: Ticket, request: Request) {
         match self.delay.is_zero() {
             true => {
@@ -66,8 +62,6 @@ impl Backing for RamDisk {
             false => self.waiting.push_back((Instant::now() + self.delay, ticket, request)),
         }
     }
-
-    fn on_event(&mut self, _event: &mio::event::Event) {}
 
     fn on_wake(&mut self) {}
 
@@ -116,7 +110,7 @@ fn main() -> anyhow::Result<()> {
     let mut config = DeviceConfig::new(size);
     config.serial = "evolute-ram-disk".into();
     config.spin_us = spin_us;
-    let disk = move |_waker| -> Box<dyn Backing> {
+    let disk = move |_waker, _seat| -> Box<dyn Backing> {
         Box::new(RamDisk { bytes, delay, waiting: VecDeque::new(), done: Vec::new() })
     };
     run(config, Endpoint::listen(Path::new(&socket))?, disk, StopSignal::new()?)?;

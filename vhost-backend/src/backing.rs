@@ -11,7 +11,6 @@
 //! - `Outcome::Done` for a write means durable. The guest hears of it at once and forgets its copy.
 //! - Requests in flight at the same time have no order among themselves, as on any disk.
 
-use std::io;
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -65,19 +64,14 @@ pub enum Failure {
 
 /// Who does the requests: a volume of the cluster, or a disk in memory in tests.
 ///
-/// Driven by [`crate::io_thread`], in this order on every turn of its loop: `on_event` for each of its sources
-/// that is ready, `on_wake` if the waker fired, `submit` for what the guest asked, `settle`, `take_completed`.
+/// Driven by [`crate::io_thread`], in this order on every turn of its loop: `on_wake` if the waker fired, `submit` for
+/// what the guest asked, `settle`, `take_completed`. What has come over the thread's connections is there by then.
 pub trait Backing {
-    /// Called once, before anything else. May register sources with tokens `>= first_token`, now or
-    /// later with a clone of the registry.
-    fn register(&mut self, registry: &mio::Registry, first_token: usize) -> io::Result<()>;
     /// Takes a request. Never waits; what cannot be sent now is kept.
     fn submit(&mut self, ticket: Ticket, request: Request);
-    /// One of its own sources (token `>= first_token`) is ready.
-    fn on_event(&mut self, event: &mio::event::Event);
     /// The waker fired: another thread has news.
     fn on_wake(&mut self);
-    /// Once per turn of the loop: send what was submitted, expire, retry.
+    /// Once per turn of the loop: take in what has come, send what was submitted, expire, retry.
     fn settle(&mut self, now: Instant);
     /// Moves everything that ended since the last call to `out`.
     fn take_completed(&mut self, out: &mut Vec<(Ticket, Outcome)>);

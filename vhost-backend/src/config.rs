@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Deserialize;
 
+use crate::connections::DISKS_MAX;
+
 /// Serves Evolute volumes to virtual machines as vhost-user-blk devices: one, or several by one process.
 #[derive(Debug, Clone, Default, Parser, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -131,6 +133,8 @@ pub enum ConfigError {
     Disk(String),
     #[error("--disk has {0:?} twice")]
     Twice(String),
+    #[error("--disk is given {0} times; one process serves {DISKS_MAX} disks at most")]
+    TooMany(usize),
     #[error("--disk takes the place of --{0}: give one of them")]
     DiskAnd(&'static str),
 }
@@ -209,6 +213,9 @@ impl Args {
                 return Err(ConfigError::DiskAnd(flag));
             }
         }
+        if self.disk.len() > DISKS_MAX {
+            return Err(ConfigError::TooMany(self.disk.len()));
+        }
         let mut disks: Vec<Disk> = Vec::new();
         for text in &self.disk {
             let parts = text.split_once('=').filter(|(volume, path)| !volume.is_empty() && !path.is_empty());
@@ -251,7 +258,7 @@ fn serial_of(volume: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Args, CAPABILITIES, ConfigError, Socket};
+    use super::{Args, CAPABILITIES, ConfigError, DISKS_MAX, Socket};
 
     fn args() -> Args {
         Args {
@@ -283,7 +290,11 @@ mod tests {
         let disks = |texts: &[&str]| Args { disk: of(texts), mds: args().mds, ..Args::default() };
         let config = disks(&["a=/a", "b=/b=c"]).check().expect("good");
         assert_eq!((config.disks.len(), &config.disks[1].socket), (2, &Socket::Listen("/b=c".into())));
+        let many: Vec<_> = (0..=DISKS_MAX).map(|n| format!("{n}=/{n}")).collect();
+        let many: Vec<_> = many.iter().map(String::as_str).collect();
+        assert!(disks(&many[1..]).check().is_ok());
         for (args, error) in [
+            (disks(&many), ConfigError::TooMany(DISKS_MAX + 1)),
             (disks(&["a"]), ConfigError::Disk("a".into())),
             (disks(&["=/a"]), ConfigError::Disk("=/a".into())),
             (disks(&["a=/a", "a=/b"]), ConfigError::Twice("a".into())),

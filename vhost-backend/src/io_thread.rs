@@ -1,32 +1,33 @@
-//! The I/O thread: one loop that owns, of every disk of this process, the rings, the backing and its connections, and
-//! everything in flight.
+//! The I/O thread: one loop that owns, of every disk of this process, the rings, the backing and everything in flight, and
+//! the connections they share.
 //!
 //! ```text
-//!           ┌────────────────────── one turn of one disk ───────────────────────┐
-//!  kicks ──▶│ serve rings ─▶ backing.settle ─▶ completions ─▶ used rings, calls │──▶ arm, sleep in epoll
-//!  sockets ▶│ backing.on_event                                                  │
-//!  waker ──▶│ commands of the socket thread, backing.on_wake                    │
-//!           └───────────────────────────────────────────────────────────────────┘
+//!              ┌────────────────────── one turn of one disk ───────────────────────┐
+//!  kicks ─────▶│ serve rings ─▶ backing.settle ─▶ completions ─▶ used rings, calls │──▶ arm, sleep in epoll
+//!  waker ─────▶│ commands of the socket thread, backing.on_wake                    │
+//!              └──────────▲────────────────────────────────┬───────────────────────┘
+//!  connections: receive ──┘ (before all disks)             └──▶ flush (after all disks)
 //! ```
 //!
 //! Whatever has arrived when a turn begins is done in that turn: one send per peer, one interrupt per ring. Nothing in
 //! a turn blocks. Disks that have something to do have their turns one after the other, and the thread sleeps when none has:
-//! many disks with little to do cost one waking together. They share nothing else. It does not know vhost-user messages
-//! (`device::session`) or the cluster (`volume`).
+//! many disks with little to do cost one waking and one send together. It does not know vhost-user messages
+//! (`device::session`), frames (`connections`) or the cluster (`volume`).
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use mio::event::Event;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::backing::{Backing, Outcome, Ticket};
+use crate::connections::{Connections, DISKS_MAX, Seat};
 use crate::device::command::Command;
 use crate::device::config_space::QUEUES_MAX;
 use crate::device::queues::{Queues, Setup, StartRefused};
@@ -35,10 +36,10 @@ use crate::spin::Spin;
 
 /// Of every loop with a [`WakerHandle`].
 pub(crate) const WAKER: Token = Token(usize::MAX);
-/// The bits of a token above these say of which disk it is. Below: first the kicks of its queues, then what its backing
-/// chose, a connection to each of at most 65536 chunkservers.
-const DISK_SHIFT: u32 = 20;
-const FIRST_BACKING_TOKEN: usize = QUEUES_MAX as usize;
+/// Tokens of kicks: of which disk, above these bits, and of which of its queues.
+const DISK_SHIFT: u32 = QUEUES_MAX.next_power_of_two().ilog2();
+/// Tokens from here on are those of connections.
+pub(crate) const FIRST_CONNECTION: usize = 1 << (usize::BITS - 1);
 /// Events of one turn. More stay in the kernel for the next.
 const EVENTS_PER_TURN: usize = 256;
 /// How long the end of the process waits without an answer arriving. What is still out then is done again by the
@@ -62,7 +63,7 @@ impl WakerHandle {
 }
 
 /// Builds a disk's backing, on the I/O thread.
-pub(crate) type MakeBacking = Box<dyn FnOnce(WakerHandle) -> Box<dyn Backing> + Send>;
+pub(crate) type MakeBacking = Box<dyn FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send>;
 
 /// A disk that is to be served from now on, until [`Command::Close`].
 pub(crate) struct NewDisk {
@@ -89,7 +90,11 @@ impl IoLoop {
         let (own, spin) = (waker.clone(), Spin::new(spin));
         let thread = thread::Builder::new().name("io".into()).spawn(move || {
             evolute_daemon::short_turns();
-            IoThread { poll, waker: own, joining, joined_all: false, disks: Vec::new(), spin }.run()
+            let registry = Rc::new(poll.registry().try_clone()?);
+            let connections = Connections::new(Rc::clone(&registry), FIRST_CONNECTION);
+            let disks = Vec::new();
+            IoThread { poll, registry, waker: own, joining, joined_all: false, connections, disks, spin }
+                .run()
         })?;
         Ok(IoLoop { disks, waker, thread })
     }
@@ -115,18 +120,20 @@ impl IoLoop {
 /// Everything the loop owns.
 struct IoThread {
     poll: Poll,
+    registry: Rc<Registry>,
     waker: WakerHandle,
     joining: Receiver<NewDisk>,
     /// Nobody can add another one.
     joined_all: bool,
-    /// At the place that their tokens say.
+    connections: Connections,
+    /// By their number.
     disks: Vec<Option<Disk>>,
     spin: Spin,
 }
 
 struct Disk {
     first_token: usize,
-    registry: Registry,
+    registry: Rc<Registry>,
     queues: Queues,
     backing: Box<dyn Backing>,
     commands: Receiver<Command>,
@@ -172,7 +179,7 @@ impl IoThread {
 
     /// How long to sleep: not at all while there is work, or while it pays to look for more.
     fn timeout(&mut self) -> Option<Duration> {
-        if self.disks.iter().flatten().any(Disk::has_work) {
+        if self.disks.iter().flatten().any(Disk::has_work) || self.connections.has_unread() {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
@@ -187,7 +194,8 @@ impl IoThread {
         if self.disks.iter_mut().flatten().any(|disk| disk.queues.arm()) {
             return Some(Duration::ZERO);
         }
-        let due = self.disks.iter().flatten().filter_map(Disk::deadline).min()?;
+        let due = self.disks.iter().flatten().filter_map(Disk::deadline).min();
+        let due = due.into_iter().chain(self.connections.deadline(now)).min()?;
         Some(due.saturating_duration_since(now))
     }
 
@@ -195,20 +203,31 @@ impl IoThread {
     fn turn(&mut self, events: &Events, now: Instant) -> bool {
         let mut woken = false;
         for event in events {
-            if event.token() == WAKER {
-                woken = true;
-            } else if let Some(Some(disk)) = self.disks.get_mut(event.token().0 >> DISK_SHIFT) {
-                disk.on_event(event);
+            match event.token() {
+                WAKER => woken = true,
+                Token(connection) if connection >= FIRST_CONNECTION => self.connections.on_event(event),
+                Token(kick) => {
+                    if let Some(Some(disk)) = self.disks.get_mut(kick >> DISK_SHIFT) {
+                        disk.kicked(kick);
+                    }
+                }
             }
         }
         if woken {
             self.admit();
             self.disks.iter_mut().flatten().for_each(|disk| disk.on_wake(now));
         }
-        let mut worked = false;
-        for disk in self.disks.iter_mut().flatten() {
-            worked |= disk.is_due(now) && disk.turn(now);
-        }
+        let (disks, mut worked) = (&mut self.disks, false);
+        self.connections.turn(now, |called| {
+            for number in called {
+                if let Some(disk) = &mut disks[number.place()] {
+                    disk.called = true;
+                }
+            }
+            for disk in disks.iter_mut().flatten() {
+                worked |= disk.is_due(now) && disk.turn(now);
+            }
+        });
         worked
     }
 
@@ -222,32 +241,36 @@ impl IoThread {
                     return;
                 }
             };
-            let place = self.disks.iter().position(Option::is_none).unwrap_or(self.disks.len());
-            match Disk::new(new, place << DISK_SHIFT, self.poll.registry(), self.waker.clone()) {
-                Ok(disk) if place == self.disks.len() => self.disks.push(Some(disk)),
-                Ok(disk) => self.disks[place] = Some(disk),
-                Err(error) => tracing::error!(%error, "a disk cannot be served"),
-            }
+            let Some(seat) = self.connections.join() else {
+                tracing::error!("a disk is not served: one process serves {DISKS_MAX} in its life");
+                continue;
+            };
+            let first_token = self.disks.len() << DISK_SHIFT;
+            self.disks.push(Some(Disk::new(
+                new,
+                first_token,
+                Rc::clone(&self.registry),
+                self.waker.clone(),
+                seat,
+            )));
         }
     }
 }
 
 impl Disk {
-    fn new(new: NewDisk, first_token: usize, registry: &Registry, waker: WakerHandle) -> io::Result<Disk> {
+    fn new(new: NewDisk, first_token: usize, registry: Rc<Registry>, waker: WakerHandle, seat: Seat) -> Disk {
         let NewDisk { geometry, queues, make_backing, commands } = new;
-        let mut backing = make_backing(waker);
-        backing.register(registry, first_token + FIRST_BACKING_TOKEN)?;
-        Ok(Disk {
+        Disk {
             first_token,
-            registry: registry.try_clone()?,
+            registry,
             queues: Queues::new(geometry, queues),
-            backing,
+            backing: make_backing(waker, seat),
             commands,
             kicks: (0..QUEUES_MAX).map(|_| None).collect(),
             called: true,
             completed: Vec::new(),
             closing: None,
-        })
+        }
     }
 
     fn has_work(&self) -> bool {
@@ -263,14 +286,9 @@ impl Disk {
         self.called || self.has_work() || self.deadline().is_some_and(|due| due <= now)
     }
 
-    fn on_event(&mut self, event: &Event) {
+    fn kicked(&mut self, token: usize) {
         self.called = true;
-        match event.token().0 - self.first_token {
-            kick if kick < FIRST_BACKING_TOKEN => {
-                self.queues.kicked(u16::try_from(kick).expect("below QUEUES_MAX"));
-            }
-            _ => self.backing.on_event(event),
-        }
+        self.queues.kicked(u16::try_from(token - self.first_token).expect("below QUEUES_MAX"));
     }
 
     /// Perhaps for this disk.

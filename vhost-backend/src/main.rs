@@ -150,7 +150,7 @@ impl Disk {
         };
         let signal = StopSignal::new().context("cannot make the stop signal")?;
         let (io, stop) = (Arc::clone(io), signal.clone());
-        let make = move |waker| Box::new(Volume::new(options, link, waker)) as _;
+        let make = move |waker, seat| Box::new(Volume::new(options, link, waker, seat)) as _;
         let device = std::thread::Builder::new()
             .name("vhost-user".into())
             .spawn(move || device::serve(&io, settings, endpoint, make, stop))

@@ -1,10 +1,10 @@
 //! An evil guest: random descriptors, tables, headers and heads, and a second thread that rewrites guest memory while we
 //! read it. Whatever comes: no panic, no more answers than heads, nothing submitted that is not inside the disk.
 
+use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
-use std::{io, iter};
 
 use bytes::Bytes;
 use evolute_protocol::geometry::REQUEST_BYTES_MAX;
@@ -76,10 +76,6 @@ struct Judge {
 }
 
 impl Backing for Judge {
-    fn register(&mut self, _registry: &mio::Registry, _first_token: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn submit(&mut self, ticket: Ticket, request: Request) {
         let (offset, len, max) = match &request {
             Request::Read { offset, len } => (*offset, u64::from(*len), REQUEST_BYTES_MAX),
@@ -92,8 +88,6 @@ impl Backing for Judge {
         assert!(offset.checked_add(len).is_some_and(|end| end <= CAPACITY), "{request:?}");
         self.waiting.push((ticket, request));
     }
-
-    fn on_event(&mut self, _event: &mio::event::Event) {}
 
     fn on_wake(&mut self) {}
 

@@ -42,6 +42,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::backing::Backing;
+use crate::connections::Seat;
 use crate::io_thread::{IoLoop, NewDisk, WakerHandle};
 
 use command::Commands;
@@ -114,7 +115,7 @@ pub enum DeviceError {
 pub fn run(
     config: DeviceConfig,
     endpoint: Endpoint,
-    make_backing: impl FnOnce(WakerHandle) -> Box<dyn Backing> + Send + 'static,
+    make_backing: impl FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send + 'static,
     stop: StopSignal,
 ) -> Result<(), DeviceError> {
     let io = IoLoop::start(Duration::from_micros(config.spin_us.into())).map_err(DeviceError::IoThread)?;
@@ -131,7 +132,7 @@ pub fn serve(
     io: &IoLoop,
     config: DeviceConfig,
     endpoint: Endpoint,
-    make_backing: impl FnOnce(WakerHandle) -> Box<dyn Backing> + Send + 'static,
+    make_backing: impl FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send + 'static,
     stop: StopSignal,
 ) -> Result<(), DeviceError> {
     if config.queues == 0 || config.queues > config_space::QUEUES_MAX {

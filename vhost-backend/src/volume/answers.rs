@@ -7,13 +7,12 @@ use evolute_protocol::id::CopysetId;
 use evolute_protocol::wire::frame::Frame;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::Request as WireRequest;
-use tracing::info;
 
 use super::Volume;
-use super::connection::{Lost, PeerIndex, Progress};
 use super::inflight::{Key, Purpose};
 use super::retry::{Move, Standing, Trouble, next_move};
 use super::routing::{Fencing, Route, RouteIndex};
+use crate::connections::{Lost, Mail, PeerIndex};
 
 /// A good answer, how much its sender knew, and how much of that it can have shown.
 struct Answer {
@@ -25,31 +24,19 @@ struct Answer {
 impl Volume {
     /// Takes in whatever has come from all chunkservers.
     pub(super) fn receive(&mut self) {
-        let Some(cluster) = self.attachment.as_ref().map(|attachment| attachment.map.cluster) else { return };
-        for peer in self.peers.indices() {
-            match self.peers[peer].advance(self.now, cluster) {
-                Progress::Nothing => {}
-                Progress::Opened => info!("connected to {}", self.peers[peer].id),
-                Progress::Lost(why) => self.peer_lost(peer, &why),
+        let mut mail = std::mem::take(&mut self.mail);
+        self.peers.take_mail(&mut mail);
+        for mail in mail.drain(..) {
+            match mail {
+                Mail::Answer { from, frame } => {
+                    if let Err(why) = self.answered(from, &frame) {
+                        self.peers[from].give_up(why);
+                    }
+                }
+                Mail::Lost { of, misled } => self.peer_lost(of, misled),
             }
-            if let Err(why) = self.receive_from(peer) {
-                self.peer_lost(peer, &why);
-            }
         }
-    }
-
-    fn receive_from(&mut self, peer: PeerIndex) -> Result<(), Lost> {
-        if !self.peers[peer].is_open() {
-            return Ok(());
-        }
-        let end = self.peers[peer].receive();
-        let mut replies = 0;
-        while let Some(frame) = self.peers[peer].next_frame()? {
-            replies += 1;
-            self.answered(peer, &frame)?;
-        }
-        self.peers[peer].heard(replies, self.now);
-        end
+        self.mail = mail;
     }
 
     fn answered(&mut self, peer: PeerIndex, frame: &Frame) -> Result<(), Lost> {
@@ -150,7 +137,7 @@ impl Volume {
         operation.forget(peer);
         let failures = operation.failures;
         let is_fence = operation.purpose == Purpose::Fence;
-        let jitter = self.jitter();
+        let jitter = self.jitter.next();
         let next = next_move(trouble, &self.standing(key, index, peer, trouble, failures, jitter));
         let from_target = self.routing[index].target == peer;
         match trouble {

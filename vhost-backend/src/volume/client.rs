@@ -6,6 +6,7 @@
 //! taken before it is. A write that failed is told by the next call, and by every one after it.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
@@ -18,7 +19,8 @@ use mio::{Events, Poll};
 use super::control::{self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions};
 use super::{Volume, VolumeOptions};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
-use crate::io_thread::{WAKER, WakerHandle};
+use crate::connections::Connections;
+use crate::io_thread::{FIRST_CONNECTION, WAKER, WakerHandle};
 
 /// Bytes and requests taken and not yet durable.
 const BYTES_MAX: u64 = 32 << 20;
@@ -27,8 +29,6 @@ const REQUESTS_MAX: usize = 512;
 const DETACH_MAX: Duration = Duration::from_secs(10);
 /// How long the reason of a failure may be behind the failure.
 const REASON_MAX: Duration = Duration::from_millis(200);
-
-const FIRST_TOKEN: usize = 1;
 
 /// Why a call did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -301,27 +301,30 @@ struct Runner {
 
 impl Runner {
     fn run(mut self, options: VolumeOptions, link: ControlLink, waker: WakerHandle) {
-        let mut volume = Volume::new(options, link, waker);
-        if volume.register(self.poll.registry(), FIRST_TOKEN).is_err() {
-            return self.shared.give_up();
-        }
+        let Ok(registry) = self.poll.registry().try_clone() else { return self.shared.give_up() };
+        let connections = Connections::new(Rc::new(registry), FIRST_CONNECTION);
+        let seat = connections.join().expect("the first");
+        let mut volume = Volume::new(options, link, waker, seat);
         let mut events = Events::with_capacity(64);
         let mut completed = Vec::new();
         while !self.shared.stop.load(Ordering::Acquire) {
-            let timeout = volume.deadline().map(|at| at.saturating_duration_since(Instant::now()));
+            let now = Instant::now();
+            let due = volume.deadline().into_iter().chain(connections.deadline(now)).min();
+            let timeout = due.map(|at| at.saturating_duration_since(now));
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(_) => return self.shared.give_up(),
             }
             for event in &events {
-                if event.token() == WAKER { volume.on_wake() } else { volume.on_event(event) }
+                if event.token() == WAKER { volume.on_wake() } else { connections.on_event(event) }
             }
             while let Ok(command) = self.taken.try_recv() {
                 let ticket = self.ticket(&command.request, command.reply);
                 volume.submit(ticket, command.request);
             }
-            volume.settle(Instant::now());
+            let now = Instant::now();
+            connections.turn(now, |_| volume.settle(now));
             volume.take_completed(&mut completed);
             for (ticket, outcome) in completed.drain(..) {
                 self.end(ticket, outcome);

@@ -21,11 +21,11 @@ use std::time::Duration;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{Read, ReadAtLeast, Request as WireRequest};
 
-use super::connection::{Lost, PeerIndex};
 use super::inflight::{Asked, AskedAs, Key};
 use super::recent::overlap;
 use super::routing::{Fencing, RouteIndex};
 use super::{Stage, Volume};
+use crate::connections::{Lost, PeerIndex};
 
 /// How often reads out are looked over for late ones.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
@@ -56,7 +56,7 @@ impl Volume {
         operation.follower_asked = Some(self.now);
         operation.asked.push(Asked { peer: to, at: self.now, how: AskedAs::Follower { index: ask.index } });
         let id = key.to_follower_request_id();
-        self.peers[to].put(&WireRequest::ReadAtLeast(ask), copyset, id, self.now);
+        self.peers.put(to, &WireRequest::ReadAtLeast(ask), copyset, id, self.now);
         self.counters.sent += 1;
         self.counters.followers_asked += 1;
         self.wake_sweep();
@@ -221,16 +221,15 @@ impl Volume {
 
     /// Keeps connections to all replicas, leaders or not.
     pub(super) fn keep_company(&mut self) {
-        let Some(registry) = &self.registry else { return };
         if self.stage != Stage::Serving || self.next_company.is_some_and(|at| at > self.now) {
             return;
         }
         self.next_company = Some(self.now + COMPANY_EVERY);
-        let jitter = self.random;
+        let jitter = self.jitter.next();
         for route in self.routing.iter() {
             for peer in &route.replicas {
                 // One that cannot be reached is tried again another time.
-                let _ = self.peers[*peer].want(self.now, registry, jitter);
+                let _ = self.peers[*peer].want(self.now, jitter);
             }
         }
     }

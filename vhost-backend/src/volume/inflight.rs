@@ -19,16 +19,18 @@ use evolute_protocol::wire::reply::Freshness;
 use evolute_protocol::wire::request::{ChunkRange, Request as WireRequest, Sequence};
 use smallvec::SmallVec;
 
-use super::connection::PeerIndex;
 use super::routing::RouteIndex;
 use super::split::Split;
 use crate::backing::{Failure, Ticket};
+use crate::connections::PeerIndex;
 
 /// Sequences between the floor and the newest. Replicas remember what was applied above the floor and refuse to
 /// remember more than 64 Ki (`chunkserver/src/copyset/fence.rs`); one stuck write among many quick ones fills this.
 pub const SEQUENCES_OUT_MAX: usize = 32 << 10;
 
-/// Generations of a place in a [`Slab`]: 31 bits, because the last tells whom a request is for.
+/// Places of a [`Slab`]: 20 bits, because those above are not ours to choose (`connections`).
+const PLACES: u32 = 1 << 20;
+/// Generations of a place: 31 bits, because the last tells whom a request is for.
 const GENERATIONS: u32 = u32::MAX >> 1;
 const FOLLOWER: u64 = 1 << 63;
 
@@ -59,7 +61,7 @@ impl Key {
 
     /// For what needs no answer: no key that is given out.
     pub fn nobody_s_request_id() -> RequestId {
-        Self { index: u32::MAX, generation: 0 }.to_request_id()
+        Self { index: PLACES - 1, generation: 0 }.to_request_id()
     }
 
     /// A number to spread things with.
@@ -100,7 +102,8 @@ impl<T> Slab<T> {
         let index = match self.free.pop() {
             Some(index) => index,
             None => {
-                let index = u32::try_from(self.places.len()).expect("operations in flight are bounded");
+                let index = u32::try_from(self.places.len()).ok().filter(|index| *index < PLACES - 1);
+                let index = index.expect("operations in flight are bounded");
                 self.places.push(Place { generation: 1, tenant: None });
                 index
             }

@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Everything happens in [`Volume::settle`], once per turn of the loop; events only raise flags before it. So a turn
-//! reads the clock once and writes to each chunkserver once.
+//! reads the clock once and each chunkserver is written to once.
 //!
 //! What always holds:
 //!
@@ -30,7 +30,6 @@
 pub mod attach;
 mod changing;
 pub mod client;
-pub mod connection;
 pub mod control;
 pub mod inflight;
 pub mod retry;
@@ -41,8 +40,8 @@ mod admit;
 mod answers;
 mod followers;
 mod mds;
-mod outbox;
 mod pace;
+mod peers;
 mod recent;
 mod sending;
 #[cfg(test)]
@@ -50,23 +49,23 @@ mod tests;
 mod watch;
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
 use std::time::{Duration, Instant};
 
 use evolute_protocol::id::SegmentIndex;
 use evolute_protocol::wire::request::Lane;
-use mio::Registry;
 use tracing::{error, info, warn};
 
 use self::attach::Attachment;
 use self::changing::Changing;
-use self::connection::Peers;
 use self::control::{Ask, ControlLink, News, SegmentRefused};
 use self::inflight::{Admitted, Bounds, Key, Operation, Pending, Sequences, Slab};
 use self::pace::Pace;
+use self::peers::Peers;
 use self::routing::{Fencing, RouteIndex, Routing, SegmentCopysets};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
+use crate::connections::{Mail, Seat};
 use crate::io_thread::WakerHandle;
+use crate::wait::Jitter;
 
 /// The lane of the one I/O thread a volume has.
 const LANE: Lane = Lane(0);
@@ -146,10 +145,11 @@ pub struct Volume {
     options: VolumeOptions,
     bounds: Bounds,
     control: ControlLink,
-    registry: Option<Registry>,
     stage: Stage,
     attachment: Option<Attachment>,
     peers: Peers,
+    /// Empty between turns.
+    mail: Vec<Mail>,
     routing: Routing,
     /// Submitted in this turn; the clock is read afterwards.
     submitted: Vec<(Ticket, Request)>,
@@ -179,27 +179,27 @@ pub struct Volume {
     pace: Pace,
     segments_held_since: Option<Instant>,
     deadline: Option<Instant>,
-    random: u32,
+    jitter: Jitter,
     counters: Counters,
 }
 
 impl Volume {
     /// A volume that gets its attachment through `control`; call on the I/O thread.
-    pub fn new(options: VolumeOptions, control: ControlLink, waker: WakerHandle) -> Self {
+    pub fn new(options: VolumeOptions, control: ControlLink, waker: WakerHandle, seat: Seat) -> Self {
         control.set_waker(waker);
-        Self::without_waker(options, control)
+        Self::without_waker(options, control, seat)
     }
 
     /// For a loop that asks for news by itself.
-    fn without_waker(options: VolumeOptions, control: ControlLink) -> Self {
+    fn without_waker(options: VolumeOptions, control: ControlLink, seat: Seat) -> Self {
         Self {
             bounds: Bounds { operations_max: options.operations_max, bytes_max: options.bytes_max },
             options,
             control,
-            registry: None,
             stage: Stage::Attaching,
             attachment: None,
-            peers: Peers::default(),
+            peers: Peers::new(seat),
+            mail: Vec::new(),
             routing: Routing::default(),
             submitted: Vec::new(),
             waiting: VecDeque::new(),
@@ -221,7 +221,7 @@ impl Volume {
             pace: Pace::default(),
             segments_held_since: None,
             deadline: None,
-            random: 0x9e37_79b9 ^ std::process::id(),
+            jitter: Jitter::default(),
             counters: Counters::default(),
         }
     }
@@ -233,14 +233,6 @@ impl Volume {
     /// Known once attached.
     pub fn attachment(&self) -> Option<&Attachment> {
         self.attachment.as_ref()
-    }
-
-    /// A number to spread waits with (xorshift): clients that fail together should not come back together.
-    fn jitter(&mut self) -> u32 {
-        self.random ^= self.random << 13;
-        self.random ^= self.random >> 17;
-        self.random ^= self.random << 5;
-        self.random
     }
 
     fn take_news(&mut self) {
@@ -385,7 +377,6 @@ impl Volume {
         consider(self.next_look);
         for peer in self.peers.iter() {
             consider(peer.deadline(self.now));
-            consider(peer.has_unread().then_some(self.now));
         }
         for route in self.routing.iter() {
             let waits = !route.parked.is_empty() || route.probe.is_some();
@@ -397,20 +388,8 @@ impl Volume {
 }
 
 impl Backing for Volume {
-    fn register(&mut self, registry: &Registry, first_token: usize) -> io::Result<()> {
-        self.registry = Some(registry.try_clone()?);
-        self.peers = Peers::new(first_token);
-        Ok(())
-    }
-
     fn submit(&mut self, ticket: Ticket, request: Request) {
         self.submitted.push((ticket, request));
-    }
-
-    fn on_event(&mut self, event: &mio::event::Event) {
-        if let Some(peer) = self.peers.of_token(event.token()) {
-            peer.on_event(event);
-        }
     }
 
     fn on_wake(&mut self) {
@@ -426,10 +405,9 @@ impl Backing for Volume {
         self.expire();
         self.admit();
         self.pump();
-        self.flush();
         if self.stage == Stage::Stopped {
-            // Connections end only here, where nobody is going through them.
-            self.peers = Peers::default();
+            // Only here, where nobody is going through them.
+            self.peers.leave();
         }
         self.deadline = self.next_deadline();
     }

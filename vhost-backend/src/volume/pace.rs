@@ -8,7 +8,7 @@
 
 use std::time::Duration;
 
-use super::connection::PeerIndex;
+use crate::connections::PeerIndex;
 
 /// A second question before this would chase what the network and the scheduler do anyway.
 const DELAY_MIN: Duration = Duration::from_millis(5);
@@ -134,7 +134,7 @@ mod tests {
     use std::time::Duration;
 
     use super::{BUCKETS, BURST, DELAY_MIN, DELAY_UNKNOWN, Pace, READS_PER_SECOND_QUESTION, bucket, limit};
-    use crate::volume::connection::PeerIndex;
+    use crate::connections::PeerIndex;
 
     const REPLICAS: [PeerIndex; 3] = [PeerIndex(0), PeerIndex(1), PeerIndex(2)];
 

@@ -10,12 +10,8 @@ use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::wire::reply::Refusal;
 
 use crate::backing::Failure;
+use crate::wait::{WAIT_MAX, WAIT_MIN, doubled, jittered};
 
-/// The shortest wait. An election takes hundreds of milliseconds, a leader's first entry a few: short enough not to
-/// add to either.
-pub const WAIT_MIN: Duration = Duration::from_millis(5);
-/// The longest wait, so that a cluster that comes back is noticed within a fifth of a second.
-pub const WAIT_MAX: Duration = Duration::from_millis(200);
 /// How often in a row one is asked again that says it leads and does not serve yet: an entry of its own term must be
 /// on a majority first, a matter of milliseconds.
 pub const NEARLY_MAX: u32 = 20;
@@ -134,20 +130,6 @@ fn search_wait(now: &Standing) -> Duration {
 /// Nothing at first, then longer with each setback.
 fn patience(now: &Standing) -> Duration {
     if now.setbacks == 0 { Duration::ZERO } else { jittered(doubled(now.setbacks - 1), now.jitter) }
-}
-
-/// How long a chunkserver that could not be reached is left alone.
-pub fn reconnect_wait(failures: u32, jitter: u32) -> Duration {
-    jittered(doubled(failures.saturating_sub(1)), jitter)
-}
-
-fn doubled(times: u32) -> Duration {
-    WAIT_MIN.saturating_mul(1 << times.min(10)).min(WAIT_MAX)
-}
-
-/// Between three quarters of `wait` and all of it.
-fn jittered(wait: Duration, jitter: u32) -> Duration {
-    wait - wait / 4 * (jitter % 1024) / 1024
 }
 
 #[cfg(test)]

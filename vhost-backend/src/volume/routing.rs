@@ -18,10 +18,11 @@ use evolute_protocol::id::{ChunkIndex, ChunkserverId, ClusterId, CopysetId, Segm
 use evolute_protocol::wire::reply::Freshness;
 use smallvec::SmallVec;
 
-use super::connection::{PeerIndex, Peers};
 use super::inflight::Key;
+use super::peers::Peers;
 use super::recent::RecentChanges;
 use super::split::segment_of;
+use crate::connections::PeerIndex;
 
 #[expect(clippy::cast_possible_truncation, reason = "64")]
 pub const CHUNKS: usize = CHUNKS_PER_SEGMENT as usize;
@@ -235,7 +236,7 @@ impl Routing {
     /// Takes over what a map says. Chunkservers are entered into `peers`; nothing known is forgotten.
     pub fn learn(&mut self, map: &Map, peers: &mut Peers, now: Instant) {
         for place in &map.chunkservers {
-            peers.learn(place.chunkserver, place.resolved);
+            peers.learn(map.cluster, place.chunkserver, place.resolved);
         }
         for members in &map.copysets {
             let replicas: SmallVec<[PeerIndex; 3]> =
@@ -325,13 +326,15 @@ impl std::ops::IndexMut<RouteIndex> for Routing {
 
 #[cfg(test)]
 mod tests {
+    use std::rc::Rc;
     use std::time::{Duration, Instant};
 
     use evolute_protocol::id::{ChunkIndex, ChunkserverId, ClusterId, CopysetId, SegmentIndex};
     use evolute_protocol::wire::reply::Freshness;
 
     use super::{CHUNKS, ChunkserverPlace, CopysetMembers, Map, Route, Routing, UnknownCopyset};
-    use crate::volume::connection::{PeerIndex, Peers};
+    use crate::connections::{Connections, PeerIndex};
+    use crate::volume::peers::Peers;
 
     fn map() -> Map {
         let place = |id: u32| ChunkserverPlace {
@@ -355,7 +358,9 @@ mod tests {
     }
 
     fn learned() -> (Routing, Peers) {
-        let (mut routing, mut peers) = (Routing::default(), Peers::new(10));
+        let poll = mio::Poll::new().expect("epoll");
+        let connections = Connections::new(Rc::new(poll.registry().try_clone().expect("epoll")), 0);
+        let (mut routing, mut peers) = (Routing::default(), Peers::new(connections.join().expect("room")));
         routing.learn(&map(), &mut peers, Instant::now());
         (routing, peers)
     }

@@ -6,10 +6,10 @@ use evolute_protocol::wire::reply::Freshness;
 use evolute_protocol::wire::request::{Fence, Request as WireRequest, TakeOver};
 use smallvec::SmallVec;
 
-use super::connection::{Lost, PeerIndex, Readiness};
 use super::inflight::{Asked, AskedAs, Key, Operation, Purpose};
 use super::routing::{Fencing, RouteIndex};
 use super::{Stage, Volume};
+use crate::connections::{PeerIndex, Readiness};
 
 /// After this many times `silence`, one that said nothing is asked a second time: it may have lost the question with
 /// its leadership, and got that back.
@@ -52,7 +52,7 @@ impl Volume {
         operation.asked.push(Asked { peer: to, at: self.now, how: AskedAs::Leader });
         let reads = matches!(operation.request, WireRequest::Read(_));
         let copyset = self.routing[route].copyset;
-        self.peers[to].put(&operation.request, copyset, key.to_request_id(), self.now);
+        self.peers.put(to, &operation.request, copyset, key.to_request_id(), self.now);
         self.counters.sent += 1;
         if reads {
             self.read_sent();
@@ -163,15 +163,14 @@ impl Volume {
     /// The target if it can be talked to, says something and was not asked by `ahead`, or was named as the leader; else
     /// another replica that can, or may be tried.
     fn reach(&mut self, index: RouteIndex, ahead: Key) -> Reach {
-        let jitter = self.jitter();
+        let jitter = self.jitter.next();
         let waits_at: SmallVec<[PeerIndex; 3]> =
             self.routing[index].replicas.iter().copied().filter(|peer| self.waits_at(ahead, *peer)).collect();
-        let Some(registry) = &self.registry else { return Reach::Soon };
         let route = &mut self.routing[index];
         let (mut earliest, mut soon, mut mute) = (None, false, None);
         for _ in 0..route.replicas.len().max(1) {
-            let peer = &mut self.peers[route.target];
-            match peer.want(self.now, registry, jitter) {
+            let peer = &self.peers[route.target];
+            match peer.want(self.now, jitter) {
                 Readiness::Open
                     if !route.hinted && (peer.is_mute(self.now) || waits_at.contains(&route.target)) =>
                 {
@@ -225,7 +224,7 @@ impl Volume {
         route.take_over_asked = Some(self.now);
         let ask = TakeOver { volume: attachment.volume, epoch: attachment.epoch };
         let copyset = route.copyset;
-        self.peers[follower].put(&WireRequest::TakeOver(ask), copyset, Key::nobody_s_request_id(), self.now);
+        self.peers.put(follower, &WireRequest::TakeOver(ask), copyset, Key::nobody_s_request_id(), self.now);
         self.counters.take_overs_asked += 1;
     }
 
@@ -253,36 +252,10 @@ impl Volume {
         }
     }
 
-    /// Everything that was put out in this turn leaves now.
-    pub(super) fn flush(&mut self) {
-        // A connection may turn out to be lost by writing to it; what was on it then goes elsewhere, which may meet
-        // another lost one. There are only so many.
-        loop {
-            let mut lost = false;
-            for peer in self.peers.indices() {
-                if let Err(why) = self.peers[peer].flush() {
-                    self.peer_lost(peer, &why);
-                    lost = true;
-                }
-            }
-            if !lost {
-                return;
-            }
-            self.pump();
-        }
-    }
-
     /// A connection is gone, and with it every answer we waited for on it.
-    pub(super) fn peer_lost(&mut self, peer: PeerIndex, why: &Lost) {
-        let jitter = self.jitter();
+    pub(super) fn peer_lost(&mut self, peer: PeerIndex, misled: bool) {
         self.counters.connections_lost += 1;
-        let lost = &mut self.peers[peer];
-        let was_open = lost.is_open();
-        lost.close(why, self.now, jitter);
-        if was_open || !std::mem::replace(&mut lost.reported, true) {
-            tracing::warn!("{}: {}", lost.id, evolute_daemon::in_one_line(why));
-        }
-        if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_) | Lost::NoAddress) {
+        if misled {
             self.want_map();
         }
         self.unanswered_by(peer);

@@ -1,7 +1,6 @@
 //! A disk in memory that tells what it was asked, and answers only when it may.
 
 use std::collections::VecDeque;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -9,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evolute_vhost_backend::backing::{Backing, Failure, Outcome, Request, Ticket};
+use evolute_vhost_backend::connections::Seat;
 use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, StopSignal, run, serve};
 use evolute_vhost_backend::io_thread::IoLoop;
 use evolute_vhost_backend::io_thread::WakerHandle;
@@ -115,10 +115,6 @@ impl Disk {
 struct RecordingBacking(Disk);
 
 impl Backing for RecordingBacking {
-    fn register(&mut self, _registry: &mio::Registry, _first_token: usize) -> io::Result<()> {
-        Ok(())
-    }
-
     fn submit(&mut self, ticket: Ticket, request: Request) {
         let (state, changed) = &*self.0.0;
         let mut state = state.lock().expect("no test panics inside");
@@ -126,8 +122,6 @@ impl Backing for RecordingBacking {
         state.waiting.push_back((ticket, request));
         changed.notify_all();
     }
-
-    fn on_event(&mut self, _event: &mio::event::Event) {}
 
     fn on_wake(&mut self) {}
 
@@ -189,7 +183,7 @@ impl State {
     }
 }
 
-type MakeBacking = Box<dyn FnOnce(WakerHandle) -> Box<dyn Backing> + Send>;
+type MakeBacking = Box<dyn FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send>;
 
 /// A device that serves a socket on its own thread; stopped when dropped.
 pub struct Served {
@@ -231,7 +225,7 @@ impl Served {
         let endpoint = Endpoint::listen(path).expect("a socket");
         let stop = StopSignal::new().expect("an eventfd");
         let (disk, signal) = (disk.clone(), stop.clone());
-        let make_backing = move |waker| -> Box<dyn Backing> {
+        let make_backing = move |waker, _seat| -> Box<dyn Backing> {
             disk.with(|state| {
                 state.waker = Some(waker);
                 state.waiting.clear();

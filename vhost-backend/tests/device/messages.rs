@@ -389,7 +389,7 @@ fn a_connected_socket_is_served_until_the_front_end_leaves() {
         run(
             DeviceConfig::new(CAPACITY),
             Endpoint::connected(theirs.into()),
-            move |_waker| crate::disk::backing(disk),
+            move |_waker, _seat| crate::disk::backing(disk),
             stop,
         )
     });

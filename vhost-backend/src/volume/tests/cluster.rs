@@ -34,6 +34,8 @@ pub struct Faults {
     pub refuse: Option<Refusal>,
     /// Refuses the next data requests so, one each.
     pub refuse_next: VecDeque<Refusal>,
+    /// Answers the next so many changes with what is no answer to them.
+    pub nonsense: u32,
     /// Cuts the connection at the next so many changes, before doing them.
     pub cut_before: u32,
     /// The same, after doing them: the answer is lost, the change is not.
@@ -210,6 +212,11 @@ impl Cluster {
         state.streams.retain(|(of, _)| *of != server);
     }
 
+    /// So many were made in all.
+    pub fn connections(&self) -> usize {
+        self.state().streams.len()
+    }
+
     pub fn revive(&self, server: ChunkserverId) {
         self.state().down.remove(&server);
     }
@@ -335,6 +342,10 @@ impl State {
         if tag.is_some() && faults.cut_before > 0 {
             faults.cut_before -= 1;
             return Deed::Cut;
+        }
+        if tag.is_some() && faults.nonsense > 0 {
+            faults.nonsense -= 1;
+            return Deed::Reply(data_reply(Freshness::default(), 0, vec![0; 512]));
         }
         let reply = match request {
             Request::ReadAtLeast(ask) => self.follow(server, copyset, ask),

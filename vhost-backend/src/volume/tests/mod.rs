@@ -5,6 +5,7 @@ mod cluster;
 mod control;
 mod followers;
 mod rig;
+mod sharing;
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};

@@ -1,6 +1,7 @@
 //! A volume on the test's own thread, its loop turned by hand, the control thread's place taken by the test.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,18 +10,20 @@ use mio::{Events, Poll};
 
 use super::cluster::{Cluster, VOLUME};
 use crate::backing::{Backing, Outcome, Request, Ticket};
+use crate::connections::Connections;
 use crate::volume::attach::Attachment;
 use crate::volume::control::{Ask, ControlEnd, News, link};
 use crate::volume::{Volume, VolumeOptions};
 
 /// Nothing here takes long; what takes this long hangs.
-const HANGS: Duration = Duration::from_secs(30);
+pub const HANGS: Duration = Duration::from_secs(30);
 pub const EPOCH: Epoch = Epoch { attachment: 3, incarnation: 0 };
 
 pub struct Rig {
     pub volume: Volume,
     pub control: ControlEnd,
     pub asked: Vec<Ask>,
+    connections: Connections,
     poll: Poll,
     events: Events,
     next_ticket: u64,
@@ -32,10 +35,20 @@ impl Rig {
     pub fn new(options: VolumeOptions) -> Self {
         let (link, control) = link();
         let poll = Poll::new().expect("epoll");
-        let mut volume = Volume::without_waker(options, link);
-        volume.register(poll.registry(), 100).expect("registered");
+        let registry = poll.registry().try_clone().expect("epoll");
+        let connections = Connections::new(Rc::new(registry), 100);
+        let volume = Volume::without_waker(options, link, connections.join().expect("the first"));
         let events = Events::with_capacity(64);
-        Self { volume, control, asked: Vec::new(), poll, events, next_ticket: 0, outcomes: HashMap::new() }
+        Self {
+            volume,
+            control,
+            asked: Vec::new(),
+            connections,
+            poll,
+            events,
+            next_ticket: 0,
+            outcomes: HashMap::new(),
+        }
     }
 
     /// Attached to the cluster and ready.
@@ -65,10 +78,11 @@ impl Rig {
         let most = Duration::from_millis(2);
         self.poll.poll(&mut self.events, Some(due.map_or(most, |due| due.min(most)))).expect("epoll");
         for event in &self.events {
-            self.volume.on_event(event);
+            self.connections.on_event(event);
         }
         self.volume.on_wake();
-        self.volume.settle(Instant::now());
+        let now = Instant::now();
+        self.connections.turn(now, |_| self.volume.settle(now));
         let mut completed = Vec::new();
         self.volume.take_completed(&mut completed);
         for (ticket, outcome) in completed {

@@ -8,14 +8,14 @@
 //!
 //! What always holds: everything that was put out in one turn of the loop leaves in one `writev`, a write's data by
 //! reference; a connection that went wrong in any way is closed, and all that was sent on it counts as unanswered.
-//! That what waits to be sent is bounded is the volume's care: it sends only what it admitted.
+//! That what waits to be sent is bounded is the volumes' care: they send only what they admitted.
 //!
 //! It does not know what the frames mean.
 
-use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::{Buf, BufMut, BytesMut};
@@ -28,11 +28,7 @@ use mio::net::TcpStream;
 use mio::{Interest, Registry, Token};
 
 use super::outbox::Outbox;
-use super::retry::reconnect_wait;
-
-/// Which of a volume's chunkservers: its place in the volume's table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PeerIndex(pub u16);
+use crate::wait::{doubled, jittered};
 
 /// How long making a connection and greeting may take. A handshake is two round trips.
 const CONNECT_MAX: Duration = Duration::from_secs(1);
@@ -102,13 +98,17 @@ enum State {
     Down { until: Instant },
 }
 
-/// One chunkserver and the connection to it.
+/// A connection to one chunkserver, made when it is wanted and again when it was lost.
 #[derive(Debug)]
-pub struct Peer {
+pub struct Connection {
     pub id: ChunkserverId,
+    cluster: ClusterId,
     address: Option<SocketAddr>,
+    registry: Rc<Registry>,
     token: Token,
     state: State,
+    /// It is to be closed at the end of this turn, so that all who share it hear of it alike.
+    given_up: Option<Lost>,
     reader: FrameReader,
     outbox: Outbox,
     readable: bool,
@@ -125,70 +125,16 @@ pub struct Peer {
     pub reported: bool,
 }
 
-/// All chunkservers of a volume.
-#[derive(Debug, Default)]
-pub struct Peers {
-    list: Vec<Peer>,
-    by_id: HashMap<ChunkserverId, PeerIndex>,
-    first_token: usize,
-}
-
-impl Peers {
-    pub fn new(first_token: usize) -> Self {
-        Self { first_token, ..Self::default() }
-    }
-
-    /// The one of that name, made if need be.
-    pub fn learn(&mut self, id: ChunkserverId, address: Option<SocketAddr>) -> PeerIndex {
-        if let Some(index) = self.by_id.get(&id) {
-            self.list[usize::from(index.0)].set_address(address);
-            return *index;
-        }
-        let index = PeerIndex(u16::try_from(self.list.len()).expect("a volume has few chunkservers"));
-        let token = Token(self.first_token + self.list.len());
-        self.list.push(Peer::new(id, address, token));
-        self.by_id.insert(id, index);
-        index
-    }
-
-    pub fn find(&self, id: ChunkserverId) -> Option<PeerIndex> {
-        self.by_id.get(&id).copied()
-    }
-
-    pub fn of_token(&mut self, token: Token) -> Option<&mut Peer> {
-        self.list.get_mut(token.0.checked_sub(self.first_token)?)
-    }
-
-    pub fn indices(&self) -> impl Iterator<Item = PeerIndex> + use<> {
-        (0..self.list.len()).filter_map(|at| u16::try_from(at).ok()).map(PeerIndex)
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &Peer> {
-        self.list.iter()
-    }
-}
-
-impl std::ops::Index<PeerIndex> for Peers {
-    type Output = Peer;
-
-    fn index(&self, index: PeerIndex) -> &Peer {
-        &self.list[usize::from(index.0)]
-    }
-}
-
-impl std::ops::IndexMut<PeerIndex> for Peers {
-    fn index_mut(&mut self, index: PeerIndex) -> &mut Peer {
-        &mut self.list[usize::from(index.0)]
-    }
-}
-
-impl Peer {
-    pub fn new(id: ChunkserverId, address: Option<SocketAddr>, token: Token) -> Self {
+impl Connection {
+    pub fn new(cluster: ClusterId, id: ChunkserverId, token: Token, registry: Rc<Registry>) -> Self {
         Self {
             id,
-            address,
+            cluster,
+            address: None,
+            registry,
             token,
             state: State::Idle,
+            given_up: None,
             reader: FrameReader::default(),
             outbox: Outbox::default(),
             readable: false,
@@ -216,29 +162,30 @@ impl Peer {
     }
 
     /// Connects if that is due; says whether requests can be put out.
-    pub fn want(&mut self, now: Instant, registry: &Registry, jitter: u32) -> Readiness {
+    pub fn want(&mut self, now: Instant, jitter: u32) -> Readiness {
         match &self.state {
+            State::Open { .. } if self.given_up.is_some() => Readiness::Soon,
             State::Open { .. } => Readiness::Open,
             State::Connecting { .. } | State::Greeting { .. } => Readiness::Soon,
             State::Down { until } if *until > now => Readiness::Down(*until),
-            State::Idle | State::Down { .. } => match self.connect(now, registry) {
+            State::Idle | State::Down { .. } => match self.connect(now) {
                 Ok(()) => Readiness::Soon,
                 Err(_) => Readiness::Down(self.put_down(now, jitter)),
             },
         }
     }
 
-    fn connect(&mut self, now: Instant, registry: &Registry) -> io::Result<()> {
+    fn connect(&mut self, now: Instant) -> io::Result<()> {
         let address = self.address.ok_or(io::ErrorKind::AddrNotAvailable)?;
         let mut stream = TcpStream::connect(address)?;
-        registry.register(&mut stream, self.token, Interest::READABLE | Interest::WRITABLE)?;
+        self.registry.register(&mut stream, self.token, Interest::READABLE | Interest::WRITABLE)?;
         self.state = State::Connecting { stream, since: now };
         Ok(())
     }
 
     fn put_down(&mut self, now: Instant, jitter: u32) -> Instant {
         self.failures = self.failures.saturating_add(1);
-        let until = now + reconnect_wait(self.failures, jitter);
+        let until = now + jittered(doubled(self.failures - 1), jitter);
         self.state = State::Down { until };
         until
     }
@@ -249,6 +196,7 @@ impl Peer {
         self.outbox = Outbox::default();
         (self.readable, self.ending, self.writable) = (false, false, false);
         (self.unanswered, self.waiting_since) = (0, None);
+        self.given_up = None;
         // Dropping the stream takes it out of the poll, too.
         self.put_down(now, jitter);
         if matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_)) {
@@ -262,8 +210,13 @@ impl Peer {
         self.writable |= event.is_writable() || event.is_write_closed() || event.is_error();
     }
 
+    /// What came on it cannot be right.
+    pub fn give_up(&mut self, why: Lost) {
+        self.given_up.get_or_insert(why);
+    }
+
     pub fn is_open(&self) -> bool {
-        matches!(self.state, State::Open { .. })
+        matches!(self.state, State::Open { .. }) && self.given_up.is_none()
     }
 
     /// It could not be reached a moment ago and is left alone for now, or takes long to be reached.
@@ -291,15 +244,15 @@ impl Peer {
     }
 
     /// Takes connecting and greeting further.
-    pub fn advance(&mut self, now: Instant, cluster: ClusterId) -> Progress {
-        match self.try_advance(now, cluster) {
+    pub fn advance(&mut self, now: Instant) -> Progress {
+        match self.try_advance(now) {
             Ok(true) => Progress::Opened,
             Ok(false) => Progress::Nothing,
             Err(why) => Progress::Lost(why),
         }
     }
 
-    fn try_advance(&mut self, now: Instant, cluster: ClusterId) -> Result<bool, Lost> {
+    fn try_advance(&mut self, now: Instant) -> Result<bool, Lost> {
         if let State::Connecting { since, .. } | State::Greeting { since, .. } = &self.state
             && *since + CONNECT_MAX <= now
         {
@@ -318,7 +271,8 @@ impl Peer {
                 Err(error) => return Err(Lost::Unreachable(error)),
             }
             tune(stream).map_err(Lost::Unreachable)?;
-            let hello = Hello { version: Version::V1 as u16, role: Role::Client, cluster, to: self.id };
+            let hello =
+                Hello { version: Version::V1 as u16, role: Role::Client, cluster: self.cluster, to: self.id };
             self.outbox.put_bytes(&hello.encode());
             let State::Connecting { stream, since } = std::mem::replace(&mut self.state, State::Idle) else {
                 return Ok(false);
@@ -346,7 +300,7 @@ impl Peer {
         Ok(false)
     }
 
-    /// Reads what has come; frames are then taken with [`Peer::next_frame`]. Those that came before an error are
+    /// Reads what has come; frames are then taken with [`Connection::next_frame`]. Those that came before an error are
     /// good: take them first.
     pub fn receive(&mut self) -> Result<(), Lost> {
         if self.is_open() && self.readable { self.fill() } else { Ok(()) }
@@ -382,7 +336,7 @@ impl Peer {
         Ok(())
     }
 
-    /// Puts a request out; it leaves with [`Peer::flush`].
+    /// Puts a request out; it leaves with [`Connection::flush`].
     pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId, now: Instant) {
         self.outbox.put(request, copyset, id);
         self.unanswered += 1;
@@ -408,6 +362,9 @@ impl Peer {
 
     /// Sends what was put out, as far as the socket takes it.
     pub fn flush(&mut self) -> Result<(), Lost> {
+        if let Some(why) = self.given_up.take() {
+            return Err(why);
+        }
         let (State::Greeting { stream, .. } | State::Open { stream }) = &mut self.state else {
             return Ok(());
         };
