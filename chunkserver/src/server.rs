@@ -7,7 +7,7 @@
 //! ```
 //!
 //! What always holds: garbage closes its own connection and nothing else; a client that does not read its replies is
-//! not read from either ([`UNANSWERED_MAX`], [`UNSENT_BYTES_MAX`]); nothing here looks into a chunk.
+//! not read from either ([`UNANSWERED_MAX`], [`UNREAD_BYTES_MAX`], [`UNSENT_BYTES_MAX`]); nothing here looks into a chunk.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -19,7 +19,7 @@ use bytes::{Bytes, BytesMut};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Refusal, Reply};
-use evolute_protocol::wire::request::Request;
+use evolute_protocol::wire::request::{ReadAtLeast, Request};
 use evolute_protocol::wire::{FrameReader, RequestId, WireError};
 use evolute_raft::{Peers, after_others};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -35,6 +35,8 @@ use crate::copyset::{Answer, Caller, Copyset};
 /// (`DISKS_PER_CONNECTION`, `vhost-backend/src/connections/mod.rs`), so that a copyset that answers nothing holds up no
 /// other. 16 Ki × 1 MiB is never reached because of what may wait on a copyset.
 const UNANSWERED_MAX: usize = 16 << 10;
+/// Bytes that reads of one connection asked for and have not been answered: far more than keeps a disk busy.
+const UNREAD_BYTES_MAX: usize = 128 << 20;
 /// Replies of one connection that the client has not taken yet: 16 of the longest.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 /// Connections at a time; a few hundred backends and the other chunkservers.
@@ -114,11 +116,14 @@ impl Server {
         let mut reader = FrameReader::default();
         let mut touched: Vec<Rc<Copyset>> = Vec::new();
         loop {
-            outbox.room().await;
             if outbox.closed.get() || socket.read_buf(reader.space()).await? == 0 {
                 return Ok(());
             }
             let refused = loop {
+                if !outbox.has_room() {
+                    touched.drain(..).for_each(|copyset| copyset.flush());
+                    outbox.room().await;
+                }
                 match reader.next() {
                     Ok(Some(frame)) => match Request::decode(&frame) {
                         Ok(request) => {
@@ -145,14 +150,21 @@ impl Server {
         outbox: &Rc<Outbox>,
         touched: &mut Vec<Rc<Copyset>>,
     ) {
+        let read_bytes = match &request {
+            Request::Read(read) | Request::ReadAtLeast(ReadAtLeast { read, .. }) => {
+                read.range.length() as usize
+            }
+            _ => 0,
+        };
         outbox.unanswered.set(outbox.unanswered.get() + 1);
+        outbox.unread_bytes.set(outbox.unread_bytes.get() + read_bytes);
+        let caller = Caller { to: Rc::<Outbox>::clone(outbox), request: id, read_bytes };
         let Some(copyset) =
             touched.iter().find(|c| c.id() == copyset).cloned().or_else(|| self.registry.get(copyset))
         else {
-            return outbox.answer(copyset, id, &Reply::Refused(Refusal::NoSuchCopyset));
+            return outbox.answer(copyset, &caller, &Reply::Refused(Refusal::NoSuchCopyset));
         };
-        let to: Rc<dyn Answer> = Rc::<Outbox>::clone(outbox);
-        copyset.submit(request, Caller { to, request: id });
+        copyset.submit(request, caller);
         if !touched.iter().any(|c| Rc::ptr_eq(c, &copyset)) {
             touched.push(copyset);
         }
@@ -173,6 +185,7 @@ struct Outbox {
     queue: RefCell<VecDeque<Bytes>>,
     unsent_bytes: Cell<usize>,
     unanswered: Cell<usize>,
+    unread_bytes: Cell<usize>,
     closed: Cell<bool>,
     /// There is something to send.
     filled: Notify,
@@ -181,14 +194,15 @@ struct Outbox {
 }
 
 impl Answer for Outbox {
-    fn answer(&self, copyset: CopysetId, request: RequestId, reply: &Reply) {
+    fn answer(&self, copyset: CopysetId, to: &Caller, reply: &Reply) {
         self.unanswered.set(self.unanswered.get() - 1);
+        self.unread_bytes.set(self.unread_bytes.get() - to.read_bytes);
         if self.closed.get() {
             return;
         }
         let mut open = self.open.borrow_mut();
         let before = open.len();
-        reply.put(copyset, request, &mut open);
+        reply.put(copyset, to.request, &mut open);
         let mut bytes = open.len() - before;
         if let Reply::Data { data, .. } = reply {
             for part in data {
@@ -208,11 +222,15 @@ impl Answer for Outbox {
 }
 
 impl Outbox {
-    /// Waits until more requests may be read. Cancel-safe.
+    fn has_room(&self) -> bool {
+        self.unanswered.get() < UNANSWERED_MAX
+            && self.unread_bytes.get() < UNREAD_BYTES_MAX
+            && self.unsent_bytes.get() < UNSENT_BYTES_MAX
+    }
+
+    /// Waits until more requests may be taken. Cancel-safe.
     async fn room(&self) {
-        while !self.closed.get()
-            && (self.unanswered.get() >= UNANSWERED_MAX || self.unsent_bytes.get() >= UNSENT_BYTES_MAX)
-        {
+        while !self.closed.get() && !self.has_room() {
             self.drained.notified().await;
         }
     }

@@ -60,7 +60,7 @@ use crate::others::Others;
 
 /// Where an answer goes. `server` makes one of each connection.
 pub trait Answer {
-    fn answer(&self, copyset: CopysetId, request: RequestId, reply: &Reply);
+    fn answer(&self, copyset: CopysetId, to: &Caller, reply: &Reply);
 }
 
 /// Who asked, and for which request. Every one is answered exactly once.
@@ -68,6 +68,8 @@ pub trait Answer {
 pub struct Caller {
     pub to: Rc<dyn Answer>,
     pub request: RequestId,
+    /// What it asked to be read.
+    pub read_bytes: usize,
 }
 
 /// One running replica of a copyset. Lives on the shard's thread.
@@ -182,7 +184,7 @@ impl Copyset {
     }
 
     fn answer(&self, caller: &Caller, reply: &Reply) {
-        caller.to.answer(self.id, caller.request, reply);
+        caller.to.answer(self.id, caller, reply);
     }
 
     fn not_leader(&self) -> Refusal {

@@ -11,8 +11,8 @@ use evolute_protocol::id::{ChunkIndex, ChunkKey, ChunkserverId, ClusterId, Copys
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply, data_is_intact};
 use evolute_protocol::wire::request::{
-    AskDigests, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request, Sequence, Write,
-    WriteZeroes,
+    AskChunkInfo, AskDigests, ChangeTag, ChunkRange, Discard, Fence, Lane, Read, ReadAtLeast, Request,
+    Sequence, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
 
@@ -110,6 +110,27 @@ impl Client {
         let range = ChunkRange::new(offset, u32::try_from(data.len()).expect("short")).expect("a good range");
         let checksums = checksums(u64::from(offset), &data);
         Write { chunk: self.chunk(), tag: self.tag(sequence), range, checksums, data }
+    }
+
+    /// Asks so many times for the same, before any answer is taken.
+    pub fn send_reads(&mut self, count: usize, offset: u32, length: u32) {
+        let range = ChunkRange::new(offset, length).expect("a good range");
+        let read = Request::Read(Read { chunk: self.chunk(), epoch: self.epoch, range });
+        (0..count).for_each(|_| _ = self.send(&read));
+    }
+
+    /// Bytes of the chunk that a checkpoint has written.
+    pub fn in_files(&mut self) -> u64 {
+        let ask = Request::ChunkInfo(AskChunkInfo { chunk: self.chunk(), epoch: self.epoch });
+        match self.ask(&ask) {
+            Reply::Info { info, .. } => info.allocated_bytes,
+            other => panic!("not told: {other:?}"),
+        }
+    }
+
+    /// The next answer, whatever it is to.
+    pub fn take(&mut self) -> Reply {
+        self.receive().1
     }
 
     pub fn try_fence(&mut self, volume: VolumeId, epoch: Epoch) -> Reply {

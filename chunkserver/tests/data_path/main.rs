@@ -8,6 +8,7 @@ mod full;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
+use std::time::Duration;
 
 use bytes::Bytes;
 use client::{Client, block, hello};
@@ -131,6 +132,41 @@ fn what_was_acknowledged_is_read_back_also_after_a_restart() {
     client.fence(VOLUME, SECOND);
     check(&mut client);
     running.stop();
+}
+
+/// It asks for 1.5 GiB, takes nothing for a while, and then all of it.
+#[test]
+fn a_client_that_takes_no_answers_does_not_fill_the_memory() {
+    const READS: usize = 1500;
+    let dir = tempfile::tempdir().expect("temp dir");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let store = StoreOptions { checkpoint_interval: Duration::from_millis(100), ..StoreOptions::default() };
+    let running = Running::start_on(ME, dir.path(), listener, vec![(ReplicaId(11), ME)], store);
+    let mut client = running.client();
+    client.fence(VOLUME, FIRST);
+    client.write(0, Bytes::from(vec![4; 1 << 20]), 1);
+    // What is in memory is answered by reference: it must have gone to its file.
+    client.until(|client| client.in_files() == 1 << 20);
+    let before = resident_bytes();
+    client.send_reads(READS, 0, 1 << 20);
+    // More than a second after the first answer it has taken all that it will.
+    let first = client.take();
+    assert!(matches!(first, Reply::Data { .. }));
+    std::thread::sleep(Duration::from_millis(1500));
+    let held = resident_bytes().saturating_sub(before);
+    assert!(held < 256 << 20, "{} MiB wait to be taken", held >> 20);
+    for _ in 1..READS {
+        let Reply::Data { data, .. } = client.take() else { panic!("no data") };
+        assert!(data.iter().all(|part| part.iter().all(|byte| *byte == 4)));
+    }
+    running.stop();
+}
+
+/// Of this process.
+fn resident_bytes() -> usize {
+    let statm = std::fs::read_to_string("/proc/self/statm").expect("Linux");
+    let pages: usize = statm.split(' ').nth(1).expect("a field").parse().expect("a number");
+    pages * 4096
 }
 
 #[test]
