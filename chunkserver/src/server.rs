@@ -31,13 +31,13 @@ use tokio::task::spawn_local;
 use crate::copyset::registry::Registry;
 use crate::copyset::{Answer, Caller, Copyset};
 
-/// Requests of one connection that were read and not answered: more than the disks that share one may have out
-/// (`DISKS_PER_CONNECTION`, `vhost-backend/src/connections/mod.rs`), so that a copyset that answers nothing holds up no
-/// other. 16 Ki × 1 MiB is never reached because of what may wait on a copyset.
-const UNANSWERED_MAX: usize = 16 << 10;
+/// Requests of one connection that were read and not answered: far more than the disks that share one may have out
+/// (`DISKS_PER_CONNECTION`, `vhost-backend/src/connections/mod.rs`), so that changes to a copyset that answers nothing
+/// hold up no other. 64 Ki × 1 MiB is never reached because of what may wait on a copyset.
+const UNANSWERED_MAX: usize = 64 << 10;
 /// Bytes that reads of one connection asked for and have not been answered: far more than keeps a disk busy.
 const UNREAD_BYTES_MAX: usize = 128 << 20;
-/// Replies of one connection that the client has not taken yet: 16 of the longest.
+/// Replies of one connection that its socket has not taken yet: 16 of the longest.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
 /// Connections at a time; a few hundred backends and the other chunkservers.
 const CONNECTIONS_MAX: usize = 4096;
@@ -123,6 +123,9 @@ impl Server {
                 if !outbox.has_room() {
                     touched.drain(..).for_each(|copyset| copyset.flush());
                     outbox.room().await;
+                    if outbox.closed.get() {
+                        return Ok(());
+                    }
                 }
                 match reader.next() {
                     Ok(Some(frame)) => match Request::decode(&frame) {
@@ -240,14 +243,19 @@ impl Outbox {
         self.drained.notify_one();
     }
 
+    /// They count as unsent until [`Outbox::sent`].
     fn take(&self) -> VecDeque<Bytes> {
         let mut parts = std::mem::take(&mut *self.queue.borrow_mut());
         let mut open = self.open.borrow_mut();
         if !open.is_empty() {
             parts.push_back(open.split().freeze());
         }
-        self.unsent_bytes.set(0);
         parts
+    }
+
+    fn sent(&self, bytes: usize) {
+        self.unsent_bytes.set(self.unsent_bytes.get() - bytes);
+        self.drained.notify_one();
     }
 }
 
@@ -258,10 +266,10 @@ async fn send_replies(outbox: Rc<Outbox>, mut socket: OwnedWriteHalf) {
         // Whoever is ready now adds its replies to this write.
         after_others(2).await;
         let parts = outbox.take();
-        let sent = evolute_raft::write_all(&mut socket, parts).await;
-        outbox.drained.notify_one();
-        if sent.is_err() {
+        let bytes = parts.iter().map(Bytes::len).sum();
+        if evolute_raft::write_all(&mut socket, parts).await.is_err() {
             return outbox.close();
         }
+        outbox.sent(bytes);
     }
 }

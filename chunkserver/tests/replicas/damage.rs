@@ -12,13 +12,15 @@ use crate::{FIRST, Model, VOLUME};
 pub const BLOCKS: usize = 64;
 pub const DATA_AT: u64 = 64 << 10;
 
-/// A written chunk, of which each of the first three servers has everything in its file.
+/// A written chunk, of which each of the first three servers has everything in its file, and nothing in memory any more:
+/// while a checkpoint is under way, what its layer holds is read from there.
 pub fn filled(cluster: &Cluster) -> (Client, Model) {
     let mut client = cluster.client(1);
     client.fence(VOLUME, FIRST);
     let mut model = Model::new(BLOCKS);
     (0..BLOCKS).for_each(|at| model.write(&mut client, at));
-    cluster.until("it is in the files", || (1..=3).all(|n| is_in_file(cluster, n, &model)));
+    let only_in_file = |n| is_in_file(cluster, n, &model) && cluster.report(n).usage.overlay_bytes == 0;
+    cluster.until("it is in the files", || (1..=3).all(only_in_file));
     (client, model)
 }
 

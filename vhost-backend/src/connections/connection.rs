@@ -34,9 +34,6 @@ use crate::wait::{doubled, jittered};
 const CONNECT_MAX: Duration = Duration::from_secs(1);
 /// How long others are not asked meanwhile. A host that is gone does not refuse, it says nothing.
 const CONNECT_QUICK: Duration = Duration::from_millis(100);
-/// A chunkserver that was asked and said nothing at all for this long is mute: its reads are asked elsewhere meanwhile.
-/// Twenty times what a read takes on a busy machine, half of what a reader may be kept waiting.
-const MUTE_AFTER: Duration = Duration::from_millis(50);
 /// How long sent bytes may stay unacknowledged by the other kernel (a hung process's acknowledges until its buffers are
 /// full) before the connection is given up: a new one is there a second after a cut cable is whole again, while an
 /// old one waits out TCP's ever longer pauses.
@@ -115,10 +112,6 @@ pub struct Connection {
     /// The other side will send no more: what is unread is the end.
     ending: bool,
     writable: bool,
-    /// Requests put out on this connection that have no reply yet, theirs or a refusal.
-    unanswered: u32,
-    /// While there are any: since when nothing was heard.
-    waiting_since: Option<Instant>,
     /// Attempts in a row that ended before the welcome.
     failures: u32,
     /// The end of the last one was told to the operator; not again before the next success.
@@ -140,8 +133,6 @@ impl Connection {
             readable: false,
             ending: false,
             writable: false,
-            unanswered: 0,
-            waiting_since: None,
             failures: 0,
             reported: false,
         }
@@ -195,7 +186,6 @@ impl Connection {
         self.reader = FrameReader::default();
         self.outbox = Outbox::default();
         (self.readable, self.ending, self.writable) = (false, false, false);
-        (self.unanswered, self.waiting_since) = (0, None);
         self.given_up = None;
         // Dropping the stream takes it out of the poll, too.
         self.put_down(now, jitter);
@@ -337,27 +327,8 @@ impl Connection {
     }
 
     /// Puts a request out; it leaves with [`Connection::flush`].
-    pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId, now: Instant) {
+    pub fn put(&mut self, request: &Request, copyset: CopysetId, id: RequestId) {
         self.outbox.put(request, copyset, id);
-        self.unanswered += 1;
-        self.waiting_since.get_or_insert(now);
-    }
-
-    /// So many replies were taken from it.
-    pub fn heard(&mut self, replies: u32, now: Instant) {
-        if replies > 0 {
-            self.unanswered = self.unanswered.saturating_sub(replies);
-            self.waiting_since = (self.unanswered > 0).then_some(now);
-        }
-    }
-
-    /// How long it has been asked things and has said nothing.
-    pub fn silent_for(&self, now: Instant) -> Duration {
-        self.waiting_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
-    }
-
-    pub fn is_mute(&self, now: Instant) -> bool {
-        self.silent_for(now) >= MUTE_AFTER
     }
 
     /// Sends what was put out, as far as the socket takes it.

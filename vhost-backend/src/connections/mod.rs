@@ -6,8 +6,8 @@
 //! ```
 //!
 //! A turn of the loop ([`Connections::turn`]) reads what has come from all of them, deals it out by the disk's number in
-//! each answer's [`RequestId`], lets the disks work, and sends what they put out: one read and one write per chunkserver
-//! and turn, however many disks there are.
+//! each answer's [`RequestId`], lets the disks work, and sends what they put out: one read and one write per chunkserver,
+//! turn and [`DISKS_PER_CONNECTION`] disks, as long as 256 KiB hold what has come.
 //!
 //! What always holds: an answer reaches the disk that asked and no other, and none that is gone (numbers are not given
 //! twice); every disk of a connection hears of its end before it can put anything out on the next one.
@@ -35,9 +35,10 @@ use crate::wait::Jitter;
 pub const DISKS_MAX: usize = 1 << (32 - DISK_SHIFT);
 /// Of a request's number, the bits from here to 31 are the disk's, those below and above them its own to choose.
 const DISK_SHIFT: u32 = 20;
-/// Disks that share a connection. A chunkserver reads no more from a connection with 16 Ki requests unanswered
+/// Disks that share a connection. A chunkserver reads no more from a connection with 64 Ki requests unanswered
 /// (`UNANSWERED_MAX`, `chunkserver/src/server.rs`), and a copyset without a majority answers nothing: so many disks
-/// with all they may have out (1024 operations, each asked twice at most) must fit, or one would hold up the others.
+/// with all they may have out (1024 operations, asked of a leader and of a follower, the oldest of each copyset once
+/// more every few seconds) must fit, or one would hold up the others.
 const DISKS_PER_CONNECTION: usize = 8;
 
 /// Which disk of the process.
@@ -212,11 +213,13 @@ impl Table {
                 }
             };
             let end = end.and_then(|()| connection.receive());
-            let mut replies = 0;
+            // What has come so far of a greeting is none.
             let end = loop {
+                if !connection.is_open() {
+                    break end;
+                }
                 match connection.next_frame() {
                     Ok(Some(frame)) => {
-                        replies += 1;
                         if let Some((disk, from)) = link.asked(frame.request) {
                             let mut mail = self.mailboxes[disk.place()].borrow_mut();
                             if mail.is_empty() {
@@ -230,7 +233,6 @@ impl Table {
                     Err(nonsense) => break Err(nonsense.into()),
                 }
             };
-            connection.heard(replies, now);
             drop(connection);
             if let Err(why) = end {
                 self.lost(place, &why, now);

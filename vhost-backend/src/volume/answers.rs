@@ -29,6 +29,7 @@ impl Volume {
         for mail in mail.drain(..) {
             match mail {
                 Mail::Answer { from, frame } => {
+                    self.peers[from].heard(self.now);
                     if let Err(why) = self.answered(from, &frame) {
                         self.peers[from].give_up(why);
                     }

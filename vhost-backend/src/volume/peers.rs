@@ -12,6 +12,10 @@ use evolute_protocol::wire::request::Request;
 
 use crate::connections::{Connection, Lost, Mail, PeerIndex, Readiness, Seat};
 
+/// A chunkserver that was asked and said nothing at all for this long is mute: its reads are asked elsewhere meanwhile.
+/// Twenty times what a read takes on a busy machine, half of what a reader may be kept waiting.
+const MUTE_AFTER: Duration = Duration::from_millis(50);
+
 /// All chunkservers of a volume.
 #[derive(Debug)]
 pub struct Peers {
@@ -20,11 +24,16 @@ pub struct Peers {
     by_id: HashMap<ChunkserverId, PeerIndex>,
 }
 
-/// One chunkserver and the connection to it, which other disks may use as well.
+/// One chunkserver and the connection to it, which other disks may use as well. What they wait for there says nothing of
+/// what we would: each counts its own.
 #[derive(Debug)]
 pub struct Peer {
     pub id: ChunkserverId,
     connection: Rc<RefCell<Connection>>,
+    /// Requests put out that have no reply yet, theirs or a refusal.
+    unanswered: u32,
+    /// While there are any: since when nothing was heard.
+    waiting_since: Option<Instant>,
 }
 
 impl Peers {
@@ -36,7 +45,8 @@ impl Peers {
     pub fn learn(&mut self, cluster: ClusterId, id: ChunkserverId, address: Option<SocketAddr>) -> PeerIndex {
         let index = self.by_id.get(&id).copied().unwrap_or_else(|| {
             let index = PeerIndex(u16::try_from(self.list.len()).expect("a volume has few chunkservers"));
-            self.list.push(Peer { id, connection: self.seat.link((cluster, id), index) });
+            let connection = self.seat.link((cluster, id), index);
+            self.list.push(Peer { id, connection, unanswered: 0, waiting_since: None });
             self.by_id.insert(id, index);
             index
         });
@@ -53,8 +63,12 @@ impl Peers {
     }
 
     /// Puts a request out; it leaves at the end of the turn.
-    pub fn put(&self, to: PeerIndex, request: &Request, copyset: CopysetId, id: RequestId, now: Instant) {
-        self[to].connection.borrow_mut().put(request, copyset, self.seat.mark(id), now);
+    pub fn put(&mut self, to: PeerIndex, request: &Request, copyset: CopysetId, id: RequestId, now: Instant) {
+        let id = self.seat.mark(id);
+        let peer = &mut self[to];
+        peer.connection.borrow_mut().put(request, copyset, id);
+        peer.unanswered += 1;
+        peer.waiting_since.get_or_insert(now);
     }
 
     /// Moves what has come to `out`.
@@ -78,6 +92,12 @@ impl std::ops::Index<PeerIndex> for Peers {
     }
 }
 
+impl std::ops::IndexMut<PeerIndex> for Peers {
+    fn index_mut(&mut self, index: PeerIndex) -> &mut Peer {
+        &mut self.list[usize::from(index.0)]
+    }
+}
+
 impl Peer {
     /// See [`Connection::want`].
     pub fn want(&self, now: Instant, jitter: u32) -> Readiness {
@@ -92,12 +112,24 @@ impl Peer {
         self.connection.borrow().is_doubtful(now)
     }
 
+    /// A reply came from it.
+    pub fn heard(&mut self, now: Instant) {
+        self.unanswered = self.unanswered.saturating_sub(1);
+        self.waiting_since = (self.unanswered > 0).then_some(now);
+    }
+
+    /// Its connection is gone: nothing that was asked on it will be answered.
+    pub fn lost(&mut self) {
+        (self.unanswered, self.waiting_since) = (0, None);
+    }
+
+    /// How long we have asked it things and it has said nothing.
     pub fn silent_for(&self, now: Instant) -> Duration {
-        self.connection.borrow().silent_for(now)
+        self.waiting_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since))
     }
 
     pub fn is_mute(&self, now: Instant) -> bool {
-        self.connection.borrow().is_mute(now)
+        self.silent_for(now) >= MUTE_AFTER
     }
 
     pub fn deadline(&self, now: Instant) -> Option<Instant> {

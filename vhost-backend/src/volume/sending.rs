@@ -255,6 +255,7 @@ impl Volume {
     /// A connection is gone, and with it every answer we waited for on it.
     pub(super) fn peer_lost(&mut self, peer: PeerIndex, misled: bool) {
         self.counters.connections_lost += 1;
+        self.peers[peer].lost();
         if misled {
             self.want_map();
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use evolute_protocol::geometry::CHUNK_BYTES;
+use evolute_protocol::id::CopysetId;
 use mio::{Events, Poll};
 
 use super::cluster::{CLUSTER, Cluster, SERVERS, VOLUME};
@@ -207,6 +208,32 @@ fn a_disk_that_left_gets_no_answers_and_disturbs_nobody() {
     assert_eq!(disks.lost(), [0, 0]);
     disks.disks.clear();
     assert_eq!(disks.connections.count(), 0, "those of {CLUSTER:?} that nobody needs end");
+}
+
+/// One waits for a copyset that answers nothing. Its leader is as good as ever for the others, also for one that comes
+/// only then.
+#[test]
+fn what_one_disk_waits_for_makes_nobody_mute_for_another() {
+    let cluster = Cluster::start(3);
+    let mut disks = Disks::attached(&cluster, 2);
+    let searches = |disks: &mut Disks| disks.volumes().nth(1).expect("there").1.counters().searches;
+    let before = searches(&mut disks);
+    cluster.state().fault(SERVERS[0]).holds.insert(CopysetId(1));
+    disks.submit(0, Ticket(0), write(0, 0));
+    // Long enough to be mute and silent, while the other disk has something to do elsewhere.
+    let end = Instant::now() + 2 * VolumeOptions::default().silence;
+    for n in 0.. {
+        disks.submit(1, Ticket(n), write(1, n));
+        disks.until("answered", |disks| disks.outcomes.contains_key(&(1, Ticket(n))));
+        if Instant::now() > end {
+            break;
+        }
+    }
+    let of_copyset_1 = Request::Read { offset: 3 * CHUNK_BYTES, len: 4096 };
+    disks.submit(1, Ticket(u64::MAX), of_copyset_1);
+    disks.until("answered", |disks| disks.outcomes.contains_key(&(1, Ticket(u64::MAX))));
+    assert_eq!(searches(&mut disks), before, "it never left a leader");
+    disks.join(&cluster);
 }
 
 /// What makes no sense ends the connection, not the disk it was said to, and those that have nothing to do hear of it.
