@@ -18,6 +18,7 @@ use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
 use evolute_daemon::Stop;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
+use evolute_raft::Timing;
 
 /// `inspect` has read everything, and not all of it is sound.
 const UNSOUND: u8 = 3;
@@ -98,6 +99,7 @@ async fn serve(config: Config) -> Result<()> {
         trash_delay_ms: config.trash_delay_s * 1000,
         listener,
         addresses: addresses.clone(),
+        timing: Timing::default(),
     });
     // It may have to wait for space. Nothing has been changed before it serves that a crash would not leave as well.
     let (handle, thread) = tokio::select! {

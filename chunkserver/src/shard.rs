@@ -52,6 +52,8 @@ pub struct ShardOptions {
     pub trash_delay_ms: u64,
     pub listener: std::net::TcpListener,
     pub addresses: Addresses,
+    /// How long its groups wait for each other.
+    pub timing: Timing,
 }
 
 /// Why this process cannot serve (any longer). Each is the end of it: the cluster goes on with the other replicas.
@@ -221,6 +223,7 @@ async fn run(
         trash_delay_ms,
         listener,
         addresses,
+        timing,
     } = options;
     let me = ProcessId(u64::from(identity.chunkserver.0));
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
@@ -232,7 +235,7 @@ async fn run(
     let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
-    let node = Node::with_limits(log.clone(), peers.clone(), Timing::default(), limits);
+    let node = Node::with_limits(log.clone(), peers.clone(), timing, limits);
     let admitting = Rc::clone(&store);
     node.admit(move |bytes| admitting.borrow().admits(bytes));
     let (others, led) = (Rc::<Others>::default(), Rc::<Notify>::default());

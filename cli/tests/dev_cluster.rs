@@ -268,6 +268,8 @@ fn one_backend_serves_several_volumes() {
         VolumeOptions::default(),
     );
     let taken = taken.expect("taken over");
+    // Answered only once every copyset has agreed: from here on the other one is fenced out.
+    taken.read(0, 4096).expect("read");
     assert!(!works(0), "it has to learn of it, and then it ends");
     until("its socket's end", || (!Path::new(&socket(0)).exists()).then_some(()));
     assert!(works(1) && is_alive(second));

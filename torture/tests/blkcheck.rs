@@ -122,7 +122,7 @@ fn finish(run: Handle) -> Report {
 fn broken(seed: u64, harm: impl FnOnce(&File)) -> Report {
     let server = Server::start();
     let run = server.check(seed);
-    std::thread::sleep(Duration::from_millis(500));
+    until("much is written", || run.progress.acked_writes.load(Ordering::SeqCst) > 1000);
     harm(&server.disk());
     assert!(run.round(PATIENCE), "a round ends");
     finish(run)

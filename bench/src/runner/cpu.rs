@@ -104,12 +104,11 @@ mod tests {
     #[test]
     fn a_millisecond_of_work_is_seen_and_a_process_that_is_gone_used_none() {
         let before = of_process(std::process::id());
-        let until = Instant::now() + Duration::from_millis(3);
-        while Instant::now() < until {
-            std::hint::black_box(until);
+        let until = Instant::now() + Duration::from_secs(60);
+        let used = || of_process(std::process::id()).saturating_sub(before);
+        while used() <= Duration::from_micros(500) {
+            assert!(Instant::now() < until, "{:?}", used());
         }
-        let used = of_process(std::process::id()).saturating_sub(before);
-        assert!(used > Duration::from_micros(500), "{used:?}");
         assert_eq!(of_process(u32::MAX), Duration::ZERO);
     }
 }

@@ -15,11 +15,16 @@ use evolute_protocol::wire::request::{
     Sequence, Write, WriteZeroes,
 };
 use evolute_protocol::wire::{FrameReader, RequestId};
+use evolute_raft::Timing;
 
 /// A whole block of one byte.
 pub fn block(byte: u8) -> Bytes {
     Bytes::from(vec![byte; 4096])
 }
+
+/// Nobody is taken for dead, and no lease runs out, because this machine stood still for some seconds. Whoever is stopped
+/// is missed by its connections, at once.
+pub const TIMING: Timing = Timing { heartbeat_ms: 150, election_ms_min: 5_000, election_ms_max: 10_000 };
 
 /// A connection after its greeting.
 pub fn hello(address: SocketAddr, cluster: ClusterId, to: ChunkserverId) -> TcpStream {

@@ -74,6 +74,7 @@ impl Running {
             trash_delay_ms: 0,
             listener,
             addresses: Addresses::open(dir),
+            timing: client::TIMING,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let (handle, thread) = runtime.block_on(shard::start(options)).expect("the shard starts");

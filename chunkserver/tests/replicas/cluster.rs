@@ -119,6 +119,7 @@ impl Cluster {
             trash_delay_ms: 0,
             listener,
             addresses,
+            timing: crate::client::TIMING,
         };
         let (handle, thread) = self.runtime.block_on(shard::start(options)).expect("the shard starts");
         self.servers[n as usize - 1].running = Some(Running { handle, thread, _data_dir: data_dir });

@@ -114,8 +114,17 @@ async fn a_deleted_volume_is_dropped_by_its_leaders() {
 #[tokio::test]
 async fn a_chunkserver_that_went_away_is_offline_and_named() {
     let mds = Mds::with_interval(Duration::from_millis(500)).await;
-    let [_one, two, _three] = three_chunkservers(mds.address).await;
-    two.kill().await;
+    let mut chunkservers = Vec::new();
+    for zone in ["z1", "z2", "z3"] {
+        // All the time: whoever has said nothing for 1.5 s is offline.
+        chunkservers.push(Chunkserver::start(mds.address, zone).await.chatty());
+    }
+    until("six healthy copysets", || async {
+        let status = status(mds.address).await;
+        status.copysets.len() == 6 && status.health() == Health::Ok
+    })
+    .await;
+    chunkservers.remove(1).kill().await;
     until("it is offline", || async {
         let status = status(mds.address).await;
         let named = status.reasons.iter().any(|reason| {
@@ -151,6 +160,11 @@ async fn a_stream_is_as_guarded_as_a_registration() {
             }
         }
     };
+    // It speaks: one that has only registered is waited for 2 s, and then its place is free.
+    let mut client = ChunkserversClient::new(channel(mds.address).await);
+    let speaking = tokio_stream::iter([good.clone()]).chain(tokio_stream::pending());
+    let _speaks = client.heartbeat(speaking).await.expect("a stream");
+    until("it is heard", || async { status(mds.address).await.chunkservers[0].online }).await;
     for (report, expected) in [
         (Report { token: vec![7; 32], ..good.clone() }, ErrorWord::WrongToken),
         (Report { chunkserver: 9, ..good.clone() }, ErrorWord::NotFound),

@@ -18,7 +18,7 @@ use evolute_protocol::wire::reply::Refusal;
 use evolute_protocol::wire::request::Sequence;
 
 use self::cluster::{Cluster, SERVERS};
-use self::rig::{EPOCH, Rig};
+use self::rig::{EPOCH, HANGS, Rig};
 use super::VolumeOptions;
 use super::control::{Ask, News, SegmentRefused};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
@@ -28,6 +28,11 @@ const ALL_AT_ONCE: usize = 200;
 
 fn quick() -> VolumeOptions {
     VolumeOptions { silence: Duration::from_millis(60), ..VolumeOptions::default() }
+}
+
+/// Nothing is asked of another because an answer takes long.
+fn never_silent() -> VolumeOptions {
+    VolumeOptions { silence: Duration::from_secs(3600), ..VolumeOptions::default() }
 }
 
 /// Bytes that tell which write they are of, and which of its sectors.
@@ -193,8 +198,9 @@ fn a_hung_leader_costs_one_silence_and_its_other_requests_follow() {
     // It wakes up and answers what it was asked long ago, or not: nobody minds.
     cluster.state().fault(SERVERS[0]).hung = false;
     assert_eq!(rig.read(4096, 4096), pattern(1, 4096));
-    // One request found the new leader for all sixteen.
-    assert!((1..=4).contains(&rig.volume.counters().asked_another), "{:?}", rig.volume.counters());
+    assert!(rig.volume.counters().asked_another >= 1, "{:?}", rig.volume.counters());
+    let tried = times_sent(&cluster, SERVERS[1]);
+    assert!(tried <= 4, "one request looked for the new leader, not all sixteen: {tried}");
 }
 
 /// The others hear it, so they elect nobody; nobody but us knows that it might as well be dead.
@@ -215,6 +221,7 @@ fn a_leader_that_we_alone_do_not_reach_hands_over_to_one_that_we_do() {
 fn a_change_that_a_deposed_leader_holds_goes_to_the_next_while_that_one_refuses_the_others() {
     let cluster = Cluster::start(1);
     let mut rig = Rig::attached(&cluster, quick());
+    let begun = Instant::now();
     cluster.state().fault(SERVERS[0]).hung = true;
     let held = rig.submit(Request::Write { offset: 0, data: Bytes::from(pattern(1, 4096)) });
     rig.turn_for(Duration::from_millis(20));
@@ -230,7 +237,9 @@ fn a_change_that_a_deposed_leader_holds_goes_to_the_next_while_that_one_refuses_
     SERVERS[1..].iter().for_each(|server| cluster.state().fault(*server).refuse = None);
     assert_eq!(rig.wait(held), Outcome::Done);
     assert_eq!(rig.wait(after), Outcome::Done);
-    assert_eq!(rig.volume.counters().take_overs_asked, 0, "it was reached all the time");
+    // Nobody is asked in the first half second of a search; after a pause of this machine anybody may be.
+    let asked = rig.volume.counters().take_overs_asked;
+    assert!(asked == 0 || begun.elapsed() > Duration::from_millis(500), "it was reached all the time");
     check_sequences(&cluster);
 }
 
@@ -329,9 +338,12 @@ fn with_a_limit_requests_fail_after_it_and_new_ones_work_later() {
     cluster.state().lead(C1, None);
     assert_eq!(rig.write(0, pattern(1, 4096)), Outcome::Failed(Failure::Io));
     let past = cluster.state().past(C1);
-    assert_eq!(rig.read(0, 512), vec![0; 512], "a follower knows as much as we do");
+    let read = |len| Request::Read { offset: 0, len };
+    let (zeroes, two) = (vec![0; 512], pattern(2, 4096));
+    assert_eq!(data(in_time(&mut rig, &read(512))), zeroes, "a follower knows as much as we do");
     cluster.state().lead(C1, Some(SERVERS[0]));
-    assert_eq!(rig.write(0, pattern(2, 4096)), Outcome::Done);
+    let write = Request::Write { offset: 0, data: Bytes::from(two.clone()) };
+    assert_eq!(in_time(&mut rig, &write), Outcome::Done);
     cluster.state().lead(C1, None);
     // Nobody is left who has what was acknowledged.
     SERVERS.iter().for_each(|server| {
@@ -339,7 +351,25 @@ fn with_a_limit_requests_fail_after_it_and_new_ones_work_later() {
     });
     assert_eq!(rig.perform(Request::Read { offset: 0, len: 512 }), Outcome::Failed(Failure::Io));
     cluster.state().lead(C1, Some(SERVERS[0]));
-    assert_eq!(rig.read(0, 4096), pattern(2, 4096));
+    assert_eq!(data(in_time(&mut rig, &read(4096))), two);
+}
+
+/// Asks again what failed because this machine stood still for longer than the limit.
+fn in_time(rig: &mut Rig, request: &Request) -> Outcome {
+    let start = Instant::now();
+    loop {
+        let outcome = rig.perform(request.clone());
+        if outcome != Outcome::Failed(Failure::Io) || start.elapsed() > HANGS {
+            return outcome;
+        }
+    }
+}
+
+fn data(outcome: Outcome) -> Vec<u8> {
+    match outcome {
+        Outcome::Data(parts) => parts.concat(),
+        other => panic!("a read ended as {other:?}"),
+    }
 }
 
 #[test]
@@ -358,9 +388,9 @@ fn a_fenced_volume_stops_for_ever() {
     }
     assert_eq!(rig.perform(Request::Read { offset: 5 * GIB, len: 512 }), Outcome::Failed(Failure::Io));
     assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::FencedOut)));
-    let requests = cluster.state().requests.clone();
+    let sent = rig.volume.counters().sent;
     rig.turn_for(Duration::from_millis(50));
-    assert_eq!(cluster.state().requests, requests, "it went on asking");
+    assert_eq!(rig.volume.counters().sent, sent, "it went on asking");
     assert!(rig.volume.ready(), "the guest must hear of the failures");
 }
 
@@ -427,8 +457,12 @@ fn each_refusal_ends_as_it_should() {
 #[test]
 fn a_read_that_was_damaged_on_the_way_is_asked_again() {
     let cluster = Cluster::start(1);
-    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    let mut rig = Rig::attached(&cluster, never_silent());
     assert_eq!(rig.write(0, pattern(5, 8192)), Outcome::Done);
+    // Or a follower would answer what takes long.
+    for server in &SERVERS[1..] {
+        cluster.state().fault(*server).refuse = Some(Refusal::Behind { applied: 0 });
+    }
     cluster.state().fault(SERVERS[0]).damage = 3;
     assert_eq!(rig.read(0, 8192), pattern(5, 8192));
     assert_eq!(rig.volume.counters().damaged, 3);
@@ -483,7 +517,7 @@ fn a_full_cluster_is_told_at_once_and_only_to_those_who_need_room() {
 #[test]
 fn a_long_discard_goes_in_small_groups_beside_other_requests() {
     let cluster = Cluster::start(3);
-    let mut rig = Rig::attached(&cluster, VolumeOptions::default());
+    let mut rig = Rig::attached(&cluster, never_silent());
     assert_eq!(rig.write(5 * MIB, pattern(1, 4096)), Outcome::Done);
     let long = rig.submit(Request::Discard { offset: 0, len: 1 << 40 });
     let short = rig.submit(Request::Write { offset: GIB - MIB, data: Bytes::from(pattern(2, 4096)) });
@@ -498,13 +532,14 @@ fn a_long_discard_goes_in_small_groups_beside_other_requests() {
 #[test]
 fn what_is_out_is_bounded_and_the_rest_waits_its_turn() {
     let cluster = Cluster::start(2);
-    let options = VolumeOptions { operations_max: 8, bytes_max: 20 << 10, ..VolumeOptions::default() };
+    let options = VolumeOptions { operations_max: 8, bytes_max: 20 << 10, ..never_silent() };
     let mut rig = Rig::attached(&cluster, options);
     cluster.state().fault(SERVERS[0]).hung = true;
     cluster.state().fault(SERVERS[1]).hung = true;
     for n in 0..50u64 {
         rig.submit(Request::Write { offset: n * CHUNK_BYTES / 2, data: Bytes::from(pattern(1, 4096)) });
     }
+    rig.until("five are out", |_| cluster.state().received.len() >= 5);
     rig.turn_for(Duration::from_millis(100));
     let out = cluster.state().received.len();
     assert_eq!(out, 5, "20 KiB are five blocks");
