@@ -2,9 +2,9 @@
 
 use std::sync::mpsc;
 
-use crate::processes::{Cluster, Process, eventually};
+use crate::processes::{Cluster, ENDLESS, Process, eventually};
 use bytes::Bytes;
-use evolute_raft::{Command, LeaderChange, ProposeError, Role};
+use evolute_raft::{Command, LeaderChange, Limits, ProposeError, Role};
 
 #[test]
 fn every_replica_applies_what_the_leader_answered_in_order() {
@@ -71,7 +71,7 @@ fn everything_answered_survives_the_death_of_all() {
 
 #[test]
 fn leadership_ends_with_the_leader_s_majority_elsewhere() {
-    let cluster = Cluster::of(3);
+    let cluster = Cluster::with_timing(3, Limits::default(), ENDLESS);
     cluster.propose("a");
     let old = cluster.leader();
     let (tell, told) = mpsc::channel::<LeaderChange>();
@@ -97,21 +97,37 @@ fn leadership_ends_with_the_leader_s_majority_elsewhere() {
 /// openraft once awaited each follower's answer in its core: one that hung froze the group.
 #[test]
 fn a_follower_that_hears_and_never_answers_holds_nobody() {
-    let mut cluster = Cluster::of(3);
+    let mut cluster = Cluster::with_timing(3, Limits::default(), ENDLESS);
     cluster.propose("a");
     let leader = cluster.leader();
     let term = cluster.status(leader).term;
     let (hung, other) = ((leader + 1) % 3, (leader + 2) % 3);
     cluster.applied(hung, &["a"]);
-    // It still speaks, and must not unseat anybody with that: pre-votes are refused while there is a leader.
+    // It lost the leader, so that as far as it is concerned it may stand, and hears nobody from now on.
+    cluster.isolate(hung);
+    eventually("it has lost the leader", || cluster.status(hung).leader.is_none().then_some(()));
     cluster.process(hung).deafen(true);
+    cluster.heal(hung);
+    // It still speaks, and must not unseat anybody with that: pre-votes are refused while there is a leader. With a log
+    // as good as anybody's first, and then with an old one.
+    let stand = |cluster: &Cluster| {
+        cluster.process(hung).with_group(|group| {
+            tokio::task::spawn_local(async move { group.elect().await });
+        });
+    };
+    stand(&cluster);
     // A learner that hangs from the beginning does not, either.
     cluster.add();
     cluster.process(3).deafen(true);
     cluster.learn(3);
     let mut wanted = vec!["a"];
     wanted.extend(["b"; 500]);
-    wanted[1..].iter().for_each(|command| cluster.propose(command));
+    for (n, command) in wanted[1..].iter().enumerate() {
+        if n % 25 == 0 {
+            stand(&cluster);
+        }
+        cluster.propose(command);
+    }
     cluster.applied(leader, &wanted);
     cluster.applied(other, &wanted);
     assert_eq!((cluster.leader(), cluster.status(leader).term), (leader, term), "nobody took over");

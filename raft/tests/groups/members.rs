@@ -6,7 +6,7 @@ use std::sync::mpsc;
 use bytes::Bytes;
 use evolute_raft::{Command, HandleError, Limits, ReplicaId, Role};
 
-use crate::processes::{Cluster, Hold, Process, eventually};
+use crate::processes::{Cluster, ENDLESS, Hold, Process, eventually};
 
 fn ids(cluster: &Cluster, these: &[usize]) -> Vec<ReplicaId> {
     these.iter().map(|&at| cluster.members[at].replica).collect()
@@ -14,7 +14,7 @@ fn ids(cluster: &Cluster, these: &[usize]) -> Vec<ReplicaId> {
 
 #[test]
 fn a_member_is_replaced_by_one_call_while_the_group_serves() {
-    let mut cluster = Cluster::of(3);
+    let mut cluster = Cluster::with_timing(3, Limits::default(), ENDLESS);
     cluster.propose("a");
     cluster.add();
     let leader = cluster.leader();
@@ -43,7 +43,7 @@ fn a_member_is_replaced_by_one_call_while_the_group_serves() {
 
 #[test]
 fn a_learner_that_lags_is_not_made_a_voter() {
-    let mut cluster = Cluster::of(3);
+    let mut cluster = Cluster::with_timing(3, Limits::default(), ENDLESS);
     cluster.propose("a");
     cluster.add();
     let leader = cluster.leader();

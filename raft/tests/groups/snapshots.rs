@@ -1,11 +1,10 @@
 //! A replica that needs entries which are gone gets a raft snapshot: whole, once, whatever dies on the way.
 
 use std::sync::atomic::Ordering;
-use std::sync::mpsc;
 
-use crate::processes::{Cluster, GROUP, Hold, Process, eventually, member};
+use crate::processes::{Cluster, ENDLESS, GROUP, Hold, Process, eventually, member};
 use bytes::Bytes;
-use evolute_raft::{Command, Limits, LogUsage, ReplicaId, Role};
+use evolute_raft::{Limits, LogUsage, Role};
 
 fn command(number: u64) -> Bytes {
     let mut command = vec![7; 4096];
@@ -42,7 +41,8 @@ fn three_and_one(commands: u64) -> Cluster {
 }
 
 fn three_and_one_with(commands: u64, limits: Limits) -> Cluster {
-    let mut cluster = Cluster::with_limits(3, limits);
+    // What is sent is counted, and another leader would begin anew.
+    let mut cluster = Cluster::with_timing(3, limits, ENDLESS);
     fill(&cluster, &[0, 1, 2], 0..commands);
     purge(&cluster, &[0, 1, 2]);
     cluster.add();
@@ -160,9 +160,7 @@ fn a_receiver_that_dies_at_any_point_has_its_old_state_or_the_new_one() {
         // It leaves, and is replaced by a learner that is itself: only a new member is without the log of the group.
         cluster.isolate(away);
         fill(&cluster, &rest, 20..60);
-        let handle = cluster.process(cluster.leader_among(&rest)).handle();
-        let voters: Vec<ReplicaId> = rest.iter().map(|&at| cluster.members[at].replica).collect();
-        cluster.wait_for(handle.change_members(voters)).expect("two are a majority");
+        cluster.change(&rest);
         purge(&cluster, &rest);
         cluster.process(away).watch.hold(hold, if hold == Hold::Put { 3 } else { 0 });
         cluster.heal(away);
@@ -261,22 +259,20 @@ const RETAIN: Limits = Limits { log_retain_bytes: 4 << 20, snapshot_bytes_per_se
 
 /// 12 MiB through a log that keeps 4.
 fn long_absence(cluster: &Cluster, rest: &[usize]) {
-    for round in 0..24 {
-        let leader = cluster.leader_among(rest);
-        let (tell, told) = mpsc::channel();
-        cluster.process(leader).with_group(move |group| {
-            for number in 0..8_u64 {
-                let mut command = vec![1; 64 << 10];
-                command[..8].copy_from_slice(&(round * 8 + number).to_le_bytes());
-                let tell = tell.clone();
-                group.propose(Command::from(command), move |outcome| {
-                    let _ = tell.send(outcome.is_ok());
-                });
-            }
+    for round in 0..24_u64 {
+        let commands = (0..8).map(|number| {
+            let mut command = vec![1; 64 << 10];
+            command[..8].copy_from_slice(&(round * 8 + number).to_le_bytes());
+            Bytes::from(command)
         });
-        for _ in 0..8 {
-            assert!(told.recv().expect("an answer"), "the leader stays");
-        }
+        let commands: Vec<Bytes> = commands.collect();
+        // All of them again, if a leader refuses any of them: what is applied twice is only more of it.
+        eventually("eight commands applied", || {
+            let handle = cluster.process(cluster.leader_among(rest)).handle();
+            let proposed = commands.iter().map(|command| handle.propose(command.clone()));
+            let outcomes = cluster.wait_for(futures::future::join_all(proposed));
+            outcomes.iter().all(Result::is_ok).then_some(())
+        });
         if round % 2 == 0 {
             rest.iter().for_each(|&at| cluster.process(at).checkpoint());
         }

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use evolute_raft::{ProposeError, Role};
+use evolute_raft::{Limits, ProposeError, Role};
 
-use crate::processes::{Cluster, eventually};
+use crate::processes::{Cluster, ENDLESS, eventually};
 
 /// A tenth of a file.
 const LONG: usize = 100_000;
@@ -31,7 +31,7 @@ fn log_files(cluster: &Cluster, at: usize) -> usize {
 /// when there is room it has everything.
 #[test]
 fn a_follower_without_room_for_its_log_still_votes_and_catches_up_later() {
-    let mut cluster = Cluster::of(3);
+    let mut cluster = Cluster::with_timing(3, Limits::default(), ENDLESS);
     cluster.propose("a");
     let leader = cluster.leader();
     let (full, other) = ((leader + 1) % 3, (leader + 2) % 3);

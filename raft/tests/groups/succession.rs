@@ -2,12 +2,9 @@
 
 use std::time::Duration;
 
-use evolute_raft::{HandleError, Limits, Timing};
+use evolute_raft::{HandleError, Limits};
 
-use crate::processes::{Cluster, PATIENCE, Process, eventually};
-
-/// Nobody stands for election because of a silence before a test has long failed.
-const ENDLESS: Timing = Timing { heartbeat_ms: 40, election_ms_min: 600_000, election_ms_max: 1_200_000 };
+use crate::processes::{Cluster, ENDLESS, PATIENCE, Process, eventually};
 
 /// Three members, and the leader's place among them.
 fn cluster() -> (Cluster, usize) {

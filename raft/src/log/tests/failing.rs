@@ -20,8 +20,8 @@ use crate::log::{Log, LogError, LogOptions, LogOwner};
 use crate::runtime::LocalRt;
 use crate::types::{IoFlushed, Vote};
 use crate::{
-    Applying, Command, Dial, DialFuture, Group, GroupId, Member, Node, Peers, Position, ProcessId, ReplicaId,
-    Restored, StateMachine, Timing, spawn_thread,
+    Applying, ChangeError, Command, Dial, DialFuture, Group, GroupId, Member, Node, Peers, Position,
+    ProcessId, ReplicaId, Restored, StateMachine, Timing, spawn_thread,
 };
 
 /// What happens to completions from now on.
@@ -342,7 +342,15 @@ fn a_leader_whose_disk_never_answers_hands_over_and_holds_nobody() {
         assert!(stuck.log.failed().is_none());
         // It learns that it was relieved when its disk has kept that, so nobody waits for its word.
         let (group, to) = (stuck.group.clone(), members[1].replica);
-        let handing_over = tokio::task::spawn_local(async move { group.transfer_leader(to).await });
+        let handing_over = tokio::task::spawn_local(async move {
+            loop {
+                match group.transfer_leader(to).await {
+                    // Nobody was heard while this machine stood still.
+                    Err(ChangeError::Silent(_)) => tokio::time::sleep(Duration::from_millis(5)).await,
+                    done => break done,
+                }
+            }
+        });
         until(|| next.group.leadership().is_some() && stuck.group.leadership().is_none()).await;
         propose(next, b"c");
         let wanted: Vec<Bytes> = [&b"a"[..], b"b", b"c"].map(Bytes::from_static).to_vec();

@@ -23,6 +23,14 @@ use tokio::sync::{mpsc as queue, oneshot};
 
 pub const GROUP: GroupId = GroupId(1);
 pub const TIMING: Timing = Timing { heartbeat_ms: 40, election_ms_min: 250, election_ms_max: 500 };
+/// Nobody stands for election because of a silence before a test has long failed, and no leader's lease runs out: not
+/// because this machine stood still, either. Whoever is gone is missed by its connections.
+pub const ENDLESS: Timing = Timing { heartbeat_ms: 40, election_ms_min: 600_000, election_ms_max: 1_200_000 };
+/// Half of what a member misses of another with [`TIMING`] before that one counts as silent. A thread that stands still for
+/// longer may be taken for dead.
+const STOOD_STILL: Duration = Duration::from_millis(TIMING.heartbeat_ms * 5 / 2);
+/// How often a thread shows that it runs.
+const BEAT: Duration = Duration::from_millis(10);
 
 /// Who listens where, and who is cut off. A process that starts again listens elsewhere.
 #[derive(Clone, Default)]
@@ -96,6 +104,8 @@ pub struct Process {
     jobs: queue::UnboundedSender<Job>,
     connections: Arc<Mutex<Vec<std::net::TcpStream>>>,
     deaf: Arc<AtomicBool>,
+    /// When its thread ran last, and the longest that it ever stood still.
+    beats: Arc<Mutex<(Instant, Duration)>>,
     stop: Option<oneshot::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
@@ -112,6 +122,8 @@ impl Process {
         let deaf = Arc::new(AtomicBool::new(false));
         let (recorded, accepted, ignoring) = (commands.clone(), connections.clone(), deaf.clone());
         let watch = setup.watch.clone();
+        let beats = Arc::new(Mutex::new((Instant::now(), Duration::ZERO)));
+        let beating = beats.clone();
         let thread = spawn_thread(&format!("{}", member.process), move || async move {
             let log = Log::open(&dir, setup.options).await.expect("a log");
             let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -132,6 +144,14 @@ impl Process {
                     }
                 }
             });
+            beating.lock().unwrap().0 = Instant::now();
+            tokio::task::spawn_local(async move {
+                loop {
+                    tokio::time::sleep(BEAT).await;
+                    let mut beats = beating.lock().unwrap();
+                    *beats = (Instant::now(), beats.1.max(beats.0.elapsed()));
+                }
+            });
             ready.send(()).expect("the test waits");
             let doing = node.clone();
             tokio::task::spawn_local(async move {
@@ -144,7 +164,17 @@ impl Process {
         })
         .expect("a thread");
         started.recv().expect("it starts");
-        Self { member, commands, watch, jobs, connections, deaf, stop: Some(stop), thread: Some(thread) }
+        Self {
+            member,
+            commands,
+            watch,
+            jobs,
+            connections,
+            deaf,
+            beats,
+            stop: Some(stop),
+            thread: Some(thread),
+        }
     }
 
     /// Runs something on the process's thread.
@@ -210,6 +240,12 @@ impl Process {
         });
         assert!(self.jobs.send(job).is_ok(), "it runs");
         thaw
+    }
+
+    /// Its thread stood still since it started, or does, for so long that it may be taken for dead.
+    fn stood_still(&self) -> bool {
+        let beats = self.beats.lock().unwrap();
+        beats.1.max(beats.0.elapsed()) > STOOD_STILL
     }
 
     /// As kill -9 would: nothing is said to anybody, nothing more is written.
@@ -345,6 +381,13 @@ impl Cluster {
             Err(HandleError::Silent(_)) => None,
             Err(error) => panic!("{error}"),
         });
+    }
+
+    /// None of the processes that run now ever stood still, but for the one that was `frozen`: whoever leads was not taken
+    /// for dead because this machine had no time for it.
+    pub fn all_ran(&self, frozen: Option<usize>) -> bool {
+        let mut others = self.processes.iter().enumerate().filter(|(at, _)| Some(*at) != frozen);
+        !others.any(|(_, process)| process.as_ref().is_some_and(Process::stood_still))
     }
 
     pub fn status(&self, at: usize) -> GroupStatus {
