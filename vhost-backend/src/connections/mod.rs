@@ -7,7 +7,7 @@
 //!
 //! A turn of the loop ([`Connections::turn`]) reads what has come from all of them, deals it out by the disk's number in
 //! each answer's [`RequestId`], lets the disks work, and sends what they put out: one read and one write per chunkserver,
-//! turn and [`DISKS_PER_CONNECTION`] disks, as long as 256 KiB hold what has come.
+//! turn and eight disks, as long as 256 KiB hold what has come.
 //!
 //! What always holds: an answer reaches the disk that asked and no other, and none that is gone (numbers are not given
 //! twice); every disk of a connection hears of its end before it can put anything out on the next one.
