@@ -71,7 +71,7 @@ pub trait Backing {
     fn submit(&mut self, ticket: Ticket, request: Request);
     /// The waker fired: another thread has news.
     fn on_wake(&mut self);
-    /// Once per turn of the loop: take in what has come, send what was submitted, expire, retry.
+    /// Once per turn of the loop, seldom more: take in what has come, send what was submitted, expire, retry.
     fn settle(&mut self, now: Instant);
     /// Moves everything that ended since the last call to `out`.
     fn take_completed(&mut self, out: &mut Vec<(Ticket, Outcome)>);

@@ -27,7 +27,7 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Registry, Token};
 
 use crate::backing::{Backing, Outcome, Ticket};
-use crate::connections::{Connections, DISKS_MAX, Seat};
+use crate::connections::{Connections, DISKS_MAX, FIRST_TOKEN, Seat};
 use crate::device::command::Command;
 use crate::device::config_space::QUEUES_MAX;
 use crate::device::queues::{Queues, Setup, StartRefused};
@@ -38,8 +38,6 @@ use crate::spin::Spin;
 pub(crate) const WAKER: Token = Token(usize::MAX);
 /// Tokens of kicks: of which disk, above these bits, and of which of its queues.
 const DISK_SHIFT: u32 = QUEUES_MAX.next_power_of_two().ilog2();
-/// Tokens from here on are those of connections.
-pub(crate) const FIRST_CONNECTION: usize = 1 << (usize::BITS - 1);
 /// Events of one turn. More stay in the kernel for the next.
 const EVENTS_PER_TURN: usize = 256;
 /// How long the end of the process waits without an answer arriving. What is still out then is done again by the
@@ -91,7 +89,7 @@ impl IoLoop {
         let thread = thread::Builder::new().name("io".into()).spawn(move || {
             evolute_daemon::short_turns();
             let registry = Rc::new(poll.registry().try_clone()?);
-            let connections = Connections::new(Rc::clone(&registry), FIRST_CONNECTION);
+            let connections = Connections::new(&registry)?;
             let disks = Vec::new();
             IoThread { poll, registry, waker: own, joining, joined_all: false, connections, disks, spin }
                 .run()
@@ -179,7 +177,7 @@ impl IoThread {
 
     /// How long to sleep: not at all while there is work, or while it pays to look for more.
     fn timeout(&mut self) -> Option<Duration> {
-        if self.disks.iter().flatten().any(Disk::has_work) || self.connections.has_unread() {
+        if self.disks.iter().flatten().any(Disk::has_work) {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();
@@ -205,7 +203,7 @@ impl IoThread {
         for event in events {
             match event.token() {
                 WAKER => woken = true,
-                Token(connection) if connection >= FIRST_CONNECTION => self.connections.on_event(event),
+                Token(connection) if connection >= FIRST_TOKEN => self.connections.on_event(event),
                 Token(kick) => {
                     if let Some(Some(disk)) = self.disks.get_mut(kick >> DISK_SHIFT) {
                         disk.kicked(kick);

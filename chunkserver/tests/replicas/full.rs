@@ -79,11 +79,10 @@ fn a_full_follower_takes_what_it_has_room_for_and_catches_up_when_there_is_more(
         let there = |n| cluster.replica(n).and_then(|replica| replica.status.checkpointed);
         (1..=3).all(|n| there(n).is_some_and(|at| at.index >= written))
     });
+    // A machine that is busy with this may find its disk slow for a while.
     let trouble = cluster.report(3).trouble;
-    assert!(
-        !trouble.contains("nothing more is taken") && !trouble.contains("full"),
-        "all is well: {trouble}"
-    );
+    let left = trouble.split("; ").filter(|what| !what.starts_with("the disk is slow: "));
+    assert_eq!(left.collect::<String>(), "", "all is well again");
     for n in 1..=3 {
         cluster.lead(n, 10 + u64::from(n));
         let mut client = cluster.client(n);

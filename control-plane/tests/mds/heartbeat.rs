@@ -7,7 +7,8 @@ use evolute_protocol::rpc::{CreateVolumeRequest, DeleteVolumeRequest, ErrorWord,
 use tokio_stream::StreamExt;
 
 use crate::support::{
-    Chunkserver, Mds, channel, first_registration, register, status, three_chunkservers, until, volumes, word,
+    Chunkserver, Mds, channel, first_registration, register, six_healthy_copysets, status,
+    three_chunkservers, until, volumes, word,
 };
 
 /// From nothing to a volume with space, as a new cluster lives it.
@@ -119,11 +120,7 @@ async fn a_chunkserver_that_went_away_is_offline_and_named() {
         // All the time: whoever has said nothing for 1.5 s is offline.
         chunkservers.push(Chunkserver::start(mds.address, zone).await.chatty());
     }
-    until("six healthy copysets", || async {
-        let status = status(mds.address).await;
-        status.copysets.len() == 6 && status.health() == Health::Ok
-    })
-    .await;
+    six_healthy_copysets(mds.address).await;
     chunkservers.remove(1).kill().await;
     until("it is offline", || async {
         let status = status(mds.address).await;

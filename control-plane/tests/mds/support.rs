@@ -429,12 +429,17 @@ pub async fn three_chunkservers(mds: SocketAddr) -> [Chunkserver; 3] {
         Chunkserver::start(mds, "z2").await,
         Chunkserver::start(mds, "z3").await,
     ];
+    six_healthy_copysets(mds).await;
+    chunkservers
+}
+
+/// Waits for them.
+pub async fn six_healthy_copysets(mds: SocketAddr) {
     until("six healthy copysets", || async {
         let status = status(mds).await;
         status.copysets.len() == 6 && status.health() == evolute_protocol::rpc::Health::Ok
     })
     .await;
-    chunkservers
 }
 
 /// `evolute-mds` as a process of its own. Killed when dropped.

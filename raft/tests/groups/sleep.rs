@@ -201,8 +201,8 @@ fn a_sleeping_leader_hands_over() {
 #[test]
 fn sleeping_members_find_each_other_again_when_their_connections_are_cut() {
     undisturbed(|| {
-        let (cluster, leader) = asleep()?;
-        let since = (leader, cluster.status(leader).term);
+        let (cluster, _) = asleep()?;
+        let since = reign(&cluster);
         for _ in 0..3 {
             cluster.running().for_each(Process::cut);
             std::thread::sleep(Duration::from_millis(300));

@@ -18,6 +18,7 @@ mod connection;
 mod outbox;
 
 use std::cell::RefCell;
+use std::io;
 use std::rc::Rc;
 use std::time::Instant;
 
@@ -35,6 +36,8 @@ use crate::wait::Jitter;
 pub const DISKS_MAX: usize = 1 << (32 - DISK_SHIFT);
 /// Of a request's number, the bits from here to 31 are the disk's, those below and above them its own to choose.
 const DISK_SHIFT: u32 = 20;
+/// Tokens from here on are those of connections; whatever else a loop polls has lower ones.
+pub(crate) const FIRST_TOKEN: usize = 1 << (usize::BITS - 1);
 /// Disks that share a connection. A chunkserver reads no more from a connection with 64 Ki requests unanswered
 /// (`UNANSWERED_MAX`, `chunkserver/src/server.rs`), and a copyset without a majority answers nothing: so many disks
 /// with all they may have out (1024 operations, asked of a leader and of a follower, the oldest of each copyset once
@@ -111,7 +114,6 @@ pub struct Seat {
 #[derive(Debug)]
 struct Table {
     registry: Rc<Registry>,
-    first_token: usize,
     /// At the place that their tokens say.
     links: Vec<Option<Link>>,
     /// By disk.
@@ -132,16 +134,15 @@ struct Link {
 }
 
 impl Connections {
-    /// Tokens from `first_token` on are theirs.
-    pub fn new(registry: Rc<Registry>, first_token: usize) -> Self {
-        Self(Rc::new(RefCell::new(Table {
-            registry,
-            first_token,
+    /// Those of the loop that polls `registry`.
+    pub fn new(registry: &Registry) -> io::Result<Self> {
+        Ok(Self(Rc::new(RefCell::new(Table {
+            registry: Rc::new(registry.try_clone()?),
             links: Vec::new(),
             mailboxes: Vec::new(),
             called: Vec::new(),
             jitter: Jitter::default(),
-        })))
+        }))))
     }
 
     /// For one disk more, with the next number. `None`: there were [`DISKS_MAX`] already.
@@ -155,7 +156,7 @@ impl Connections {
 
     pub fn on_event(&self, event: &mio::event::Event) {
         let table = self.0.borrow();
-        let place = event.token().0.checked_sub(table.first_token);
+        let place = event.token().0.checked_sub(FIRST_TOKEN);
         if let Some(Some(link)) = place.and_then(|place| table.links.get(place)) {
             link.connection.borrow_mut().on_event(event);
         }
@@ -182,19 +183,10 @@ impl Connections {
         self.0.borrow().links.iter().flatten().count()
     }
 
-    /// Bytes were left unread at the end of the turn: the poll will not tell again.
-    pub fn has_unread(&self) -> bool {
-        self.0.borrow().links.iter().flatten().any(|link| link.connection.borrow().has_unread())
-    }
-
     /// When a turn is due although nothing happened.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let table = self.0.borrow();
-        let due = |link: &Link| {
-            let connection = link.connection.borrow();
-            if connection.has_unread() { Some(now) } else { connection.deadline(now) }
-        };
-        table.links.iter().flatten().filter_map(due).min()
+        table.links.iter().flatten().filter_map(|link| link.connection.borrow().deadline(now)).min()
     }
 }
 
@@ -221,12 +213,8 @@ impl Table {
                 match connection.next_frame() {
                     Ok(Some(frame)) => {
                         if let Some((disk, from)) = link.asked(frame.request) {
-                            let mut mail = self.mailboxes[disk.place()].borrow_mut();
-                            if mail.is_empty() {
-                                call(&mut self.called, disk);
-                            }
                             let frame = Frame { request: own_bits(frame.request), ..frame };
-                            mail.push(Mail::Answer { from, frame });
+                            deliver(&self.mailboxes, &mut self.called, disk, Mail::Answer { from, frame });
                         }
                     }
                     Ok(None) => break end,
@@ -261,8 +249,7 @@ impl Table {
         }
         let misled = matches!(why, Lost::Unwelcome(_) | Lost::NotOurs(_) | Lost::NoAddress);
         for (disk, of) in link.members() {
-            self.mailboxes[disk.place()].borrow_mut().push(Mail::Lost { of, misled });
-            call(&mut self.called, disk);
+            deliver(&self.mailboxes, &mut self.called, disk, Mail::Lost { of, misled });
         }
     }
 
@@ -277,6 +264,11 @@ impl Table {
         }
         self.mailboxes[disk.place()].borrow_mut().clear();
     }
+}
+
+fn deliver(mailboxes: &[Mailbox], called: &mut Vec<DiskNumber>, disk: DiskNumber, mail: Mail) {
+    mailboxes[disk.place()].borrow_mut().push(mail);
+    call(called, disk);
 }
 
 fn call(called: &mut Vec<DiskNumber>, disk: DiskNumber) {
@@ -313,7 +305,7 @@ impl Seat {
             .position(|link| link.as_ref().is_some_and(|link| link.to == to && link.group == group));
         let place = known.unwrap_or_else(|| {
             let place = table.links.iter().position(Option::is_none).unwrap_or(table.links.len());
-            let token = Token(table.first_token + place);
+            let token = Token(FIRST_TOKEN + place);
             let connection = Connection::new(to.0, to.1, token, Rc::clone(&table.registry));
             let connection = Rc::new(RefCell::new(connection));
             let link = Link { to, group, connection, members: [None; DISKS_PER_CONNECTION] };

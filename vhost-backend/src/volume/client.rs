@@ -6,7 +6,6 @@
 //! taken before it is. A write that failed is told by the next call, and by every one after it.
 
 use std::io;
-use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
@@ -20,7 +19,7 @@ use super::control::{self, AttachError, AttachedVolume, Control, ControlLink, Co
 use super::{Volume, VolumeOptions};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
 use crate::connections::Connections;
-use crate::io_thread::{FIRST_CONNECTION, WAKER, WakerHandle};
+use crate::io_thread::{WAKER, WakerHandle};
 
 /// Bytes and requests taken and not yet durable.
 const BYTES_MAX: u64 = 32 << 20;
@@ -301,8 +300,7 @@ struct Runner {
 
 impl Runner {
     fn run(mut self, options: VolumeOptions, link: ControlLink, waker: WakerHandle) {
-        let Ok(registry) = self.poll.registry().try_clone() else { return self.shared.give_up() };
-        let connections = Connections::new(Rc::new(registry), FIRST_CONNECTION);
+        let Ok(connections) = Connections::new(self.poll.registry()) else { return self.shared.give_up() };
         let seat = connections.join().expect("the first");
         let mut volume = Volume::new(options, link, waker, seat);
         let mut events = Events::with_capacity(64);

@@ -8,8 +8,8 @@
 //!  control thread ◀──Ask (attach, segment, map)── · ──News + wake──▶
 //! ```
 //!
-//! Everything happens in [`Volume::settle`], once per turn of the loop; events only raise flags before it. So a turn
-//! reads the clock once and each chunkserver is written to once.
+//! Everything happens in [`Volume::settle`], once per turn of the loop, and again where sending showed that a connection is
+//! lost; before it, what has come only waits. So a turn reads the clock once and each chunkserver is written to once.
 //!
 //! What always holds:
 //!
@@ -336,7 +336,7 @@ impl Volume {
         self.stop(&format!("fenced out by epoch {by}"));
     }
 
-    /// The end of this volume for this process: nothing is sent any more, everything fails.
+    /// The end of this volume for this process: nothing more is put out, everything fails.
     fn stop(&mut self, why: &str) {
         if self.stage == Stage::Stopped {
             return;

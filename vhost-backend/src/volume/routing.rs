@@ -326,7 +326,6 @@ impl std::ops::IndexMut<RouteIndex> for Routing {
 
 #[cfg(test)]
 mod tests {
-    use std::rc::Rc;
     use std::time::{Duration, Instant};
 
     use evolute_protocol::id::{ChunkIndex, ChunkserverId, ClusterId, CopysetId, SegmentIndex};
@@ -359,7 +358,7 @@ mod tests {
 
     fn learned() -> (Routing, Peers) {
         let poll = mio::Poll::new().expect("epoll");
-        let connections = Connections::new(Rc::new(poll.registry().try_clone().expect("epoll")), 0);
+        let connections = Connections::new(poll.registry()).expect("epoll");
         let (mut routing, mut peers) = (Routing::default(), Peers::new(connections.join().expect("room")));
         routing.learn(&map(), &mut peers, Instant::now());
         (routing, peers)

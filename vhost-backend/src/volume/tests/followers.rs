@@ -8,19 +8,14 @@ use evolute_protocol::id::CopysetId;
 use evolute_protocol::wire::reply::Freshness;
 
 use super::cluster::{Cluster, SERVERS};
-use super::pattern;
 use super::rig::Rig;
+use super::{patient, pattern};
 use crate::backing::{Outcome, Request};
 use crate::volume::VolumeOptions;
 use crate::volume::control::Ask;
 
 const C1: CopysetId = CopysetId(1);
 const BLOCK: u64 = 4096;
-
-/// Nobody is ever given up for being silent: whatever is answered here was answered by a follower.
-fn patient() -> VolumeOptions {
-    VolumeOptions { silence: Duration::from_secs(3600), ..VolumeOptions::default() }
-}
 
 /// Attached, connected to all replicas, and the first `blocks` blocks written.
 fn written(cluster: &Cluster, options: VolumeOptions, blocks: u64) -> Rig {

@@ -18,7 +18,7 @@ use evolute_protocol::wire::reply::Refusal;
 use evolute_protocol::wire::request::Sequence;
 
 use self::cluster::{Cluster, SERVERS};
-use self::rig::{EPOCH, HANGS, Rig};
+use self::rig::{EPOCH, HANGS, Rig, data};
 use super::VolumeOptions;
 use super::control::{Ask, News, SegmentRefused};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
@@ -31,7 +31,7 @@ fn quick() -> VolumeOptions {
 }
 
 /// Nothing is asked of another because an answer takes long.
-fn never_silent() -> VolumeOptions {
+fn patient() -> VolumeOptions {
     VolumeOptions { silence: Duration::from_secs(3600), ..VolumeOptions::default() }
 }
 
@@ -365,13 +365,6 @@ fn in_time(rig: &mut Rig, request: &Request) -> Outcome {
     }
 }
 
-fn data(outcome: Outcome) -> Vec<u8> {
-    match outcome {
-        Outcome::Data(parts) => parts.concat(),
-        other => panic!("a read ended as {other:?}"),
-    }
-}
-
 #[test]
 fn a_fenced_volume_stops_for_ever() {
     let cluster = Cluster::start(2);
@@ -457,7 +450,7 @@ fn each_refusal_ends_as_it_should() {
 #[test]
 fn a_read_that_was_damaged_on_the_way_is_asked_again() {
     let cluster = Cluster::start(1);
-    let mut rig = Rig::attached(&cluster, never_silent());
+    let mut rig = Rig::attached(&cluster, patient());
     assert_eq!(rig.write(0, pattern(5, 8192)), Outcome::Done);
     // Or a follower would answer what takes long.
     for server in &SERVERS[1..] {
@@ -517,7 +510,7 @@ fn a_full_cluster_is_told_at_once_and_only_to_those_who_need_room() {
 #[test]
 fn a_long_discard_goes_in_small_groups_beside_other_requests() {
     let cluster = Cluster::start(3);
-    let mut rig = Rig::attached(&cluster, never_silent());
+    let mut rig = Rig::attached(&cluster, patient());
     assert_eq!(rig.write(5 * MIB, pattern(1, 4096)), Outcome::Done);
     let long = rig.submit(Request::Discard { offset: 0, len: 1 << 40 });
     let short = rig.submit(Request::Write { offset: GIB - MIB, data: Bytes::from(pattern(2, 4096)) });
@@ -532,7 +525,7 @@ fn a_long_discard_goes_in_small_groups_beside_other_requests() {
 #[test]
 fn what_is_out_is_bounded_and_the_rest_waits_its_turn() {
     let cluster = Cluster::start(2);
-    let options = VolumeOptions { operations_max: 8, bytes_max: 20 << 10, ..never_silent() };
+    let options = VolumeOptions { operations_max: 8, bytes_max: 20 << 10, ..patient() };
     let mut rig = Rig::attached(&cluster, options);
     cluster.state().fault(SERVERS[0]).hung = true;
     cluster.state().fault(SERVERS[1]).hung = true;

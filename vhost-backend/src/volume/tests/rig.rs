@@ -1,7 +1,6 @@
 //! A volume on the test's own thread, its loop turned by hand, the control thread's place taken by the test.
 
 use std::collections::HashMap;
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -30,13 +29,25 @@ pub struct Rig {
     pub outcomes: HashMap<Ticket, Outcome>,
 }
 
+pub fn attachment(cluster: &Cluster, epoch: Epoch, remembered: bool) -> News {
+    let map = cluster.map();
+    News::Attached(Box::new(Attachment { volume: VOLUME, size_bytes: 1 << 40, epoch, map, remembered }))
+}
+
+/// What a read found.
+pub fn data(outcome: Outcome) -> Vec<u8> {
+    match outcome {
+        Outcome::Data(parts) => parts.concat(),
+        other => panic!("a read ended as {other:?}"),
+    }
+}
+
 impl Rig {
     /// Not attached yet.
     pub fn new(options: VolumeOptions) -> Self {
         let (link, control) = link();
         let poll = Poll::new().expect("epoll");
-        let registry = poll.registry().try_clone().expect("epoll");
-        let connections = Connections::new(Rc::new(registry), 100);
+        let connections = Connections::new(poll.registry()).expect("epoll");
         let volume = Volume::without_waker(options, link, connections.join().expect("the first"));
         let events = Events::with_capacity(64);
         Self {
@@ -60,9 +71,7 @@ impl Rig {
     }
 
     pub fn attach(&mut self, cluster: &Cluster, epoch: Epoch, remembered: bool) {
-        let attachment =
-            Attachment { volume: VOLUME, size_bytes: 1 << 40, epoch, map: cluster.map(), remembered };
-        self.control.news.send(News::Attached(Box::new(attachment)));
+        self.control.news.send(attachment(cluster, epoch, remembered));
     }
 
     pub fn submit(&mut self, request: Request) -> Ticket {
@@ -124,10 +133,7 @@ impl Rig {
     }
 
     pub fn read(&mut self, offset: u64, len: u32) -> Vec<u8> {
-        match self.perform(Request::Read { offset, len }) {
-            Outcome::Data(parts) => parts.concat(),
-            other => panic!("a read ended as {other:?}"),
-        }
+        data(self.perform(Request::Read { offset, len }))
     }
 
     /// Segments asked for, in order.

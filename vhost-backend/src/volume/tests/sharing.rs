@@ -1,7 +1,6 @@
 //! Several volumes on one I/O thread: what they share, and what must not pass from one to another.
 
 use std::collections::{HashMap, HashSet};
-use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,13 +8,12 @@ use evolute_protocol::geometry::CHUNK_BYTES;
 use evolute_protocol::id::CopysetId;
 use mio::{Events, Poll};
 
-use super::cluster::{CLUSTER, Cluster, SERVERS, VOLUME};
+use super::cluster::{CLUSTER, Cluster, SERVERS};
 use super::pattern;
-use super::rig::{EPOCH, HANGS};
+use super::rig::{EPOCH, HANGS, attachment, data};
 use crate::backing::{Backing, Outcome, Request, Ticket};
 use crate::connections::Connections;
-use crate::volume::attach::Attachment;
-use crate::volume::control::{ControlEnd, News, link};
+use crate::volume::control::{ControlEnd, link};
 use crate::volume::{Volume, VolumeOptions};
 
 /// Disks of one loop. Each writes to the chunk of its number, and so to a copyset that no other writes to.
@@ -31,8 +29,7 @@ struct Disks {
 impl Disks {
     fn attached(cluster: &Cluster, count: usize) -> Self {
         let poll = Poll::new().expect("epoll");
-        let registry = poll.registry().try_clone().expect("epoll");
-        let connections = Connections::new(Rc::new(registry), 100);
+        let connections = Connections::new(poll.registry()).expect("epoll");
         let (given, outcomes) = (HashSet::new(), HashMap::new());
         let mut disks = Self { poll, connections, disks: Vec::new(), given, outcomes };
         (0..count).for_each(|_| disks.join(cluster));
@@ -43,10 +40,7 @@ impl Disks {
         let (link, control) = link();
         let seat = self.connections.join().expect("room");
         let volume = Volume::without_waker(VolumeOptions::default(), link, seat);
-        let map = cluster.map();
-        let attachment =
-            Attachment { volume: VOLUME, size_bytes: 1 << 40, epoch: EPOCH, map, remembered: false };
-        control.news.send(News::Attached(Box::new(attachment)));
+        control.news.send(attachment(cluster, EPOCH, false));
         self.given.insert(self.disks.len());
         self.disks.push(Some((volume, control)));
         self.until("ready", |disks| disks.volumes().all(|(_, volume)| volume.ready()));
@@ -136,9 +130,8 @@ fn write(disk: usize, n: u64) -> Request {
     Request::Write { offset: offset(disk, n), data: Bytes::from(pattern(seed(disk, n), 4096)) }
 }
 
-fn check_read(outcome: &Outcome, disk: usize, n: u64) {
-    let Outcome::Data(parts) = outcome else { panic!("{outcome:?}") };
-    assert!(parts.concat() == pattern(seed(disk, n), 4096), "disk {disk} read something else at {n}");
+fn check_read(outcome: Outcome, disk: usize, n: u64) {
+    assert!(data(outcome) == pattern(seed(disk, n), 4096), "disk {disk} read something else at {n}");
 }
 
 /// All ask under the same tickets and numbers of their own, and the answers come in another order.
@@ -155,7 +148,7 @@ fn disks_share_connections_and_each_gets_its_own_answers() {
         disks.submit_to_all(Ticket(n), |disk| Request::Read { offset: offset(disk, n), len: 4096 });
     }
     for ((disk, ticket), outcome) in disks.answered((0..20).map(Ticket)) {
-        check_read(&outcome, disk, ticket.0);
+        check_read(outcome, disk, ticket.0);
     }
     // Eight share one; the ninth is the first of the next.
     assert_eq!(cluster.connections(), 6, "to three chunkservers");
@@ -182,7 +175,7 @@ fn every_disk_hears_of_a_lost_connection_and_goes_on() {
         disks.submit_to_all(Ticket(n), |disk| Request::Read { offset: offset(disk, n), len: 4096 });
     }
     for ((disk, ticket), outcome) in disks.answered((0..10).map(Ticket)) {
-        check_read(&outcome, disk, ticket.0);
+        check_read(outcome, disk, ticket.0);
     }
     let lost = disks.lost();
     assert!(lost[0] >= 16 && lost.iter().all(|count| *count == lost[0]), "{lost:?}");
@@ -201,9 +194,10 @@ fn a_disk_that_left_gets_no_answers_and_disturbs_nobody() {
     disks.disks[0] = None;
     disks.join(&cluster);
     disks.submit(2, Ticket(1), Request::Read { offset: offset(2, 0), len: 4096 });
-    let outcomes = disks.answered([Ticket(1)].into_iter());
-    check_read(&outcomes[&(1, Ticket(1))], 1, 0);
-    assert_eq!(outcomes[&(2, Ticket(1))], Outcome::Data([Bytes::from(vec![0; 4096])].into_iter().collect()));
+    let mut outcomes = disks.answered([Ticket(1)].into_iter());
+    let mut answer = |disk| outcomes.remove(&(disk, Ticket(1))).expect("answered");
+    check_read(answer(1), 1, 0);
+    assert_eq!(data(answer(2)), [0; 4096]);
     assert_eq!((cluster.connections(), disks.connections.count()), (3, 3));
     assert_eq!(disks.lost(), [0, 0]);
     disks.disks.clear();
