@@ -121,8 +121,8 @@ impl Guest {
         if let Err(error) = &guest
             && error.is::<BeforeTheDisk>()
         {
-            // Emulated CPUs stand still at boot once in hundreds of times. That is not about the disk, which no
-            // driver had seen, so it is not what a test of the disk may fail by. A second time would be strange.
+            // An emulated machine that stands still here has not met the disk, so it is not what a test of the disk may
+            // fail by. Twice would be strange.
             scene.tell(format_args!("once more: {error:#}"));
             started = Instant::now();
             guest = Guest::boot_under(scene, boot, accelerator, UP_WITHIN);
@@ -174,16 +174,19 @@ impl Guest {
     /// Waits for the agent after power-on or a reboot.
     fn wait_up(&mut self, deadline: Duration) -> Result<()> {
         let (qemu, console) = (&mut self.qemu, &self.files.console);
-        let ready = self.agent.wait_ready(deadline, || alive(qemu, console));
-        if let Err(error) = ready {
-            self.note_processors()?;
-            let console = std::fs::read(&self.files.console)?;
-            let still =
-                self.qemu.ended()?.is_none() && stands_before_the_disk(&String::from_utf8_lossy(&console));
-            return Err(if still { error.context(BeforeTheDisk) } else { error });
+        match self.agent.wait_ready(deadline, || alive(qemu, console)) {
+            Ok(kernel) => {
+                self.kernel = kernel;
+                Ok(())
+            }
+            Err(error) => {
+                self.note_processors()?;
+                let console = std::fs::read(&self.files.console)?;
+                let before = stands_before_the_disk(&String::from_utf8_lossy(&console));
+                let is_alive = self.qemu.ended()?.is_none();
+                Err(if is_alive && before { error.context(BeforeTheDisk) } else { error })
+            }
         }
-        self.kernel = ready?;
-        Ok(())
     }
 
     /// Writes where each virtual CPU stands to a file, twice: whether they move is half of why a guest is silent.
