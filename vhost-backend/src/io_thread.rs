@@ -177,7 +177,7 @@ impl IoThread {
 
     /// How long to sleep: not at all while there is work, or while it pays to look for more.
     fn timeout(&mut self) -> Option<Duration> {
-        if self.disks.iter().flatten().any(Disk::has_work) {
+        if self.disks.iter().flatten().any(Disk::has_work) || self.connections.has_unread() {
             return Some(Duration::ZERO);
         }
         let now = Instant::now();

@@ -224,9 +224,13 @@ impl Connection {
             State::Connecting { since, .. } | State::Greeting { since, .. } => {
                 Some(if self.is_doubtful(now) { *since + CONNECT_MAX } else { *since + CONNECT_QUICK })
             }
-            // Bytes were left unread at the end of the turn: the poll will not tell again.
-            _ => self.readable.then_some(now),
+            _ => None,
         }
+    }
+
+    /// Whether bytes were left unread at the end of the turn: the poll will not tell again.
+    pub fn has_unread(&self) -> bool {
+        self.readable
     }
 
     /// Takes connecting and greeting further.

@@ -183,6 +183,11 @@ impl Connections {
         self.0.borrow().links.iter().flatten().count()
     }
 
+    /// A turn is due at once. Not the disks': whoever it is for is told when it is read.
+    pub fn has_unread(&self) -> bool {
+        self.0.borrow().links.iter().flatten().any(|link| link.connection.borrow().has_unread())
+    }
+
     /// When a turn is due although nothing happened.
     pub fn deadline(&self, now: Instant) -> Option<Instant> {
         let table = self.0.borrow();

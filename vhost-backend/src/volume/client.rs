@@ -307,7 +307,8 @@ impl Runner {
         let mut completed = Vec::new();
         while !self.shared.stop.load(Ordering::Acquire) {
             let now = Instant::now();
-            let due = volume.deadline().into_iter().chain(connections.deadline(now)).min();
+            let unread = connections.has_unread().then_some(now);
+            let due = [volume.deadline(), connections.deadline(now), unread].into_iter().flatten().min();
             let timeout = due.map(|at| at.saturating_duration_since(now));
             match self.poll.poll(&mut events, timeout) {
                 Ok(()) => {}
