@@ -57,7 +57,8 @@ fn measure(options: &runner::Options) -> anyhow::Result<ExitCode> {
     }
     println!(
         "CPU µs/IO: all processes of the system, then each; the generator, which stands for the guest, is apart.\n\
-         others %: what everybody else took of the machine meanwhile.\n\
+         others %: what everybody else took of the machine meanwhile; stolen %: the part of it that the host took; runs: of so\n\
+         many, the one of which least was stolen.\n\
          evolute: three replicas, durable when answered. qsd: one local copy, nothing flushed.\n\
          Goals: {}.",
         outcome.summary

@@ -17,11 +17,13 @@ pub struct Watched {
 pub struct Watch<'p> {
     processes: &'p [Watched],
     before: Vec<Duration>,
-    machine_before: Duration,
+    machine_before: Ticks,
     /// Per process, in the measured time.
     pub used: Vec<Duration>,
     /// Of the whole machine, everybody and the host's other guests included.
     pub machine: Duration,
+    /// The part of it that the host gave to its other guests.
+    pub stolen: Duration,
 }
 
 impl<'p> Watch<'p> {
@@ -29,9 +31,10 @@ impl<'p> Watch<'p> {
         Self {
             processes,
             before: Vec::new(),
-            machine_before: Duration::ZERO,
+            machine_before: Ticks::default(),
             used: vec![Duration::ZERO; processes.len()],
             machine: Duration::ZERO,
+            stolen: Duration::ZERO,
         }
     }
 
@@ -42,14 +45,16 @@ impl<'p> Watch<'p> {
 
 impl Observer for Watch<'_> {
     fn begins(&mut self) {
-        self.machine_before = of_machine();
+        self.machine_before = Ticks::of_machine();
         self.before = self.look();
     }
 
     fn ends(&mut self) {
         let now = self.look();
         self.used = now.iter().zip(&self.before).map(|(now, before)| now.saturating_sub(*before)).collect();
-        self.machine = of_machine().saturating_sub(self.machine_before);
+        let machine = Ticks::of_machine();
+        self.machine = from_ticks(machine.taken.saturating_sub(self.machine_before.taken));
+        self.stolen = from_ticks(machine.stolen.saturating_sub(self.machine_before.stolen));
     }
 }
 
@@ -70,18 +75,28 @@ pub fn of_process(pid: u32) -> Duration {
     Duration::from_secs(seconds) + Duration::from_nanos(u64::try_from(time.tv_nsec).unwrap_or(0))
 }
 
-fn of_machine() -> Duration {
-    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-    ticks_of_machine(&stat).map_or(Duration::ZERO, from_ticks)
+/// Clock ticks of all CPUs since the machine came up.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Ticks {
+    /// By somebody here or by the host's other guests: gone is gone.
+    taken: u64,
+    /// By the host's other guests.
+    stolen: u64,
 }
 
-/// `cpu user nice system idle iowait irq softirq steal …`: all but idle and iowait, which nobody used. What the host gave to
-/// other guests (steal) is as gone as what somebody here took.
-fn ticks_of_machine(stat: &str) -> Option<u64> {
-    let fields: Vec<u64> =
-        stat.lines().next()?.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
-    let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = fields[..] else { return None };
-    Some(user + nice + system + irq + softirq + steal)
+impl Ticks {
+    fn of_machine() -> Self {
+        let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+        Self::read(&stat).unwrap_or_default()
+    }
+
+    /// `cpu user nice system idle iowait irq softirq steal …`: all but idle and iowait, which nobody used, was taken.
+    fn read(stat: &str) -> Option<Self> {
+        let fields: Vec<u64> =
+            stat.lines().next()?.split_whitespace().skip(1).map_while(|field| field.parse().ok()).collect();
+        let [user, nice, system, _idle, _iowait, irq, softirq, steal, ..] = fields[..] else { return None };
+        Some(Self { taken: user + nice + system + irq + softirq + steal, stolen: steal })
+    }
 }
 
 fn from_ticks(ticks: u64) -> Duration {
@@ -94,11 +109,12 @@ fn from_ticks(ticks: u64) -> Duration {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{of_process, ticks_of_machine};
+    use super::{Ticks, of_process};
 
     #[test]
     fn idle_time_of_the_machine_is_nobodys() {
-        assert_eq!(ticks_of_machine("cpu  1 2 3 1000 50 4 5 9 0 0\ncpu0 1"), Some(24));
+        let ticks = Ticks::read("cpu  1 2 3 1000 50 4 5 9 0 0\ncpu0 1");
+        assert_eq!(ticks, Some(Ticks { taken: 24, stolen: 9 }));
     }
 
     #[test]

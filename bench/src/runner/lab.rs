@@ -16,6 +16,9 @@ use super::works::{Pace, Work, next_to_nothing, prefill};
 use crate::front_end::report::Report;
 use crate::front_end::{self, Observer, options};
 
+/// A checkpoint is due 30 s after the one before, whatever is in the overlay; it begins within a second of that.
+pub const CHECKPOINTED_AFTER: Duration = Duration::from_secs(32);
+
 /// What holds for all measurements of a run.
 #[derive(Debug)]
 pub struct Lab<'r> {
@@ -107,30 +110,8 @@ impl Cluster {
         fill(&self.system, self.place.store, &self.sizes, lab.stop)
     }
 
-    /// Until the chunkservers have nothing to do, after `min` at least: a checkpoint of what was filled would have its
-    /// share of what comes after.
     pub fn rest(&self, lab: &Lab<'_>, min: Duration) -> Result<(), BenchError> {
-        const LOOK: Duration = Duration::from_secs(1);
-        /// Of a core; 500 copysets that are awake use more, and a checkpoint that takes its time, too.
-        const QUIET: f64 = 0.02;
-        const QUIET_LOOKS: u32 = 2;
-        const MAX: Duration = Duration::from_secs(120);
-        let since = Instant::now();
-        let used =
-            || self.system.of_kind(CHUNKSERVER).map(|process| of_process(process.pid)).sum::<Duration>();
-        let servers = self.system.of_kind(CHUNKSERVER).count() as f64;
-        let (mut last, mut quiet) = (used(), 0);
-        while since.elapsed() < min || quiet < QUIET_LOOKS {
-            if since.elapsed() > MAX {
-                return Err(BenchError::NeverAtRest(MAX));
-            }
-            lab.wait(LOOK)?;
-            let now = used();
-            let busy = now.saturating_sub(last).as_secs_f64() / LOOK.as_secs_f64() / servers;
-            quiet = if busy < QUIET { quiet + 1 } else { 0 };
-            last = now;
-        }
-        Ok(())
+        rest(&self.system, lab, min)
     }
 
     /// The same load on every volume; the row is of all together.
@@ -229,6 +210,31 @@ impl Observer for Rest<'_> {
     fn connected(&mut self) {
         self.used = Some(self.look());
     }
+}
+
+/// Until the chunkservers have nothing to do, after `min` at least: a checkpoint of what was written would have its share
+/// of what comes after.
+pub fn rest(system: &System, lab: &Lab<'_>, min: Duration) -> Result<(), BenchError> {
+    const LOOK: Duration = Duration::from_secs(1);
+    /// Of a core; 500 copysets that are awake use more, and a checkpoint that takes its time, too.
+    const QUIET: f64 = 0.02;
+    const QUIET_LOOKS: u32 = 2;
+    const MAX: Duration = Duration::from_secs(120);
+    let since = Instant::now();
+    let used = || system.of_kind(CHUNKSERVER).map(|process| of_process(process.pid)).sum::<Duration>();
+    let servers = system.of_kind(CHUNKSERVER).count() as f64;
+    let (mut last, mut quiet) = (used(), 0);
+    while since.elapsed() < min || quiet < QUIET_LOOKS {
+        if since.elapsed() > MAX {
+            return Err(BenchError::NeverAtRest(MAX));
+        }
+        lab.wait(LOOK)?;
+        let now = used();
+        let busy = now.saturating_sub(last).as_secs_f64() / LOOK.as_secs_f64() / servers;
+        quiet = if busy < QUIET { quiet + 1 } else { 0 };
+        last = now;
+    }
+    Ok(())
 }
 
 /// Every volume written once, and flushed.

@@ -40,7 +40,7 @@ use crate::front_end::{self, FrontEndError};
 /// Measures Evolute and qemu-storage-daemon side by side and prints tables
 #[derive(Debug, clap::Args)]
 pub struct Options {
-    /// About four minutes in all instead of twenty; the tails are less certain, and what is slow is left out
+    /// About four minutes in all instead of thirty; the tails are less certain, and what is slow is left out
     #[arg(long)]
     pub quick: bool,
     /// Also write a JSON line per result here

@@ -33,6 +33,12 @@ pub struct Row {
     /// Per cent of the machine's CPU time taken by everybody else meanwhile.
     #[serde(default)]
     pub others_percent: f64,
+    /// The part of it that the host gave to its other guests.
+    #[serde(default)]
+    pub stolen_percent: f64,
+    /// How often it was measured; this is the one of which least was stolen.
+    #[serde(default = "once")]
+    pub runs: usize,
     /// What was varied, where something else than the load was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub copysets: Option<u32>,
@@ -41,6 +47,11 @@ pub struct Row {
     /// The same, all served by one backend process and not by one each.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub volumes_of_one_backend: Option<u32>,
+}
+
+/// Of lines that do not say so.
+fn once() -> usize {
+    1
 }
 
 /// One number that is not of a load: `name` says of what within the work, `unit` what it counts.
@@ -82,7 +93,8 @@ impl Row {
         let total: Duration = watch.used.iter().sum();
         let generator = Duration::from_secs_f64(report.cpu_user_s + report.cpu_sys_s);
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get()) as f64;
-        let others = watch.machine.saturating_sub(total + generator).as_secs_f64();
+        let others = watch.machine.saturating_sub(total + generator);
+        let of_machine = |time: Duration| rounded(time.as_secs_f64() / (report.runtime_s * cores) * 100.0, 1);
         let mut used: BTreeMap<String, Duration> = BTreeMap::new();
         for (process, time) in processes.iter().zip(&watch.used) {
             *used.entry(process.name.clone()).or_default() += *time;
@@ -99,7 +111,9 @@ impl Row {
             cpu_us_per_io: per_io(total),
             by_process: used.into_iter().map(|(name, time)| (name, per_io(time))).collect(),
             generator_us_per_io: per_io(generator),
-            others_percent: rounded(others / (report.runtime_s * cores) * 100.0, 1),
+            others_percent: of_machine(others),
+            stolen_percent: of_machine(watch.stolen),
+            runs: 1,
             copysets: None,
             volumes: None,
             volumes_of_one_backend: None,
@@ -226,6 +240,8 @@ pub fn table_of_rows<'r>(rows: impl IntoIterator<Item = &'r Row>) -> String {
         ("by process", Set::Text),
         ("generator", Set::Number),
         ("others %", Set::Number),
+        ("stolen %", Set::Number),
+        ("runs", Set::Number),
     ];
     let cells: Vec<Vec<String>> = rows
         .into_iter()
@@ -248,6 +264,8 @@ pub fn table_of_rows<'r>(rows: impl IntoIterator<Item = &'r Row>) -> String {
                 by_process.join(", "),
                 format!("{:.1}", row.generator_us_per_io),
                 format!("{:.0}", row.others_percent),
+                format!("{:.1}", row.stolen_percent),
+                row.runs.to_string(),
             ]
         })
         .collect();
@@ -297,6 +315,8 @@ pub mod tests {
             by_process: [("backend".to_owned(), 20.0), ("chunkserver-1".to_owned(), 40.25)].into(),
             generator_us_per_io: 3.0,
             others_percent: 1.0,
+            stolen_percent: 0.0,
+            runs: 1,
             copysets: None,
             volumes: None,
             volumes_of_one_backend: None,
@@ -318,7 +338,8 @@ pub mod tests {
         let results = Results::parse(&text).expect("ours");
         assert_eq!(results, Results { rows: vec![row], figures: vec![figure] });
         let old = r#"{"work":"w","store":"s","system":"y","iops":1.0,"mib_s":1,"p50_us":1,"p99_us":1,"p999_us":1,"cpu_us_per_io":1}"#;
-        assert_eq!(Results::parse(old).expect("of issue 3").rows[0].by_process.len(), 0);
+        let old_row = &Results::parse(old).expect("of issue 3").rows[0];
+        assert_eq!((old_row.by_process.len(), old_row.runs), (0, 1));
         for bad in ["no JSON", r#"{"work":"w"}"#, r#"{"iops":"many"}"#] {
             let refused = Results::parse(&format!("{old}\n{bad}")).expect_err(bad).to_string();
             assert!(refused.starts_with("line 2: "), "{refused}");
@@ -344,7 +365,7 @@ pub mod tests {
     fn tables_are_markdown_with_every_cell() {
         let text = table_of_rows(&[row("tmpfs", "randwrite-4k-qd32")]);
         let columns: Vec<usize> = text.lines().map(|line| line.matches('|').count()).collect();
-        assert_eq!(columns, [13, 13, 13]);
+        assert_eq!(columns, [15, 15, 15]);
         assert!(text.contains("backend 20.0, cs1 40.2"), "{text}");
         let text = table_of_figures(&[Figure::new(("idle", "tmpfs", "evolute"), "mds", 0.05, "%")]);
         assert!(text.contains("| idle | mds | 0.050 | %"), "{text}");

@@ -1,4 +1,4 @@
-//! What is asked of every system: the same list in the same order.
+//! What is asked of every system: the same list in the same order, reads first: before what follows a write we wait.
 
 use std::path::Path;
 use std::time::Duration;
@@ -30,29 +30,29 @@ const K: u64 = 1 << 10;
 
 pub const ALL: [Work; 9] = [
     read("randread-4k-qd1", 1),
-    write("randwrite-4k-qd1", 1),
     read("randread-4k-qd32", 32),
+    read("randread-4k-qd128", 128),
+    work("read-128k-qd16", Rw::Read, 128 * K, 16),
+    write("randwrite-4k-qd1", 1),
     write("randwrite-4k-qd32", 32),
     work("randrw70-4k-qd32", Rw::Randrw, 4 * K, 32),
-    read("randread-4k-qd128", 128),
     write("randwrite-4k-qd128", 128),
-    work("read-128k-qd16", Rw::Read, 128 * K, 16),
     work("write-128k-qd16", Rw::Write, 128 * K, 16),
 ];
 
 /// The depths between those of [`ALL`] and above: the points of the curves over depth.
 pub const CURVE: [Work; 12] = [
     read("randread-4k-qd2", 2),
-    write("randwrite-4k-qd2", 2),
     read("randread-4k-qd4", 4),
-    write("randwrite-4k-qd4", 4),
     read("randread-4k-qd8", 8),
-    write("randwrite-4k-qd8", 8),
     read("randread-4k-qd16", 16),
-    write("randwrite-4k-qd16", 16),
     read("randread-4k-qd64", 64),
-    write("randwrite-4k-qd64", 64),
     read("randread-4k-qd256", 256),
+    write("randwrite-4k-qd2", 2),
+    write("randwrite-4k-qd4", 4),
+    write("randwrite-4k-qd8", 8),
+    write("randwrite-4k-qd16", 16),
+    write("randwrite-4k-qd64", 64),
     write("randwrite-4k-qd256", 256),
 ];
 
@@ -80,6 +80,10 @@ impl Pace {
 }
 
 impl Work {
+    pub fn writes(&self) -> bool {
+        !matches!(self.rw, Rw::Read | Rw::Randread)
+    }
+
     pub fn options(&self, socket: &Path, size: u64, pace: Pace) -> Options {
         Options {
             rw: self.rw,

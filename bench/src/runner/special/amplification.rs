@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab};
+use crate::runner::lab::{CHECKPOINTED_AFTER, Cluster, Lab};
 use crate::runner::machine::Store;
 use crate::runner::process::disk_written_bytes;
 use crate::runner::record::Record;
@@ -24,8 +24,6 @@ const DEPTH: usize = 32;
 const BLOCK_BYTES: u64 = 4096;
 /// In units of a load's time: several checkpoints and every log file of the ring.
 const TIMES: u32 = 5;
-/// A checkpoint is due after 30 s whatever is in the overlay; it begins within a second of that.
-const REST_MIN: Duration = Duration::from_secs(32);
 /// What is looked at to know what others write.
 const CALM: Duration = Duration::from_secs(5);
 
@@ -34,7 +32,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let size = lab.volume_bytes(Store::Disk, &base).map_err(BenchError::NoStore)?;
     let cluster = lab.cluster(Store::Disk, &Wanted::volume(size))?;
     cluster.fill(lab)?;
-    cluster.rest(lab, REST_MIN)?;
+    cluster.rest(lab, CHECKPOINTED_AFTER)?;
     let before_rest = on_disk(&cluster)?;
     lab.wait(CALM)?;
     let before = on_disk(&cluster)?;
@@ -42,7 +40,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let pace = Pace { seconds: lab.pace.seconds * TIMES, ramp: Duration::ZERO };
     let began = Instant::now();
     let report = cluster.run(lab, randwrite(DEPTH), pace, &mut ())?;
-    cluster.rest(lab, REST_MIN)?;
+    cluster.rest(lab, CHECKPOINTED_AFTER)?;
     let after = on_disk(&cluster)?;
     let asked = (report.write.ios * BLOCK_BYTES) as f64;
     let replicas = cluster.system.of_kind(CHUNKSERVER).count() as f64;
