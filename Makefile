@@ -4,6 +4,8 @@
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
+# Last: where rustup puts Rust, if .ci/deps had to install it.
+export PATH := $(PATH):$(HOME)/.cargo/bin
 export CARGO_TARGET_DIR ?= $(HOME)/.cache/evolute/target
 # Colour codes and redrawn progress bars only where a person watches.
 export CARGO_TERM_PROGRESS_WHEN ?= auto
@@ -21,6 +23,9 @@ STEP := .ci/step
 COMMIT = --commit '$(shell git describe --always --dirty 2>/dev/null || echo unknown)'
 # Named, because make runs lines that name MAKE itself even under `make -n`.
 SUBMAKE = $(MAKE) --no-print-directory
+# Each Rust has lints of its own: those of the one we develop with stop a change, those of another are only told.
+LINTED_WITH := $(shell sed -n 's/^rust-version = "\(.*\)"$$/\1/p' Cargo.toml)
+DENY := $(if $(findstring rustc $(LINTED_WITH).,$(shell rustc --version 2>/dev/null)),-D warnings)
 BINARIES := cargo build --release --workspace --bins
 # The programs as they are installed and measured (docs/decisions/0006).
 DIST := cargo build --profile dist --workspace $(foreach p,evolute evolute-chunkserver evolute-mds evolute-vhost,--bin $(p))
@@ -41,7 +46,7 @@ help:
 	@echo 'make bench-profile  where each µs of a load goes, per process (needs root and perf); WORKS="NAME NAME" OUT=FILE'
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
-	@echo 'make deps         installs missing Debian packages (says which and why; needs root or sudo)'
+	@echo 'make deps         installs missing Debian packages, and Rust if there is none (says which and why; needs root or sudo)'
 	@echo 'make build        the programs as they are installed, into $(CARGO_TARGET_DIR)/dist'
 
 deps:
@@ -81,10 +86,10 @@ test:
 verify:
 	@status=0; \
 	 $(STEP) 'format' cargo fmt --all --check || status=1; \
-	 $(STEP) 'clippy' cargo clippy --release --workspace --all-targets -- -D warnings || status=1; \
+	 $(STEP) 'clippy' cargo clippy --release --workspace --all-targets -- $(DENY) || status=1; \
 	 $(STEP) 'programs' $(BINARIES) || status=1; \
 	 $(STEP) 'tests' .ci/cargo-test --workspace --exclude evolute-guest-tests || status=1; \
-	 RUSTDOCFLAGS='-D warnings' $(STEP) 'documentation' \
+	 RUSTDOCFLAGS='$(DENY)' $(STEP) 'documentation' \
 	   cargo doc --release --workspace --no-deps --document-private-items --quiet || status=1; \
 	 if command -v cargo-deny >/dev/null; then \
 	   $(STEP) 'licences and advisories' cargo deny --workspace check || status=1; \
