@@ -58,31 +58,22 @@ impl LocalDisk {
     }
 }
 
-/// On QEMU's own disk a guest that does not come up says nothing about what is tested here: it is switched on once
-/// more, and that is told. In CI one said nothing for two minutes.
-fn switch_on(scene: &Scene, boot: &Boot) -> Result<Guest> {
-    Guest::boot(scene, boot).or_else(|error| {
-        scene.tell(format_args!("once more: {error:#}"));
-        Guest::boot(scene, boot)
-    })
-}
-
 /// A guest sees the disk with its size, makes a file system, verifies what it writes; after a power-off another
 /// guest finds all of it.
 #[test]
 fn a_guest_on_a_sound_disk_finds_what_it_wrote_after_a_power_off() {
     story(|scene| {
         let disk = LocalDisk::new(scene, 256, None)?;
-        let boot = Boot::tools().disk(&disk.socket);
+        let boot = Boot::tools().qemus_disk(&disk.socket);
         let job = Verify::of("/mnt/data");
-        let mut guest = switch_on(scene, &boot)?;
+        let mut guest = Guest::boot(scene, &boot)?;
         assert_eq!(guest.sh("cat /sys/block/vda/size")?, (256 * MIB / 512).to_string());
         guest.sh("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")?;
         job.once(&mut guest, 7)?;
         guest.expect_no_disk_trouble()?;
         guest.power_off()?;
 
-        let mut guest = switch_on(scene, &boot)?;
+        let mut guest = Guest::boot(scene, &boot)?;
         guest.sh("mount /dev/vda /mnt")?;
         job.again(&mut guest, 7)?;
         // The seed is in the blocks: data of another pass would not be taken for these.
@@ -97,7 +88,7 @@ fn a_guest_on_a_sound_disk_finds_what_it_wrote_after_a_power_off() {
 fn a_disk_that_loses_data_fails_the_verification() {
     story(|scene| {
         let disk = LocalDisk::new(scene, 64, None)?;
-        let mut guest = switch_on(scene, &Boot::tools().disk(&disk.socket))?;
+        let mut guest = Guest::boot(scene, &Boot::tools().qemus_disk(&disk.socket))?;
         let job = Verify::of("/dev/vda").writes_percent(100);
         let file = OpenOptions::new().read(true).write(true).open(&disk.file)?;
         let block_at = |block: u64| block * 4096;
@@ -126,7 +117,7 @@ fn a_disk_that_fails_is_heard_of() {
         let broken = "driver=blkdebug,inject-error.0.event=none,inject-error.0.iotype=write,inject-error.0.errno=5,\
                       inject-error.0.once=on,inject-error.0.sector=800";
         let disk = LocalDisk::new(scene, 64, Some(broken))?;
-        let mut guest = switch_on(scene, &Boot::tools().disk(&disk.socket))?;
+        let mut guest = Guest::boot(scene, &Boot::tools().qemus_disk(&disk.socket))?;
         guest.expect_no_disk_trouble()?;
         assert!(Verify::of("/dev/vda").once(&mut guest, 1).is_err(), "fio did not notice a failed write");
         let error = guest.expect_no_disk_trouble().expect_err("the harness missed an I/O error").to_string();
@@ -141,7 +132,7 @@ fn a_disk_that_fails_is_heard_of() {
 fn a_guest_goes_on_when_its_backend_comes_back() {
     story(|scene| {
         let mut disk = LocalDisk::new(scene, 64, None)?;
-        let mut guest = switch_on(scene, &Boot::tools().disk(&disk.socket))?;
+        let mut guest = Guest::boot(scene, &Boot::tools().qemus_disk(&disk.socket))?;
         let job = Verify::of("/dev/vda");
         job.once(&mut guest, 1)?;
         fault::kill9(&mut disk.server)?;
@@ -178,7 +169,7 @@ fn the_debian_image_boots_and_reboots_on_a_local_disk() {
             Command::new("cp").arg("--sparse=always").arg(Images::find()?.debian()?).arg(&file).status()?;
         ensure!(copied.success(), "cp ended with {copied}");
         let disk = LocalDisk::serve(scene, file, None)?;
-        let mut guest = switch_on(scene, &Boot::first_disk().disk(&disk.socket))?;
+        let mut guest = Guest::boot(scene, &Boot::first_disk().qemus_disk(&disk.socket))?;
         let state = |guest: &mut Guest| guest.run("systemctl is-system-running --wait; systemctl --failed");
         ensure!(state(&mut guest)?.text.starts_with("running"), "{}", state(&mut guest)?.text);
         guest.sh("echo it was here >/root/note")?;
