@@ -25,7 +25,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// begins anew. Of a transfer that was lost before anything was staged nothing is worth keeping: [`SILENCE_MAX`] is
 /// enough.
 const STALLED_MAX: Duration = Duration::from_secs(60);
-/// The same once everything is staged: the receiver applies what it was at, and installs.
+/// The same once everything is staged, of a receiver that is heard: it applies what it was at, and installs.
 const INSTALLING_MAX: Duration = Duration::from_secs(600);
 /// Between two tries to reach the receiver.
 const RETRY: Duration = Duration::from_millis(50);
@@ -58,6 +58,7 @@ pub async fn send(
         staged: 0,
         consistent_from: None,
         moved: Instant::now(),
+        heard: Instant::now(),
         over: None,
     };
     let outcome = tokio::select! {
@@ -98,6 +99,8 @@ struct Sending {
     consistent_from: Option<u64>,
     /// When the transfer came on for the last time.
     moved: Instant,
+    /// When the receiver was heard for the last time.
+    heard: Instant,
     /// The connection and session it goes over at the moment.
     over: Option<(Rc<Connection>, u64)>,
 }
@@ -144,7 +147,7 @@ impl Sending {
         connection.outbox.frame(Kind::Snapshot, self.group, session, |out| put_begin(out, &self.begin));
         let (mut next, staged) = match next_answer(&mut answers).await? {
             Answer::Taken { arrived, staged } => (arrived, staged),
-            other => return self.heard(other)?.ok_or(Stop::Lost),
+            other => return self.hear(other)?.ok_or(Stop::Lost),
         };
         if next < self.staged || next > self.read() + u64::from(self.consistent_from.is_some()) {
             return Err(Stop::Refused(format!(
@@ -153,10 +156,11 @@ impl Sending {
                 self.read()
             )));
         }
+        self.heard = Instant::now();
         self.is_staged(staged)?;
         loop {
             match answers.try_recv() {
-                Ok(answer) => match self.heard(answer)? {
+                Ok(answer) => match self.hear(answer)? {
                     Some(vote) => return Ok(vote),
                     None => continue,
                 },
@@ -184,7 +188,7 @@ impl Sending {
                 self.read_more().await?;
             } else {
                 let answer = next_answer(&mut answers).await?;
-                if let Some(vote) = self.heard(answer)? {
+                if let Some(vote) = self.hear(answer)? {
                     return Ok(vote);
                 }
                 if self.is_stalled() {
@@ -222,7 +226,8 @@ impl Sending {
     }
 
     /// The vote with which it was taken, once it was.
-    fn heard(&mut self, answer: Answer) -> Result<Option<Vote>, Stop> {
+    fn hear(&mut self, answer: Answer) -> Result<Option<Vote>, Stop> {
+        self.heard = Instant::now();
         match answer {
             Answer::Taken { staged, .. } => self.is_staged(staged).map(|()| None),
             Answer::Done(vote) => Ok(Some(vote)),
@@ -248,14 +253,38 @@ impl Sending {
     }
 
     fn is_stalled(&self) -> bool {
-        let installing = self.consistent_from.is_some() && self.window.is_empty();
-        self.moved.elapsed() > if installing { INSTALLING_MAX } else { STALLED_MAX }
+        let all_is_staged = self.consistent_from.is_some() && self.window.is_empty();
+        is_stalled(all_is_staged, self.moved.elapsed(), self.heard.elapsed())
     }
+}
+
+/// A transfer that came on and whose receiver was heard so long ago.
+fn is_stalled(all_is_staged: bool, moved: Duration, heard: Duration) -> bool {
+    let installing = all_is_staged && heard <= STALLED_MAX;
+    moved > if installing { INSTALLING_MAX } else { STALLED_MAX }
 }
 
 async fn next_answer(answers: &mut UnboundedReceiver<Answer>) -> Result<Answer, Stop> {
     match timeout(SILENCE_MAX, answers.recv()).await {
         Ok(Some(answer)) => Ok(answer),
         Ok(None) | Err(_) => Err(Stop::Lost),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::is_stalled;
+
+    /// The log is kept for the receiver until the transfer is given up.
+    #[test]
+    fn a_receiver_has_long_to_install_and_one_that_is_not_heard_has_not() {
+        let seconds = Duration::from_secs;
+        assert!(!is_stalled(true, seconds(500), seconds(1)), "it installs");
+        assert!(is_stalled(true, seconds(700), seconds(1)), "it installs for ever");
+        assert!(is_stalled(true, seconds(500), seconds(61)), "it is gone");
+        assert!(is_stalled(false, seconds(61), seconds(1)), "it takes nothing");
+        assert!(!is_stalled(false, seconds(59), seconds(59)), "it may come back");
     }
 }
