@@ -104,6 +104,7 @@ pub fn run(options: &Options, stop: &AtomicBool) -> Result<(), ProfileError> {
     cluster.fill(&lab)?;
     let mut lines = String::new();
     for work in works {
+        cluster.rest(&lab, lab.after_write())?;
         let profile = profile(&lab, &cluster, work, options.seconds)?;
         let IopsOf { sampled, counted } = profile.iops;
         println!(

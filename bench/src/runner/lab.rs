@@ -86,6 +86,11 @@ impl Lab<'_> {
         Ok(Cluster { system, place, sizes: wanted.volumes.clone() })
     }
 
+    /// How long after a write a load begins, at least. In a quick run, only whoever is busy with it now is waited for.
+    pub fn after_write(&self) -> Duration {
+        if self.quick { Duration::ZERO } else { CHECKPOINTED_AFTER }
+    }
+
     /// Sleeps, unless the run is stopped.
     pub fn wait(&self, time: Duration) -> Result<(), BenchError> {
         const NAP: Duration = Duration::from_millis(50);
@@ -110,12 +115,13 @@ impl Cluster {
         fill(&self.system, self.place.store, &self.sizes, lab.stop)
     }
 
-    pub fn rest(&self, lab: &Lab<'_>, min: Duration) -> Result<(), BenchError> {
-        rest(&self.system, lab, min)
+    pub fn rest(&self, lab: &Lab<'_>, after_write: Duration) -> Result<(), BenchError> {
+        rest(&self.system, lab, after_write)
     }
 
-    /// The same load on every volume; the row is of all together.
+    /// The same load on every volume, from rest; the row is of all together.
     pub fn load(&self, lab: &Lab<'_>, name: &str, work: Work) -> Result<Row, BenchError> {
+        self.rest(lab, lab.after_write())?;
         let mut watch = Watch::new(&self.system.processes);
         let report = self.run(lab, work, lab.pace, &mut watch)?;
         let names = (name, self.place.store.name(), self.system.name);
@@ -133,6 +139,9 @@ impl Cluster {
         let devices = self.devices(|socket, size| work.options(socket, size, pace));
         let report = front_end::run_together(&devices, observer, lab.stop)
             .map_err(front_end_error(&self.system, self.place.store))?;
+        if work.writes() {
+            self.system.written.set(Some(Instant::now()));
+        }
         lab.go_on()?;
         match failure(&report) {
             None => Ok(report),
@@ -212,19 +221,20 @@ impl Observer for Rest<'_> {
     }
 }
 
-/// Until the chunkservers have nothing to do, after `min` at least: a checkpoint of what was written would have its share
-/// of what comes after.
-pub fn rest(system: &System, lab: &Lab<'_>, min: Duration) -> Result<(), BenchError> {
+/// If anything was written: until the chunkservers have nothing to do, `after_write` at least. A checkpoint of it would have
+/// its share of what comes after.
+pub fn rest(system: &System, lab: &Lab<'_>, after_write: Duration) -> Result<(), BenchError> {
     const LOOK: Duration = Duration::from_secs(1);
     /// Of a core; 500 copysets that are awake use more, and a checkpoint that takes its time, too.
     const QUIET: f64 = 0.02;
     const QUIET_LOOKS: u32 = 2;
     const MAX: Duration = Duration::from_secs(120);
+    let Some(written) = system.written.get() else { return Ok(()) };
     let since = Instant::now();
     let used = || system.of_kind(CHUNKSERVER).map(|process| of_process(process.pid)).sum::<Duration>();
     let servers = system.of_kind(CHUNKSERVER).count() as f64;
     let (mut last, mut quiet) = (used(), 0);
-    while since.elapsed() < min || quiet < QUIET_LOOKS {
+    while written.elapsed() < after_write || quiet < QUIET_LOOKS {
         if since.elapsed() > MAX {
             return Err(BenchError::NeverAtRest(MAX));
         }
@@ -234,6 +244,7 @@ pub fn rest(system: &System, lab: &Lab<'_>, min: Duration) -> Result<(), BenchEr
         quiet = if busy < QUIET { quiet + 1 } else { 0 };
         last = now;
     }
+    system.written.set(None);
     Ok(())
 }
 
@@ -242,6 +253,7 @@ pub fn fill(system: &System, store: Store, sizes: &[u64], stop: &AtomicBool) -> 
     let devices: Vec<_> =
         system.sockets.iter().zip(sizes).map(|(socket, size)| prefill(socket, *size)).collect();
     let report = front_end::run_together(&devices, &mut (), stop).map_err(front_end_error(system, store))?;
+    system.written.set(Some(Instant::now()));
     if stop.load(Ordering::Relaxed) {
         return Err(BenchError::Interrupted);
     }

@@ -3,16 +3,16 @@
 //! Both are up while either is measured; an idle one uses no CPU worth mentioning, and its share would show under
 //! "others".
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::ValueEnum;
 
 use super::cpu::Watch;
-use super::lab::{CHECKPOINTED_AFTER, Lab, Place, failure, fill, rest};
+use super::lab::{Lab, Place, failure, fill, rest};
 use super::machine::Store;
 use super::record::Record;
 use super::results::Row;
-use super::system::{CHUNKSERVER, System, Wanted};
+use super::system::{System, Wanted};
 use super::works::{CURVE, Pace, Work};
 use super::{BenchError, Skipped};
 use crate::front_end;
@@ -44,20 +44,19 @@ pub fn run(
             }
             SystemName::Qsd => System::qsd(dir, data, size, lab.stop)?,
         };
-        running.push(Side { lab, system, store, size, written: None });
+        running.push(Side { lab, system, store, size });
     }
-    for side in &mut running {
+    for side in &running {
         if let Some(note) = &side.system.note {
             println!("note: {note}");
         }
         fill(&side.system, store, &[size], lab.stop)?;
-        side.written = Some(Instant::now());
     }
     let first = record.results.rows.len();
     for (i, work) in works.iter().enumerate() {
         // Turn by turn, and who begins changes: a slow minute of the machine hits both.
         for turn in 0..running.len() {
-            let side = &mut running[(i + turn) % systems.len()];
+            let side = &running[(i + turn) % running.len()];
             match side.row(*work)? {
                 Ok(row) => record.row(row)?,
                 Err(why) => {
@@ -84,14 +83,12 @@ struct Side<'l> {
     system: System,
     store: Store,
     size: u64,
-    /// When the last load that wrote ended, unless it rested since.
-    written: Option<Instant>,
 }
 
 impl Side<'_> {
     /// From rest, and of several runs the one of which the host stole least: see [`least_stolen`]. The inner error is one of this
     /// load alone: the others go on.
-    fn row(&mut self, work: Work) -> Result<Result<Row, String>, BenchError> {
+    fn row(&self, work: Work) -> Result<Result<Row, String>, BenchError> {
         // A point of a curve is seen beside its neighbours: half the time and one run do.
         let (pace, runs_max) = match (CURVE.contains(&work), self.lab.quick) {
             (true, _) => (self.lab.pace.halved(), 1),
@@ -99,24 +96,9 @@ impl Side<'_> {
             (false, false) => (self.lab.pace, RUNS_MAX),
         };
         least_stolen(runs_max, || {
-            self.rest()?;
-            let row = self.measure(work, pace);
-            if work.writes() {
-                self.written = Some(Instant::now());
-            }
-            row
+            rest(&self.system, self.lab, self.lab.after_write())?;
+            self.measure(work, pace)
         })
-    }
-
-    /// What was written is to be in the chunk files: with its checkpoint beside it, the next load would be slower by chance. In
-    /// a quick run, whatever is busy with it now is waited for.
-    fn rest(&mut self) -> Result<(), BenchError> {
-        let Some(written) = self.written.take() else { return Ok(()) };
-        let min = if self.lab.quick { Duration::ZERO } else { CHECKPOINTED_AFTER };
-        if self.system.of_kind(CHUNKSERVER).next().is_some() {
-            rest(&self.system, self.lab, min.saturating_sub(written.elapsed()))?;
-        }
-        Ok(())
     }
 
     fn measure(&self, work: Work, pace: Pace) -> Result<Result<Row, String>, BenchError> {
@@ -126,6 +108,9 @@ impl Side<'_> {
             Ok(report) => report,
             Err(error) => return Ok(Err(error.to_string())),
         };
+        if work.writes() {
+            self.system.written.set(Some(Instant::now()));
+        }
         self.lab.go_on()?;
         let names = (work.name, self.store.name(), self.system.name);
         Ok(match failure(&report) {

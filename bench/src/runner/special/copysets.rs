@@ -51,7 +51,7 @@ fn name(copysets: u32) -> String {
     format!("copysets-{copysets}")
 }
 
-/// A cluster at rest, and what its chunkservers used before it was filled. On the way the idle cost, where it is asked for.
+/// A filled cluster, and what its chunkservers used before it was filled. On the way the idle cost, where it is asked for.
 fn filled(lab: &Lab<'_>, copysets: u32, record: &mut Record) -> Result<(Cluster, u64), BenchError> {
     let wanted = Wanted { copysets, ..Wanted::volume(lab.small_bytes()) };
     let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
@@ -64,7 +64,6 @@ fn filled(lab: &Lab<'_>, copysets: u32, record: &mut Record) -> Result<(Cluster,
     }
     let before = resident(&cluster)?;
     cluster.fill(lab)?;
-    cluster.rest(lab, Duration::ZERO)?;
     Ok((cluster, before))
 }
 

@@ -1,7 +1,5 @@
 //! The same load on one volume or spread over many: total depth and total bytes stay the same.
 
-use std::time::Duration;
-
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
 use crate::runner::lab::{Cluster, Lab, by_turns};
@@ -57,14 +55,13 @@ fn depth(count: u32) -> usize {
     DEPTH / count as usize
 }
 
-/// A cluster at rest, and what it used before it was filled.
+/// A filled cluster, and what it used before it was filled.
 fn filled(lab: &Lab<'_>, count: u32, one_backend: bool) -> Result<(Cluster, Used), BenchError> {
     let bytes = (lab.small_bytes() / u64::from(count) / MIB).max(1) * MIB;
     let wanted = Wanted { volumes: vec![bytes; count as usize], one_backend, ..Wanted::volume(0) };
     let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
     let before = Used::of(&cluster)?;
     cluster.fill(lab)?;
-    cluster.rest(lab, Duration::ZERO)?;
     Ok((cluster, before))
 }
 
