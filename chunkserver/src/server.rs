@@ -33,8 +33,8 @@ use crate::copyset::{Answer, Caller, Copyset};
 
 /// Requests of one connection that were read and not answered: far more than the disks that share one may have out
 /// (`DISKS_PER_CONNECTION`, `vhost-backend/src/connections/mod.rs`), so that changes to a copyset that answers nothing
-/// hold up no other. 64 Ki × 1 MiB is never reached because of what may wait on a copyset.
-const UNANSWERED_MAX: usize = 64 << 10;
+/// hold up no other. Their data is bounded by what may wait on a copyset and by [`UNREAD_BYTES_MAX`].
+const UNANSWERED_MAX: usize = 256 << 10;
 /// Bytes that reads of one connection asked for and have not been answered: far more than keeps a disk busy.
 const UNREAD_BYTES_MAX: usize = 128 << 20;
 /// Replies of one connection that its socket has not taken yet: 16 of the longest.

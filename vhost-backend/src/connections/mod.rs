@@ -7,7 +7,7 @@
 //!
 //! A turn of the loop ([`Connections::turn`]) reads what has come from all of them, deals it out by the disk's number in
 //! each answer's [`RequestId`], lets the disks work, and sends what they put out: one read and one write per chunkserver,
-//! turn and eight disks, as long as 256 KiB hold what has come.
+//! turn and 32 disks, as long as 256 KiB hold what has come.
 //!
 //! What always holds: an answer reaches the disk that asked and no other, and none that is gone (numbers are not given
 //! twice); every disk of a connection hears of its end before it can put anything out on the next one.
@@ -38,11 +38,11 @@ pub const DISKS_MAX: usize = 1 << (32 - DISK_SHIFT);
 const DISK_SHIFT: u32 = 20;
 /// Tokens from here on are those of connections; whatever else a loop polls has lower ones.
 pub(crate) const FIRST_TOKEN: usize = 1 << (usize::BITS - 1);
-/// Disks that share a connection. A chunkserver reads no more from a connection with 64 Ki requests unanswered
+/// Disks that share a connection. A chunkserver reads no more from a connection with 256 Ki requests unanswered
 /// (`UNANSWERED_MAX`, `chunkserver/src/server.rs`), and a copyset without a majority answers nothing: so many disks
 /// with all they may have out (1024 operations, asked of a leader and of a follower, the oldest of each copyset once
 /// more every few seconds) must fit, or one would hold up the others.
-const DISKS_PER_CONNECTION: usize = 8;
+pub(crate) const DISKS_PER_CONNECTION: usize = 32;
 
 /// Which disk of the process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ use super::cluster::{CLUSTER, Cluster, SERVERS};
 use super::pattern;
 use super::rig::{EPOCH, HANGS, attachment, data};
 use crate::backing::{Backing, Outcome, Request, Ticket};
-use crate::connections::Connections;
+use crate::connections::{Connections, DISKS_PER_CONNECTION};
 use crate::volume::control::{ControlEnd, link};
 use crate::volume::{Volume, VolumeOptions};
 
@@ -137,9 +137,10 @@ fn check_read(outcome: Outcome, disk: usize, n: u64) {
 /// All ask under the same tickets and numbers of their own, and the answers come in another order.
 #[test]
 fn disks_share_connections_and_each_gets_its_own_answers() {
-    let cluster = Cluster::start(9);
+    let count = DISKS_PER_CONNECTION + 1;
+    let cluster = Cluster::start(u32::try_from(count).expect("few"));
     SERVERS.iter().for_each(|server| cluster.state().fault(*server).shuffle = 20);
-    let mut disks = Disks::attached(&cluster, 9);
+    let mut disks = Disks::attached(&cluster, count);
     for n in 0..20 {
         disks.submit_to_all(Ticket(n), |disk| write(disk, n));
     }
@@ -150,7 +151,7 @@ fn disks_share_connections_and_each_gets_its_own_answers() {
     for ((disk, ticket), outcome) in disks.answered((0..20).map(Ticket)) {
         check_read(outcome, disk, ticket.0);
     }
-    // Eight share one; the ninth is the first of the next.
+    // So many share one; the last is the first of the next.
     assert_eq!(cluster.connections(), 6, "to three chunkservers");
 }
 
