@@ -32,7 +32,7 @@ DIST := cargo build --profile dist --workspace $(foreach p,evolute evolute-chunk
 BENCH := cargo build --release --workspace --bin evolute-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test verify fix bench bench-report bench-profile torture torture-short guest-tests images deps build mutants
+.PHONY: help demo test verify fix bench bench-report bench-profile bench-layers torture torture-short guest-tests images deps build mutants
 
 help:
 	@echo 'make demo         a guest boots on a three-replica volume, loses a chunkserver, keeps its data'
@@ -41,9 +41,10 @@ help:
 	@echo 'make fix          writes: format, and what clippy can mend by itself'
 	@echo 'make guest-tests  real guests against a real cluster; TEST=NAME runs those whose name contains it'
 	@echo 'make torture      breaks a real cluster and checks every answer; DURATION=seconds SEED=n FAULTS=list (needs root)'
-	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 four minutes of twenty'
+	@echo 'make bench        Evolute and qemu-storage-daemon side by side; OUT=FILE JSON lines, QUICK=1 four minutes of thirty'
 	@echo 'make bench-report tables and plots of docs/performance.md from RESULTS="FILE FILE", which the two beside it wrote as OUT'
 	@echo 'make bench-profile  where each µs of a load goes, per process (needs root and perf); WORKS="NAME NAME" OUT=FILE'
+	@echo 'make bench-layers   what each layer of a write costs, by leaving layers out (a quarter of an hour); OUT=FILE'
 	@echo 'make mutants      breaks Evolute on purpose, in many ways, and wants each caught; M=NAME one of them'
 	@echo 'make images       the kernel and the root file systems the guests boot'
 	@echo 'make deps         installs missing Debian packages, and Rust if there is none (says which and why; needs root or sudo)'
@@ -120,6 +121,9 @@ bench-profile: deps
 	@$(STEP) 'programs' $(DIST)
 	@$(STEP) 'load generator' $(BENCH)
 	@$(CARGO_TARGET_DIR)/release/evolute-bench profile --bin-dir $(CARGO_TARGET_DIR)/dist $(WORKS:%=--work %) $(if $(OUT),--out $(OUT))
+
+bench-layers: deps
+	@bench/layers/measure $(OUT)
 
 mutants:
 	@.ci/mutants $(M)
