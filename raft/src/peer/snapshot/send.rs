@@ -25,7 +25,7 @@ const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// begins anew. Of a transfer that was lost before anything was staged nothing is worth keeping: [`SILENCE_MAX`] is
 /// enough.
 const STALLED_MAX: Duration = Duration::from_secs(60);
-/// The same once everything is staged, of a receiver that is heard: it applies what it was at, and installs.
+/// The same once everything is staged, of a receiver that speaks: it applies what it was at, and installs.
 const INSTALLING_MAX: Duration = Duration::from_secs(600);
 /// Between two tries to reach the receiver.
 const RETRY: Duration = Duration::from_millis(50);
@@ -58,7 +58,7 @@ pub async fn send(
         staged: 0,
         consistent_from: None,
         moved: Instant::now(),
-        heard: Instant::now(),
+        spoke: Instant::now(),
         over: None,
     };
     let outcome = tokio::select! {
@@ -99,8 +99,8 @@ struct Sending {
     consistent_from: Option<u64>,
     /// When the transfer came on for the last time.
     moved: Instant,
-    /// When the receiver was heard for the last time.
-    heard: Instant,
+    /// When the receiver last said how far it is.
+    spoke: Instant,
     /// The connection and session it goes over at the moment.
     over: Option<(Rc<Connection>, u64)>,
 }
@@ -147,7 +147,7 @@ impl Sending {
         connection.outbox.frame(Kind::Snapshot, self.group, session, |out| put_begin(out, &self.begin));
         let (mut next, staged) = match next_answer(&mut answers).await? {
             Answer::Taken { arrived, staged } => (arrived, staged),
-            other => return self.hear(other)?.ok_or(Stop::Lost),
+            other => return self.heard(other)?.ok_or(Stop::Lost),
         };
         if next < self.staged || next > self.read() + u64::from(self.consistent_from.is_some()) {
             return Err(Stop::Refused(format!(
@@ -156,11 +156,10 @@ impl Sending {
                 self.read()
             )));
         }
-        self.heard = Instant::now();
         self.is_staged(staged)?;
         loop {
             match answers.try_recv() {
-                Ok(answer) => match self.hear(answer)? {
+                Ok(answer) => match self.heard(answer)? {
                     Some(vote) => return Ok(vote),
                     None => continue,
                 },
@@ -188,7 +187,7 @@ impl Sending {
                 self.read_more().await?;
             } else {
                 let answer = next_answer(&mut answers).await?;
-                if let Some(vote) = self.hear(answer)? {
+                if let Some(vote) = self.heard(answer)? {
                     return Ok(vote);
                 }
                 if self.is_stalled() {
@@ -226,8 +225,7 @@ impl Sending {
     }
 
     /// The vote with which it was taken, once it was.
-    fn hear(&mut self, answer: Answer) -> Result<Option<Vote>, Stop> {
-        self.heard = Instant::now();
+    fn heard(&mut self, answer: Answer) -> Result<Option<Vote>, Stop> {
         match answer {
             Answer::Taken { staged, .. } => self.is_staged(staged).map(|()| None),
             Answer::Done(vote) => Ok(Some(vote)),
@@ -240,6 +238,7 @@ impl Sending {
         if staged > self.read() {
             return Err(Stop::Refused(format!("{staged} frames are staged, of {}", self.read())));
         }
+        self.spoke = Instant::now();
         while self.staged < staged {
             self.window.pop_front();
             self.staged += 1;
@@ -254,13 +253,13 @@ impl Sending {
 
     fn is_stalled(&self) -> bool {
         let all_is_staged = self.consistent_from.is_some() && self.window.is_empty();
-        is_stalled(all_is_staged, self.moved.elapsed(), self.heard.elapsed())
+        is_stalled(all_is_staged, self.moved.elapsed(), self.spoke.elapsed())
     }
 }
 
-/// A transfer that came on and whose receiver was heard so long ago.
-fn is_stalled(all_is_staged: bool, moved: Duration, heard: Duration) -> bool {
-    let installing = all_is_staged && heard <= STALLED_MAX;
+/// A transfer that came on and whose receiver spoke so long ago.
+fn is_stalled(all_is_staged: bool, moved: Duration, spoke: Duration) -> bool {
+    let installing = all_is_staged && spoke <= STALLED_MAX;
     moved > if installing { INSTALLING_MAX } else { STALLED_MAX }
 }
 
