@@ -30,7 +30,7 @@ use self::tables::{
 use crate::front_end::Observer;
 use crate::front_end::options;
 use crate::runner::cpu::{Watch, Watched};
-use crate::runner::lab::{Cluster, Lab};
+use crate::runner::lab::{Lab, Subject};
 use crate::runner::machine::Store;
 use crate::runner::results::json_line;
 use crate::runner::system::{BACKEND, CHUNKSERVER, Wanted};
@@ -138,7 +138,7 @@ pub struct IopsOf {
     counted: f64,
 }
 
-fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work, watched: Duration) -> Result<Profile, ProfileError> {
+fn profile(lab: &Lab<'_>, cluster: &Subject, work: Work, watched: Duration) -> Result<Profile, ProfileError> {
     let mut processes = cluster.system.processes.clone();
     processes.push(Watched { name: GENERATOR.to_owned(), pid: std::process::id() });
     let dir = cluster.place.dir.path();
@@ -183,7 +183,7 @@ fn profile(lab: &Lab<'_>, cluster: &Cluster, work: Work, watched: Duration) -> R
 /// takes.
 fn times_on_the_road(
     lab: &Lab<'_>,
-    cluster: &Cluster,
+    cluster: &Subject,
     work: Work,
     watched: Duration,
     processes: &[Watched],

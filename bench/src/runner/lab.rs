@@ -1,6 +1,8 @@
 //! What every measurement needs: a place, a system in it that serves a filled volume, and a load on it.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -41,12 +43,15 @@ pub struct Place {
     pub data: TempDir,
 }
 
-/// An Evolute cluster of one measurement. The system ends before its directories go.
+/// A system that is measured, alone in its place or beside another. The system ends before its directories go.
 #[derive(Debug)]
-pub struct Cluster {
+pub struct Subject {
     pub system: System,
-    pub place: Place,
+    pub place: Rc<Place>,
+    /// Bytes of each volume.
     pub sizes: Vec<u64>,
+    /// When a load that wrote ended, unless it was waited since until nothing was left of it: see [`Self::rest`].
+    written: Cell<Option<Instant>>,
 }
 
 impl Place {
@@ -78,12 +83,17 @@ impl Lab<'_> {
         self.size.unwrap_or(if self.quick { QUICK } else { SMALL })
     }
 
-    pub fn cluster(&self, store: Store, wanted: &Wanted) -> Result<Cluster, BenchError> {
+    pub fn cluster(&self, store: Store, wanted: &Wanted) -> Result<Subject, BenchError> {
         let base = store.base().map_err(BenchError::NoStore)?;
-        let place = Place::new(store, &base)?;
+        let place = Rc::new(Place::new(store, &base)?);
+        self.cluster_in(place, wanted)
+    }
+
+    /// A cluster in a place that others share.
+    pub fn cluster_in(&self, place: Rc<Place>, wanted: &Wanted) -> Result<Subject, BenchError> {
         let data = place.data.path().join("evolute");
         let system = System::evolute(&self.bin_dir, place.dir.path(), &data, wanted, self.stop)?;
-        Ok(Cluster { system, place, sizes: wanted.volumes.clone() })
+        Ok(Subject::new(system, place, wanted.volumes.clone()))
     }
 
     /// How long after a write a load begins, at least. In a quick run, only whoever is busy with it now is waited for.
@@ -110,20 +120,57 @@ impl Lab<'_> {
     }
 }
 
-impl Cluster {
-    pub fn fill(&self, lab: &Lab<'_>) -> Result<(), BenchError> {
-        fill(&self.system, self.place.store, &self.sizes, lab.stop)
+impl Subject {
+    pub fn new(system: System, place: Rc<Place>, sizes: Vec<u64>) -> Self {
+        Self { system, place, sizes, written: Cell::new(None) }
     }
 
+    /// Every volume written once, and flushed.
+    pub fn fill(&self, lab: &Lab<'_>) -> Result<(), BenchError> {
+        let report = front_end::run_together(&self.devices(prefill), &mut (), lab.stop)
+            .map_err(front_end_error(&self.system, self.place.store))?;
+        self.written.set(Some(Instant::now()));
+        lab.go_on()?;
+        let (system, store) = (self.system.name, self.place.store.name());
+        match failure(&report) {
+            None => Ok(()),
+            Some(why) => Err(BenchError::Prefill { system, store, why }),
+        }
+    }
+
+    /// If anything was written: until the chunkservers, if there are any, have nothing to do, `after_write` at least. A
+    /// checkpoint of it would have its share of what comes after.
     pub fn rest(&self, lab: &Lab<'_>, after_write: Duration) -> Result<(), BenchError> {
-        rest(&self.system, lab, after_write)
+        const LOOK: Duration = Duration::from_secs(1);
+        /// Of a core; 500 copysets that are awake use more, and a checkpoint that takes its time, too.
+        const QUIET: f64 = 0.02;
+        const QUIET_LOOKS: u32 = 2;
+        const MAX: Duration = Duration::from_secs(120);
+        let servers = self.system.of_kind(CHUNKSERVER).count();
+        let Some(written) = self.written.get().filter(|_| servers > 0) else { return Ok(()) };
+        let since = Instant::now();
+        let used =
+            || self.system.of_kind(CHUNKSERVER).map(|process| of_process(process.pid)).sum::<Duration>();
+        let (mut last, mut quiet) = (used(), 0);
+        while written.elapsed() < after_write || quiet < QUIET_LOOKS {
+            if since.elapsed() > MAX {
+                return Err(BenchError::NeverAtRest(MAX));
+            }
+            lab.wait(LOOK)?;
+            let now = used();
+            let busy = now.saturating_sub(last).as_secs_f64() / LOOK.as_secs_f64() / servers as f64;
+            quiet = if busy < QUIET { quiet + 1 } else { 0 };
+            last = now;
+        }
+        self.written.set(None);
+        Ok(())
     }
 
     /// The same load on every volume, from rest; the row is of all together.
-    pub fn load(&self, lab: &Lab<'_>, name: &str, work: Work) -> Result<Row, BenchError> {
+    pub fn load(&self, lab: &Lab<'_>, name: &str, work: Work, pace: Pace) -> Result<Row, BenchError> {
         self.rest(lab, lab.after_write())?;
         let mut watch = Watch::new(&self.system.processes);
-        let report = self.run(lab, work, lab.pace, &mut watch)?;
+        let report = self.run(lab, work, pace, &mut watch)?;
         let names = (name, self.place.store.name(), self.system.name);
         Ok(Row::new(names, &report, &self.system.processes, &watch))
     }
@@ -137,15 +184,17 @@ impl Cluster {
         observer: &mut impl Observer,
     ) -> Result<Report, BenchError> {
         let devices = self.devices(|socket, size| work.options(socket, size, pace));
+        let (system, store) = (self.system.name, self.place.store.name());
+        let failed = |why| BenchError::Load { system, store, work: work.name, why };
         let report = front_end::run_together(&devices, observer, lab.stop)
-            .map_err(front_end_error(&self.system, self.place.store))?;
+            .map_err(|error| failed(error.to_string()))?;
         if work.writes() {
-            self.system.written.set(Some(Instant::now()));
+            self.written.set(Some(Instant::now()));
         }
         lab.go_on()?;
         match failure(&report) {
             None => Ok(report),
-            Some(why) => Err(BenchError::Load { work: work.name, why }),
+            Some(why) => Err(failed(why)),
         }
     }
 
@@ -183,23 +232,23 @@ impl Cluster {
 
 /// Loads on two clusters turn by turn, and of each the run in the middle: what is told of them is how they compare, and a slow
 /// minute of the machine is to hit both or neither.
-pub fn by_turns(lab: &Lab<'_>, loads: [(&Cluster, &str, Work); 2]) -> Result<[Row; 2], BenchError> {
+pub fn by_turns(lab: &Lab<'_>, loads: [(&Subject, &str, Work); 2]) -> Result<[Row; 2], BenchError> {
     const TURNS: usize = 3;
     let [mut first, mut second] = [Vec::new(), Vec::new()];
     for _ in 0..TURNS {
         for ((cluster, name, work), rows) in loads.into_iter().zip([&mut first, &mut second]) {
-            rows.push(cluster.load(lab, name, work)?);
+            rows.push(cluster.load(lab, name, work, lab.pace)?);
         }
     }
     Ok([first, second].map(|mut rows| {
         rows.sort_by(|a, b| a.iops.total_cmp(&b.iops));
-        rows.swap_remove(TURNS / 2)
+        Row { runs: TURNS, ..rows.swap_remove(TURNS / 2) }
     }))
 }
 
 /// Watches a device that is connected and has nothing to do.
 struct Rest<'l> {
-    cluster: &'l Cluster,
+    cluster: &'l Subject,
     lab: &'l Lab<'l>,
     settle: Duration,
     window: Duration,
@@ -221,50 +270,8 @@ impl Observer for Rest<'_> {
     }
 }
 
-/// If anything was written: until the chunkservers have nothing to do, `after_write` at least. A checkpoint of it would have
-/// its share of what comes after.
-pub fn rest(system: &System, lab: &Lab<'_>, after_write: Duration) -> Result<(), BenchError> {
-    const LOOK: Duration = Duration::from_secs(1);
-    /// Of a core; 500 copysets that are awake use more, and a checkpoint that takes its time, too.
-    const QUIET: f64 = 0.02;
-    const QUIET_LOOKS: u32 = 2;
-    const MAX: Duration = Duration::from_secs(120);
-    let Some(written) = system.written.get() else { return Ok(()) };
-    let since = Instant::now();
-    let used = || system.of_kind(CHUNKSERVER).map(|process| of_process(process.pid)).sum::<Duration>();
-    let servers = system.of_kind(CHUNKSERVER).count() as f64;
-    let (mut last, mut quiet) = (used(), 0);
-    while written.elapsed() < after_write || quiet < QUIET_LOOKS {
-        if since.elapsed() > MAX {
-            return Err(BenchError::NeverAtRest(MAX));
-        }
-        lab.wait(LOOK)?;
-        let now = used();
-        let busy = now.saturating_sub(last).as_secs_f64() / LOOK.as_secs_f64() / servers;
-        quiet = if busy < QUIET { quiet + 1 } else { 0 };
-        last = now;
-    }
-    system.written.set(None);
-    Ok(())
-}
-
-/// Every volume written once, and flushed.
-pub fn fill(system: &System, store: Store, sizes: &[u64], stop: &AtomicBool) -> Result<(), BenchError> {
-    let devices: Vec<_> =
-        system.sockets.iter().zip(sizes).map(|(socket, size)| prefill(socket, *size)).collect();
-    let report = front_end::run_together(&devices, &mut (), stop).map_err(front_end_error(system, store))?;
-    system.written.set(Some(Instant::now()));
-    if stop.load(Ordering::Relaxed) {
-        return Err(BenchError::Interrupted);
-    }
-    match failure(&report) {
-        None => Ok(()),
-        Some(why) => Err(BenchError::Prefill { system: system.name, store: store.name(), why }),
-    }
-}
-
 /// Why a run that came to its end is worth nothing.
-pub fn failure(report: &Report) -> Option<String> {
+fn failure(report: &Report) -> Option<String> {
     let failed = report.exit_status() != 0;
     failed.then(|| report.first_error.clone().unwrap_or_else(|| "it stalled".to_owned()))
 }

@@ -96,8 +96,8 @@ pub enum BenchError {
     FrontEnd { system: &'static str, store: &'static str, source: FrontEndError },
     #[error("{system} on {store} could not be filled: {why}")]
     Prefill { system: &'static str, store: &'static str, why: String },
-    #[error("{work}: {why}")]
-    Load { work: &'static str, why: String },
+    #[error("{system} on {store}, {work}: {why}")]
+    Load { system: &'static str, store: &'static str, work: &'static str, why: String },
     #[error("{0}")]
     NoStore(String),
     #[error("the chunkservers are still busy after {0:?}")]

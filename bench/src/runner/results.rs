@@ -36,7 +36,8 @@ pub struct Row {
     /// The part of it that the host gave to its other guests.
     #[serde(default)]
     pub stolen_percent: f64,
-    /// How often it was measured; this is the one of which least was stolen.
+    /// How often it was measured; this is the run of which least was stolen or, of loads that are compared by turns, the one in
+    /// the middle.
     #[serde(default = "once")]
     pub runs: usize,
     /// What was varied, where something else than the load was.

@@ -3,19 +3,17 @@
 //! Both are up while either is measured; an idle one uses no CPU worth mentioning, and its share would show under
 //! "others".
 
-use std::time::Instant;
+use std::rc::Rc;
 
 use clap::ValueEnum;
 
-use super::cpu::Watch;
-use super::lab::{Lab, Place, failure, fill, rest};
+use super::lab::{Lab, Place, Subject};
 use super::machine::Store;
 use super::record::Record;
 use super::results::Row;
 use super::system::{System, Wanted};
-use super::works::{CURVE, Pace, Work};
+use super::works::{CURVE, Work};
 use super::{BenchError, Skipped};
-use crate::front_end;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum SystemName {
@@ -32,42 +30,41 @@ pub fn run(
 ) -> Result<(), Skipped> {
     let base = store.base().map_err(Skipped::Store)?;
     let size = lab.volume_bytes(store, &base).map_err(Skipped::Store)?;
-    let place = Place::new(store, &base)?;
-    let (dir, data) = (place.dir.path(), place.data.path());
+    let place = Rc::new(Place::new(store, &base)?);
     let seconds = lab.pace.seconds;
     println!("\n{} ({}), volume of {} MiB, {seconds:?} each", store.name(), base.display(), size >> 20);
     let mut running = Vec::new();
     for name in systems {
-        let system = match name {
-            SystemName::Evolute => {
-                System::evolute(&lab.bin_dir, dir, &data.join("evolute"), &Wanted::volume(size), lab.stop)?
+        running.push(match name {
+            SystemName::Evolute => lab.cluster_in(Rc::clone(&place), &Wanted::volume(size))?,
+            SystemName::Qsd => {
+                let system = System::qsd(place.dir.path(), place.data.path(), size, lab.stop)?;
+                Subject::new(system, Rc::clone(&place), vec![size])
             }
-            SystemName::Qsd => System::qsd(dir, data, size, lab.stop)?,
-        };
-        running.push(Side { lab, system, store, size });
+        });
     }
     for side in &running {
         if let Some(note) = &side.system.note {
             println!("note: {note}");
         }
-        fill(&side.system, store, &[size], lab.stop)?;
+        side.fill(lab)?;
     }
     let first = record.results.rows.len();
     for (i, work) in works.iter().enumerate() {
         // Turn by turn, and who begins changes: a slow minute of the machine hits both.
         for turn in 0..running.len() {
             let side = &running[(i + turn) % running.len()];
-            match side.row(*work)? {
+            match row(lab, side, *work) {
                 Ok(row) => record.row(row)?,
-                Err(why) => {
-                    record.failed(format!("{} on {}, {}: {why}", side.system.name, store.name(), work.name));
-                }
+                // One load's alone: the others go on.
+                Err(error @ BenchError::Load { .. }) => record.failed(error.to_string()),
+                Err(error) => return Err(error.into()),
             }
         }
     }
     for side in running {
         let name = side.system.name;
-        if !side.system.stop() {
+        if !side.stop() {
             record.failed(format!("{name} on {} did not stop cleanly", store.name()));
         }
     }
@@ -77,47 +74,15 @@ pub fn run(
     Ok(())
 }
 
-/// One of the systems that are compared.
-struct Side<'l> {
-    lab: &'l Lab<'l>,
-    system: System,
-    store: Store,
-    size: u64,
-}
-
-impl Side<'_> {
-    /// From rest, and of several runs the one of which the host stole least: see [`least_stolen`]. The inner error is one of this
-    /// load alone: the others go on.
-    fn row(&self, work: Work) -> Result<Result<Row, String>, BenchError> {
-        // A point of a curve is seen beside its neighbours: half the time and one run do.
-        let (pace, runs_max) = match (CURVE.contains(&work), self.lab.quick) {
-            (true, _) => (self.lab.pace.halved(), 1),
-            (false, true) => (self.lab.pace, 1),
-            (false, false) => (self.lab.pace, RUNS_MAX),
-        };
-        least_stolen(runs_max, || {
-            rest(&self.system, self.lab, self.lab.after_write())?;
-            self.measure(work, pace)
-        })
-    }
-
-    fn measure(&self, work: Work, pace: Pace) -> Result<Result<Row, String>, BenchError> {
-        let mut watch = Watch::new(&self.system.processes);
-        let options = work.options(&self.system.sockets[0], self.size, pace);
-        let report = match front_end::run(&options, &mut watch, self.lab.stop) {
-            Ok(report) => report,
-            Err(error) => return Ok(Err(error.to_string())),
-        };
-        if work.writes() {
-            self.system.written.set(Some(Instant::now()));
-        }
-        self.lab.go_on()?;
-        let names = (work.name, self.store.name(), self.system.name);
-        Ok(match failure(&report) {
-            Some(why) => Err(why),
-            None => Ok(Row::new(names, &report, &self.system.processes, &watch)),
-        })
-    }
+/// From rest, and of several runs the one of which the host stole least: see [`least_stolen`].
+fn row(lab: &Lab<'_>, side: &Subject, work: Work) -> Result<Row, BenchError> {
+    // A point of a curve is seen beside its neighbours: half the time and one run do.
+    let (pace, runs_max) = match (CURVE.contains(&work), lab.quick) {
+        (true, _) => (lab.pace.halved(), 1),
+        (false, true) => (lab.pace, 1),
+        (false, false) => (lab.pace, RUNS_MAX),
+    };
+    least_stolen(runs_max, || side.load(lab, work.name, work, pace))
 }
 
 /// Per cent of the machine that its host may give to others before a load is measured again.
@@ -128,35 +93,32 @@ const RUNS_MAX: usize = 3;
 /// not by what came out.
 fn least_stolen(
     runs_max: usize,
-    mut measure: impl FnMut() -> Result<Result<Row, String>, BenchError>,
-) -> Result<Result<Row, String>, BenchError> {
-    let mut rows: Vec<Row> = Vec::new();
-    while rows.len() < runs_max {
-        match measure()? {
-            Ok(row) => rows.push(row),
-            Err(why) => return Ok(Err(why)),
-        }
-        if rows.last().is_some_and(|row| row.stolen_percent <= STOLEN_MAX) {
-            break;
+    mut measure: impl FnMut() -> Result<Row, BenchError>,
+) -> Result<Row, BenchError> {
+    let (mut least, mut runs) = (measure()?, 1);
+    while least.stolen_percent > STOLEN_MAX && runs < runs_max {
+        let row = measure()?;
+        runs += 1;
+        if row.stolen_percent < least.stolen_percent {
+            least = row;
         }
     }
-    let runs = rows.len();
-    let least = rows.into_iter().min_by(|a, b| a.stolen_percent.total_cmp(&b.stolen_percent));
-    Ok(least.map(|row| Row { runs, ..row }).ok_or_else(|| "it was never measured".to_owned()))
+    Ok(Row { runs, ..least })
 }
 
 #[cfg(test)]
 mod tests {
     use super::least_stolen;
+    use crate::runner::BenchError;
     use crate::runner::results::{Row, tests::row};
 
-    fn measured(runs_max: usize, stolen: &[f64]) -> Result<Row, String> {
+    fn measured(runs_max: usize, stolen: &[f64]) -> Row {
         let mut left = stolen.iter().zip(1..);
         let row = least_stolen(runs_max, || {
             let (&stolen_percent, iops) = left.next().expect("asked no oftener than this");
-            Ok(Ok(Row { stolen_percent, iops: f64::from(iops), ..row("tmpfs", "randread-4k-qd1") }))
+            Ok(Row { stolen_percent, iops: f64::from(iops), ..row("tmpfs", "randread-4k-qd1") })
         });
-        row.expect("nothing stops it")
+        row.expect("measured")
     }
 
     #[test]
@@ -164,10 +126,10 @@ mod tests {
         for (stolen, number, runs) in
             [(&[0.5][..], 1, 1), (&[9.0, 2.0], 2, 2), (&[9.0, 4.0, 7.0], 2, 3), (&[5.0, 5.0, 5.0], 1, 3)]
         {
-            let row = measured(3, stolen).expect("measured");
+            let row = measured(3, stolen);
             assert_eq!((row.iops, row.runs), (f64::from(number), runs), "{stolen:?}");
         }
-        assert_eq!(measured(1, &[9.0]).expect("measured").runs, 1);
+        assert_eq!(measured(1, &[9.0]).runs, 1);
     }
 
     #[test]
@@ -175,8 +137,10 @@ mod tests {
         let mut asked = 0;
         let failed = least_stolen(3, || {
             asked += 1;
-            Ok(Err("it stalled".to_owned()))
+            let (system, store, work) = ("evolute", "tmpfs", "randread-4k-qd1");
+            Err(BenchError::Load { system, store, work, why: "it stalled".to_owned() })
         });
-        assert_eq!((failed.expect("nothing stops it"), asked), (Err("it stalled".to_owned()), 1));
+        let why = failed.expect_err("it failed").to_string();
+        assert_eq!((why.as_str(), asked), ("evolute on tmpfs, randread-4k-qd1: it stalled", 1));
     }
 }

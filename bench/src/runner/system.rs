@@ -1,6 +1,5 @@
 //! The systems that are measured: each is started, serves one vhost-user-blk socket, and is stopped.
 
-use std::cell::Cell;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -74,8 +73,6 @@ pub struct System {
     pub run_dir: PathBuf,
     /// What a reader of its numbers must know.
     pub note: Option<String>,
-    /// When a load that wrote ended, unless it was waited since until nothing was left of it (`lab::rest`).
-    pub written: Cell<Option<Instant>>,
     child: Child,
 }
 
@@ -170,7 +167,6 @@ impl System {
             mds: String::new(),
             run_dir: PathBuf::new(),
             note: None,
-            written: Cell::new(None),
             child,
         }
     }

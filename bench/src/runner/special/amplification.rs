@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{CHECKPOINTED_AFTER, Cluster, Lab};
+use crate::runner::lab::{CHECKPOINTED_AFTER, Lab, Subject};
 use crate::runner::machine::Store;
 use crate::runner::process::disk_written_bytes;
 use crate::runner::record::Record;
@@ -61,7 +61,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     Ok(())
 }
 
-fn on_disk(cluster: &Cluster) -> Result<u64, BenchError> {
+fn on_disk(cluster: &Subject) -> Result<u64, BenchError> {
     let data = cluster.place.data.path();
     disk_written_bytes(data).ok_or_else(|| BenchError::NoStore(format!("{} is on no disk", data.display())))
 }

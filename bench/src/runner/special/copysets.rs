@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::idle::{UNIT, WINDOW};
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab, by_turns};
+use crate::runner::lab::{Lab, Subject, by_turns};
 use crate::runner::machine::Store;
 use crate::runner::process::memory;
 use crate::runner::record::Record;
@@ -38,7 +38,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
             record.figure(figure.noted("idle, nothing written"))?;
             row
         } else {
-            cluster.load(lab, &label, work)?
+            cluster.load(lab, &label, work, lab.pace)?
         };
         record.row(Row { copysets: Some(copysets), ..row })?;
         stop(cluster, "copysets", record);
@@ -52,7 +52,7 @@ fn name(copysets: u32) -> String {
 }
 
 /// A filled cluster, and what its chunkservers used before it was filled. On the way the idle cost, where it is asked for.
-fn filled(lab: &Lab<'_>, copysets: u32, record: &mut Record) -> Result<(Cluster, u64), BenchError> {
+fn filled(lab: &Lab<'_>, copysets: u32, record: &mut Record) -> Result<(Subject, u64), BenchError> {
     let wanted = Wanted { copysets, ..Wanted::volume(lab.small_bytes()) };
     let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
     if copysets == IDLE {
@@ -68,7 +68,7 @@ fn filled(lab: &Lab<'_>, copysets: u32, record: &mut Record) -> Result<(Cluster,
 }
 
 /// Mean resident bytes of a chunkserver.
-fn resident(cluster: &Cluster) -> Result<u64, BenchError> {
+fn resident(cluster: &Subject) -> Result<u64, BenchError> {
     let each = cluster.system.of_kind(CHUNKSERVER).map(|process| Ok(memory(process.pid)?.now));
     let each = each.collect::<Result<Vec<u64>, BenchError>>()?;
     Ok(each.iter().sum::<u64>() / (each.len() as u64).max(1))

@@ -5,7 +5,7 @@
 
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab};
+use crate::runner::lab::{Lab, Subject};
 use crate::runner::machine::Store;
 use crate::runner::process::{forget_peak, memory};
 use crate::runner::record::Record;
@@ -45,7 +45,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
 }
 
 /// The highest resident bytes in a load, of all processes of each kind together.
-fn peaks(cluster: &Cluster, lab: &Lab<'_>, work: Work, kinds: &[&str]) -> Result<Vec<u64>, BenchError> {
+fn peaks(cluster: &Subject, lab: &Lab<'_>, work: Work, kinds: &[&str]) -> Result<Vec<u64>, BenchError> {
     let of_kind = |kind: &&str| cluster.system.of_kind(kind).map(|process| process.pid).collect::<Vec<_>>();
     let pids: Vec<Vec<u32>> = kinds.iter().map(of_kind).collect();
     for pid in pids.iter().flatten() {

@@ -11,7 +11,7 @@ mod restart;
 mod volumes;
 
 use super::BenchError;
-use super::lab::{Cluster, Lab};
+use super::lab::{Lab, Subject};
 use super::machine::Store;
 use super::record::Record;
 use super::results::Figure;
@@ -58,11 +58,11 @@ impl Special {
 }
 
 /// A figure of ours on the store of a cluster.
-fn figure(cluster: &Cluster, work: &str, name: impl Into<String>, value: f64, unit: &str) -> Figure {
+fn figure(cluster: &Subject, work: &str, name: impl Into<String>, value: f64, unit: &str) -> Figure {
     Figure::new((work, cluster.place.store.name(), cluster.system.name), name, value, unit)
 }
 
-fn stop(cluster: Cluster, of: &str, record: &mut Record) {
+fn stop(cluster: Subject, of: &str, record: &mut Record) {
     if !cluster.stop() {
         record.failed(format!("{of}: the cluster did not stop cleanly"));
     }

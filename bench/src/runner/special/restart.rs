@@ -14,7 +14,7 @@ use serde::Deserialize;
 
 use super::{figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab};
+use crate::runner::lab::{Lab, Subject};
 use crate::runner::machine::{Store, expect_room};
 use crate::runner::process::age;
 use crate::runner::record::Record;
@@ -62,7 +62,7 @@ struct Times {
     serving: Duration,
 }
 
-fn restart(cluster: &Cluster, lab: &Lab<'_>, signal: Signal) -> Result<Times, BenchError> {
+fn restart(cluster: &Subject, lab: &Lab<'_>, signal: Signal) -> Result<Times, BenchError> {
     let ready_file = cluster.system.run_dir.join(format!("{NAME}.json"));
     let before =
         ready(&ready_file).ok_or(BenchError::NotBack { what: "it was not even there", log: None })?;
@@ -152,7 +152,7 @@ impl Status {
     }
 }
 
-fn status(cluster: &Cluster, lab: &Lab<'_>) -> Result<Status, BenchError> {
+fn status(cluster: &Subject, lab: &Lab<'_>) -> Result<Status, BenchError> {
     let program = lab.bin_dir.join("evolute");
     let doing = || format!("running {} cluster status", program.display());
     let answer = Command::new(&program)

@@ -2,7 +2,7 @@
 
 use super::{KIB, MEMORY, figure, stop};
 use crate::runner::BenchError;
-use crate::runner::lab::{Cluster, Lab, by_turns};
+use crate::runner::lab::{Lab, Subject, by_turns};
 use crate::runner::machine::Store;
 use crate::runner::process::memory;
 use crate::runner::record::Record;
@@ -22,7 +22,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
     let (one, one_used) = filled(lab, 1, false)?;
     for &count in each {
         let (cluster, before) = filled(lab, count, false)?;
-        let row = cluster.load(lab, &format!("volumes-{count}"), randwrite(depth(count)))?;
+        let row = cluster.load(lab, &format!("volumes-{count}"), randwrite(depth(count)), lab.pace)?;
         record.row(Row { volumes: Some(count), ..row })?;
         if count == MANY {
             tell(&cluster, one_used, before, record)?;
@@ -41,7 +41,7 @@ pub fn run(lab: &Lab<'_>, record: &mut Record) -> Result<(), BenchError> {
             record.figure(figure.noted("attached, nothing written"))?;
             row
         } else {
-            cluster.load(lab, &name, work)?
+            cluster.load(lab, &name, work, lab.pace)?
         };
         record.row(Row { volumes_of_one_backend: Some(count), ..row })?;
         stop(cluster, "one-backend", record);
@@ -56,7 +56,7 @@ fn depth(count: u32) -> usize {
 }
 
 /// A filled cluster, and what it used before it was filled.
-fn filled(lab: &Lab<'_>, count: u32, one_backend: bool) -> Result<(Cluster, Used), BenchError> {
+fn filled(lab: &Lab<'_>, count: u32, one_backend: bool) -> Result<(Subject, Used), BenchError> {
     let bytes = (lab.small_bytes() / u64::from(count) / MIB).max(1) * MIB;
     let wanted = Wanted { volumes: vec![bytes; count as usize], one_backend, ..Wanted::volume(0) };
     let cluster = lab.cluster(Store::Tmpfs, &wanted)?;
@@ -74,7 +74,7 @@ struct Used {
 }
 
 impl Used {
-    fn of(cluster: &Cluster) -> Result<Self, BenchError> {
+    fn of(cluster: &Subject) -> Result<Self, BenchError> {
         let sum = |kind| -> Result<u64, BenchError> {
             cluster.system.of_kind(kind).map(|process| Ok(memory(process.pid)?.now)).sum()
         };
@@ -82,7 +82,7 @@ impl Used {
     }
 }
 
-fn tell(cluster: &Cluster, one: Used, many: Used, record: &mut Record) -> Result<(), BenchError> {
+fn tell(cluster: &Subject, one: Used, many: Used, record: &mut Record) -> Result<(), BenchError> {
     let grown = |of: fn(Used) -> u64| (of(many) as f64 - of(one) as f64) / f64::from(MANY - 1) / KIB;
     for (name, kib) in [
         ("volume: its backend, a process", many.backends as f64 / f64::from(MANY) / KIB),
