@@ -77,6 +77,6 @@ pub trait Backing {
     fn take_completed(&mut self, out: &mut Vec<(Ticket, Outcome)>);
     /// When `settle` wants to run even if nothing happens.
     fn deadline(&self) -> Option<Instant>;
-    /// False until attached and fenced: the device holds its rings until then.
+    /// False until attached and fenced, unless what waits is to fail after a while: the device holds its rings until then.
     fn ready(&self) -> bool;
 }

@@ -38,9 +38,6 @@ impl Volume {
             return;
         }
         if self.stage != Stage::Serving {
-            if !self.waiting.is_empty() && self.options.fail_after.is_some() {
-                self.wake_sweep();
-            }
             return;
         }
         for _ in 0..self.long.len() {
@@ -66,9 +63,6 @@ impl Volume {
             } else {
                 self.begin(ticket, request, since, bytes);
             }
-        }
-        if !self.waiting.is_empty() {
-            self.wake_sweep();
         }
     }
 
@@ -192,7 +186,6 @@ impl Volume {
                 if waiting.len() == 1 {
                     self.control.ask(Ask::Segment(piece.segment()));
                 }
-                self.wake_sweep();
             }
         }
     }

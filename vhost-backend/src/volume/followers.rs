@@ -59,7 +59,6 @@ impl Volume {
         self.peers.put(to, &WireRequest::ReadAtLeast(ask), copyset, id, self.now);
         self.counters.sent += 1;
         self.counters.followers_asked += 1;
-        self.wake_sweep();
         true
     }
 

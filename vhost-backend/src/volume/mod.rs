@@ -22,6 +22,7 @@
 //!   quick writes would never get over a bar that rises while it waits.)
 //! - Before the cluster agreed that this epoch writes, in every copyset, nothing is sent but fences.
 //! - Nobody in reach: requests wait, without limit unless `fail_after` is set, and go on by themselves.
+//! - Whatever waits has a clock (`Volume::wind_clock`): a new map is asked for, the operator is told, `fail_after` holds.
 //!
 //! It does not know descriptors, rings or guests.
 //!
@@ -178,6 +179,8 @@ pub struct Volume {
     next_company: Option<Instant>,
     pace: Pace,
     segments_held_since: Option<Instant>,
+    /// The operator was told that requests wait to be attached.
+    attaching_held: bool,
     deadline: Option<Instant>,
     jitter: Jitter,
     counters: Counters,
@@ -220,6 +223,7 @@ impl Volume {
             next_company: None,
             pace: Pace::default(),
             segments_held_since: None,
+            attaching_held: false,
             deadline: None,
             jitter: Jitter::default(),
             counters: Counters::default(),
@@ -252,6 +256,9 @@ impl Volume {
     fn attached(&mut self, attachment: Attachment) {
         if self.stage == Stage::Stopped {
             return;
+        }
+        if std::mem::take(&mut self.attaching_held) {
+            info!("attached, I/O goes on");
         }
         self.routing.learn(&attachment.map, &mut self.peers, self.now);
         self.attachment = Some(attachment);
@@ -409,6 +416,7 @@ impl Backing for Volume {
             // Only here, where nobody is going through them.
             self.peers.leave();
         }
+        self.wind_clock();
         self.deadline = self.next_deadline();
     }
 
@@ -421,7 +429,8 @@ impl Backing for Volume {
     }
 
     fn ready(&self) -> bool {
-        matches!(self.stage, Stage::Serving | Stage::Stopped)
+        // What fails after a while must be known to wait: it cannot stay in the rings until then.
+        matches!(self.stage, Stage::Serving | Stage::Stopped) || self.options.fail_after.is_some()
     }
 }
 

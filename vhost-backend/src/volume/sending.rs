@@ -57,7 +57,6 @@ impl Volume {
         if reads {
             self.read_sent();
         }
-        self.wake_sweep();
     }
 
     /// Makes the fence of a copyset; it goes before everything else there.
@@ -79,7 +78,6 @@ impl Volume {
         });
         self.routing[index].fencing = Fencing::Asked(key);
         self.counters.fences += 1;
-        self.wake_sweep();
     }
 
     /// Sends what can be sent of what is parked.

@@ -1,6 +1,7 @@
 //! The passing of time: silence, patience, and telling the operator when I/O is held.
 //!
-//! Operations carry no timers of their own. Now and then, while any are out, all of them are looked over at once.
+//! Operations carry no timers of their own. Now and then, while anything waits (sent or not, routed or not, admitted or
+//! not), all of it is looked over at once.
 
 use std::time::{Duration, Instant};
 
@@ -32,15 +33,14 @@ impl Volume {
         if self.next_sweep.is_some_and(|at| at <= self.now) {
             self.next_sweep = None;
             self.sweep();
-            if !self.operations.is_empty() || !self.waiting.is_empty() {
-                self.wake_sweep();
-            }
         }
     }
 
-    /// Something is out: look it over in a while.
-    pub(super) fn wake_sweep(&mut self) {
-        if self.next_sweep.is_none() {
+    /// At the end of every turn, and nowhere else: whatever waits, wherever and for whomever it does, is looked over in a
+    /// while. Nobody who makes something wait has to think of it.
+    pub(super) fn wind_clock(&mut self) {
+        let waits = !self.operations.is_empty() || !self.waiting.is_empty() || !self.requests.is_empty();
+        if waits && self.next_sweep.is_none() {
             let every =
                 (self.options.silence / 4).clamp(Duration::from_millis(5), Duration::from_millis(250));
             self.next_sweep = Some(self.now + every);
@@ -98,6 +98,13 @@ impl Volume {
             if self.routing[index].searching(now) >= SEARCH_FOR_MAP {
                 self.want_map();
             }
+        }
+        if self.stage == Stage::Attaching
+            && let Some((.., since)) = self.waiting.front()
+            && now.saturating_duration_since(*since) >= HELD_AFTER
+            && !std::mem::replace(&mut self.attaching_held, true)
+        {
+            warn!("I/O is held: the control plane has not attached the volume yet");
         }
         if let Some(since) = oldest_unallocated
             && now.saturating_duration_since(since) >= HELD_AFTER

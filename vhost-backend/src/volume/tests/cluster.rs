@@ -104,6 +104,7 @@ pub struct State {
     /// What followers were asked.
     pub asked: Vec<ReadAtLeast>,
     down: HashSet<ChunkserverId>,
+    addresses: HashMap<ChunkserverId, SocketAddr>,
     streams: Vec<(ChunkserverId, TcpStream)>,
     random: u32,
 }
@@ -155,16 +156,7 @@ impl Cluster {
             let group = Group { leader: Some(*leader), term: 1, ..Group::default() };
             state.lock().expect("sound").groups.insert(*copyset, group);
         }
-        let addresses = SERVERS
-            .iter()
-            .map(|server| {
-                let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-                let address = listener.local_addr().expect("bound");
-                let (state, server) = (Arc::clone(&state), *server);
-                thread::spawn(move || accept(&state, server, &listener));
-                address
-            })
-            .collect();
+        let addresses = SERVERS.iter().map(|server| listen(&state, *server)).collect();
         Self { state, addresses, copysets }
     }
 
@@ -212,6 +204,16 @@ impl Cluster {
         state.streams.retain(|(of, _)| *of != server);
     }
 
+    /// All of them at other addresses, at one moment. Nobody listens at the old ones.
+    pub fn move_all(&mut self) {
+        for server in SERVERS {
+            self.kill(server);
+            let address = listen(&self.state, server);
+            self.addresses[server.0 as usize - 1] = address;
+        }
+        SERVERS.iter().for_each(|server| self.revive(*server));
+    }
+
     /// So many were made in all.
     pub fn connections(&self) -> usize {
         self.state().streams.len()
@@ -222,10 +224,23 @@ impl Cluster {
     }
 }
 
-fn accept(state: &Arc<Mutex<State>>, server: ChunkserverId, listener: &TcpListener) {
+/// At a port of its own, until the process ends or it listens elsewhere.
+fn listen(state: &Arc<Mutex<State>>, server: ChunkserverId) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    state.lock().expect("sound").addresses.insert(server, address);
+    let state = Arc::clone(state);
+    thread::spawn(move || accept(&state, server, address, &listener));
+    address
+}
+
+fn accept(state: &Arc<Mutex<State>>, server: ChunkserverId, address: SocketAddr, listener: &TcpListener) {
     while let Ok((stream, _)) = listener.accept() {
         {
             let mut state = state.lock().expect("sound");
+            if state.addresses[&server] != address {
+                return;
+            }
             if state.down.contains(&server) {
                 continue;
             }

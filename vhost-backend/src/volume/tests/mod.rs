@@ -6,6 +6,7 @@ mod control;
 mod followers;
 mod rig;
 mod sharing;
+mod waiting;
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};

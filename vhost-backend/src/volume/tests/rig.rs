@@ -12,7 +12,7 @@ use crate::backing::{Backing, Outcome, Request, Ticket};
 use crate::connections::Connections;
 use crate::volume::attach::Attachment;
 use crate::volume::control::{Ask, ControlEnd, News, link};
-use crate::volume::{Volume, VolumeOptions};
+use crate::volume::{Stage, Volume, VolumeOptions};
 
 /// Nothing here takes long; what takes this long hangs.
 pub const HANGS: Duration = Duration::from_secs(30);
@@ -66,7 +66,7 @@ impl Rig {
     pub fn attached(cluster: &Cluster, options: VolumeOptions) -> Self {
         let mut rig = Self::new(options);
         rig.attach(cluster, EPOCH, false);
-        rig.until("ready", |rig| rig.volume.ready());
+        rig.until("serving", |rig| rig.volume.stage == Stage::Serving);
         rig
     }
 
@@ -86,10 +86,15 @@ impl Rig {
         let due = self.volume.deadline().map(|at| at.saturating_duration_since(Instant::now()));
         let most = Duration::from_millis(2);
         self.poll.poll(&mut self.events, Some(due.map_or(most, |due| due.min(most)))).expect("epoll");
+        self.volume.on_wake();
+        self.work();
+    }
+
+    fn work(&mut self) {
         for event in &self.events {
             self.connections.on_event(event);
         }
-        self.volume.on_wake();
+        self.events.clear();
         let now = Instant::now();
         self.connections.turn(now, |_| self.volume.settle(now));
         let mut completed = Vec::new();
@@ -101,6 +106,31 @@ impl Rig {
         while let Ok(ask) = self.control.asks.try_recv() {
             self.asked.push(ask);
         }
+    }
+
+    /// Turns as the loop of a process does: it sleeps until an event, or until the time that it set itself. What came of
+    /// the control plane is said with [`Rig::tell`].
+    pub fn until_by_its_own_clock(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        // What was submitted came with an event.
+        self.work();
+        while !done(self) {
+            assert!(start.elapsed() < HANGS, "still not {what}: {:?}", self.volume);
+            let now = Instant::now();
+            let unread = self.connections.has_unread().then_some(now);
+            let due = [self.volume.deadline(), self.connections.deadline(now), unread];
+            let due = due.into_iter().flatten().min();
+            let sleep = due.map_or(HANGS, |at| at.saturating_duration_since(now));
+            self.poll.poll(&mut self.events, Some(sleep)).expect("epoll");
+            self.work();
+        }
+    }
+
+    /// Says it, and wakes the loop.
+    pub fn tell(&mut self, news: News) {
+        self.control.news.send(news);
+        self.volume.on_wake();
+        self.work();
     }
 
     pub fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
