@@ -85,6 +85,11 @@ pub fn begin(
             kill(cluster, &places)?;
             random.below(1000)
         }
+        Fault::AllAddressesMoved => {
+            kill(cluster, &places)?;
+            detail = cluster.move_chunkservers();
+            random.below(1000)
+        }
         Fault::StopLeader | Fault::StopFollower | Fault::StopMds | Fault::StopBackend => {
             for &place in &places {
                 process(cluster, place).signal(Signal::STOP)?;
@@ -172,7 +177,8 @@ pub fn heal(active: &mut Active, cluster: &mut Cluster) -> Result<Option<String>
         | Fault::KillChunkservers
         | Fault::KillMds
         | Fault::KillBackend
-        | Fault::KillEverything => {}
+        | Fault::KillEverything
+        | Fault::AllAddressesMoved => {}
         Fault::StopLeader | Fault::StopFollower | Fault::StopMds | Fault::StopBackend => {
             for &place in &active.places {
                 if process(cluster, place).state() == State::Frozen {
@@ -267,7 +273,9 @@ fn targets(fault: Fault, cluster: &Cluster, active: &[Active], random: &mut Rand
     Some(match fault {
         Fault::KillLeader | Fault::StopLeader => places(most(&free).filter(|&one| led[one] > 0)?),
         Fault::KillFollower | Fault::StopFollower => places(least(&free)?),
-        Fault::KillChunkservers | Fault::PowerAll => (servers().collect(), Vec::new()),
+        Fault::KillChunkservers | Fault::PowerAll | Fault::AllAddressesMoved => {
+            (servers().collect(), Vec::new())
+        }
         Fault::KillEverything => (servers().chain([Place::Mds, Place::Backend]).collect(), Vec::new()),
         Fault::KillMds | Fault::StopMds | Fault::RestartMds => (vec![Place::Mds], Vec::new()),
         Fault::KillBackend | Fault::StopBackend | Fault::RestartBackend | Fault::ZombieBackend => {

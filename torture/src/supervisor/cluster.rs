@@ -23,6 +23,8 @@ use super::proxy::{self, Proxy};
 use super::takeover::Backends;
 
 const PORT: u16 = 7700;
+/// Where chunkservers listen that have moved, until they move back.
+const OTHER_PORT: u16 = 7701;
 const READY_WITHIN: Duration = Duration::from_secs(60);
 const VOLUME: &str = "disk";
 /// How often the control plane is asked.
@@ -74,12 +76,14 @@ pub struct Cluster {
     pub proxy: Option<Proxy>,
     watcher: Option<Watcher>,
     pub network: Network,
+    /// Of the chunkservers, now.
+    port: u16,
 }
 
 impl Cluster {
     pub fn start(options: &Options, folder: &Path, with_images: bool, with_proxy: bool) -> Result<Self> {
         let programs = options.programs()?;
-        let network = Network::new(options.chunkservers, PORT)?;
+        let network = Network::new(options.chunkservers, &[PORT, OTHER_PORT])?;
         let mds_address = SocketAddr::from((network.address(Place::Mds), PORT)).to_string();
         let process = |name: &str, program: &str, place, words: &str| {
             let arguments: Vec<OsString> = words.split_whitespace().map(OsString::from).collect();
@@ -128,6 +132,7 @@ impl Cluster {
             proxy: None,
             watcher: None,
             network,
+            port: PORT,
         };
         cluster.mds.start()?;
         cluster.mds.wait_ready(READY_WITHIN)?;
@@ -159,6 +164,19 @@ impl Cluster {
         let addresses: Vec<_> = places.iter().map(|&place| self.network.address(place)).collect();
         self.proxy = Some(Proxy::start(self.network.namespace(Place::Backend), &addresses, PORT, seed)?);
         self.network.redirect(Place::Backend, &places, proxy::PORT, proxy::MARK)
+    }
+
+    /// From their next start on all chunkservers are elsewhere. Says where.
+    pub fn move_chunkservers(&mut self) -> String {
+        self.port = if self.port == PORT { OTHER_PORT } else { PORT };
+        for (index, chunkserver) in self.chunkservers.iter_mut().enumerate() {
+            let address = self.network.address(Place::Chunkserver(index));
+            chunkserver.set("--listen", &format!("{address}:{}", self.port));
+        }
+        if let Some(proxy) = &self.proxy {
+            proxy.move_to(self.port);
+        }
+        format!("to port {}", self.port)
     }
 
     pub fn view(&self) -> View {

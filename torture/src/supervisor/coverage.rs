@@ -65,7 +65,8 @@ impl Fault {
             | Fault::PowerAll
             | Fault::ZombieBackend
             | Fault::DelayRequests
-            | Fault::DuplicateRequests => (false, false),
+            | Fault::DuplicateRequests
+            | Fault::AllAddressesMoved => (false, false),
         };
         Wants { leader, follower }
     }
@@ -81,6 +82,7 @@ impl Fault {
                 | Fault::RestartBackend
                 | Fault::PowerAll
                 | Fault::ZombieBackend
+                | Fault::AllAddressesMoved
         )
     }
 }

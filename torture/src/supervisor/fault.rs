@@ -33,10 +33,11 @@ pub enum Fault {
     ZombieBackend,
     DelayRequests,
     DuplicateRequests,
+    AllAddressesMoved,
 }
 
 /// Name, group, what it does. The order is the order of reports.
-const ALL: [(Fault, &str, &str, &str); 27] = [
+const ALL: [(Fault, &str, &str, &str); 28] = [
     (Fault::KillLeader, "kill-leader", "kills", "kill -9 of the chunkserver that leads most copysets"),
     (Fault::KillFollower, "kill-follower", "kills", "kill -9 of the one that leads fewest"),
     (Fault::KillChunkservers, "kill-chunkservers", "kills", "kill -9 of all chunkservers at one moment"),
@@ -108,6 +109,12 @@ const ALL: [(Fault, &str, &str, &str); 27] = [
         "duplicate-requests",
         "stale",
         "changes of the backend arrive again, after newer ones of the same sectors were acknowledged",
+    ),
+    (
+        Fault::AllAddressesMoved,
+        "all-addresses-moved",
+        "moves",
+        "kill -9 of all chunkservers at one moment; each comes back at another address",
     ),
 ];
 

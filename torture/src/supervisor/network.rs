@@ -39,7 +39,7 @@ pub struct Network {
     cuts: BTreeSet<Cut>,
     muted: BTreeSet<usize>,
     /// Where chunkservers listen.
-    port: u16,
+    ports: Vec<u16>,
 }
 
 /// Names of ours: `evt`, the process id, a number.
@@ -47,7 +47,7 @@ const PREFIX: &str = "evt";
 
 impl Network {
     /// Needs root.
-    pub fn new(chunkservers: usize, port: u16) -> Result<Self> {
+    pub fn new(chunkservers: usize, ports: &[u16]) -> Result<Self> {
         clear_leftovers();
         let pid = std::process::id();
         let hub = format!("{PREFIX}{pid}-hub");
@@ -59,7 +59,7 @@ impl Network {
             nodes: Vec::new(),
             cuts: BTreeSet::new(),
             muted: BTreeSet::new(),
-            port,
+            ports: ports.to_vec(),
         };
         for words in ["link set lo up", "link add br0 type bridge", "link set br0 up"] {
             inside(&hub, words)?;
@@ -105,10 +105,16 @@ impl Network {
             rules.push_str(&format!(
                 "add rule ip evolute_proxy out ip daddr {} tcp dport {} redirect to :{port}\n",
                 self.address(to),
-                self.port
+                self.ports()
             ));
         }
         nft(self.node(place), &["-f", "-"], &rules).map(drop)
+    }
+
+    /// As a packet filter's rule has it.
+    fn ports(&self) -> String {
+        let ports: Vec<_> = self.ports.iter().map(u16::to_string).collect();
+        format!("{{ {} }}", ports.join(", "))
     }
 
     pub fn cut(&mut self, cuts: impl IntoIterator<Item = Cut>) -> Result<()> {
@@ -157,7 +163,11 @@ impl Network {
         }
         if matches!(node.place, Place::Chunkserver(_)) {
             for &muted in &self.muted {
-                drop(format!("ip saddr {} tcp dport {}", self.address(Place::Chunkserver(muted)), self.port));
+                drop(format!(
+                    "ip saddr {} tcp dport {}",
+                    self.address(Place::Chunkserver(muted)),
+                    self.ports()
+                ));
             }
         }
         rules

@@ -67,6 +67,13 @@ impl Process {
         self.arguments.retain(|one| one != argument);
     }
 
+    /// From the next start on this flag has another value.
+    pub fn set(&mut self, flag: &str, value: &str) {
+        if let Some(at) = self.arguments.iter().position(|one| one == flag) {
+            self.arguments[at + 1] = value.into();
+        }
+    }
+
     pub fn state(&self) -> State {
         self.state
     }

@@ -14,7 +14,7 @@ use std::fs::File;
 use std::io::{self, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU16, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -48,7 +48,9 @@ const REPLAYED_AFTER_MS: (u64, u64) = (10, 3000);
 const NAP: Duration = Duration::from_millis(10);
 
 struct Shared {
-    servers: Vec<SocketAddrV4>,
+    servers: Vec<Ipv4Addr>,
+    /// Where all of them listen.
+    port: AtomicU16,
     /// What a backend says first to each, once it has.
     hellos: Mutex<Vec<Option<[u8; HELLO_BYTES]>>>,
     connections: AtomicU64,
@@ -60,6 +62,12 @@ struct Shared {
     refused: AtomicU64,
 }
 
+impl Shared {
+    fn address(&self, server: usize) -> SocketAddrV4 {
+        SocketAddrV4::new(self.servers[server], self.port.load(Ordering::SeqCst))
+    }
+}
+
 pub struct Proxy {
     shared: Arc<Shared>,
 }
@@ -68,7 +76,8 @@ impl Proxy {
     /// Listens in that network. Nothing comes here until it is redirected.
     pub fn start(network: Arc<File>, servers: &[Ipv4Addr], port: u16, seed: u64) -> Result<Self> {
         let shared = Arc::new(Shared {
-            servers: servers.iter().map(|&ip| SocketAddrV4::new(ip, port)).collect(),
+            servers: servers.to_vec(),
+            port: AtomicU16::new(port),
             hellos: Mutex::new(vec![None; servers.len()]),
             connections: AtomicU64::new(0),
             holding: AtomicBool::new(false),
@@ -87,6 +96,11 @@ impl Proxy {
         })?;
         listening.recv().context("the proxy's thread")?.context("the proxy cannot listen")?;
         Ok(proxy)
+    }
+
+    /// The chunkservers listen at another port from now on.
+    pub fn move_to(&self, port: u16) {
+        self.shared.port.store(port, Ordering::SeqCst);
     }
 
     pub fn hold(&self, on: bool) -> u64 {
@@ -167,7 +181,7 @@ fn connect(to: SocketAddrV4) -> io::Result<TcpStream> {
 
 fn relay(shared: &Arc<Shared>, server: usize, client: &TcpStream) -> io::Result<()> {
     client.set_nodelay(true)?;
-    let upstream = connect(shared.servers[server])?;
+    let upstream = connect(shared.address(server))?;
     upstream.set_write_timeout(None)?;
     let connection = shared.connections.fetch_add(1, Ordering::Relaxed);
     let (from, to, shared_down) = (upstream.try_clone()?, client.try_clone()?, shared.clone());
@@ -271,7 +285,7 @@ fn replay_for_ever(shared: &Shared) {
         for server in (0..count).map(|i| (kept.server + i) % count) {
             let hello = lock(&shared.hellos)[server];
             let Some(hello) = hello else { continue };
-            match say_again(shared.servers[server], &hello, &kept) {
+            match say_again(shared.address(server), &hello, &kept) {
                 Ok((DONE, _)) => {
                     shared.repeated.fetch_add(1, Ordering::SeqCst);
                     break;

@@ -164,7 +164,7 @@ impl Run<'_> {
                 + of(Fault::KillFollower)
                 + of(Fault::KillMds)
                 + of(Fault::KillBackend)
-                + of(Fault::KillChunkservers) * servers
+                + (of(Fault::KillChunkservers) + of(Fault::AllAddressesMoved)) * servers
                 + of(Fault::KillEverything) * (servers + 2)
                 + self.checks_without_one
                 + if self.replicas_in_files > 0 { servers } else { 0 },

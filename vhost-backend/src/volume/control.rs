@@ -472,7 +472,7 @@ impl Controller {
 
     /// A newer map. Segments are never given back, so one we know and the map does not is kept.
     async fn take_map(&self, mut map: Map) {
-        let changed = {
+        let (changed, grown) = {
             let mut known = self.known.borrow_mut();
             let Some(known) = known.as_mut() else { return };
             for (segment, copysets) in &known.map.segments {
@@ -482,14 +482,21 @@ impl Controller {
                 }
             }
             map.segments.sort_by_key(|(segment, _)| *segment);
-            let changed = known.map != map;
+            let (changed, grown) = (known.map != map, known.map.segments != map.segments);
             known.map = map.clone();
-            changed.then(|| known.clone())
+            (changed.then(|| known.clone()), grown)
         };
+        // Nothing is lost with an address that is forgotten: it is looked up again. So a state directory that cannot be
+        // written keeps no disk from finding its chunkservers.
+        if !grown {
+            self.news.send(News::Map(Box::new(map.clone())));
+        }
         if let Some(known) = changed {
             self.save(&known).await;
         }
-        self.news.send(News::Map(Box::new(map)));
+        if grown {
+            self.news.send(News::Map(Box::new(map)));
+        }
     }
 
     async fn allocate(&self, segment: SegmentIndex) {

@@ -337,6 +337,32 @@ fn a_restart_needs_no_control_plane_and_forgets_no_segment() {
     assert_eq!(anew.read(5 * GIB, 4096).expect("read"), data(5, 4096));
 }
 
+/// The disk that holds the state directory is full or gone while all chunkservers move: their new addresses are used all
+/// the same, and remembered once that is possible again.
+#[test]
+fn new_addresses_are_used_although_they_cannot_be_remembered() {
+    let mut cluster = Cluster::start(1);
+    let directory = tempfile::tempdir().expect("a directory");
+    let state_dir = directory.path().join("state");
+    let plane = Plane::start(&cluster);
+    let client = client(&[plane.address], Some(&state_dir)).expect("attached");
+    client.write(0, data(1, 4096)).expect("taken");
+    client.flush().expect("durable");
+    fs::remove_dir_all(&state_dir).expect("removed");
+    let (mut service, address) = plane.stop();
+    cluster.move_all();
+    service.cluster = cluster.clone();
+    let _plane = Plane::serve(service, address);
+    assert_eq!(client.read(0, 4096).expect("read"), data(1, 4096));
+    fs::create_dir(&state_dir).expect("made");
+    let remembered = state_dir.join("disk.attachment");
+    let until = Instant::now() + Duration::from_secs(30);
+    while !remembered.exists() {
+        assert!(Instant::now() < until, "not remembered");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
 #[test]
 fn a_damaged_state_file_is_refused_by_name() {
     let cluster = Cluster::start(1);
