@@ -25,7 +25,7 @@ const UNSOUND: u8 = 3;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    evolute_daemon::start();
+    let _log = evolute_daemon::start();
     let done = match &args.task {
         Some(Task::Inspect { data_dir, json, export }) => look(data_dir, *json, export.as_deref()),
         None => run(args).map(|()| ExitCode::SUCCESS),
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     match done {
         Ok(status) => status,
         Err(error) => {
-            eprintln!("evolute-chunkserver: {error:#}");
+            evolute_daemon::last_words(&format!("evolute-chunkserver: {error:#}"));
             ExitCode::FAILURE
         }
     }
@@ -49,11 +49,11 @@ fn run(args: Args) -> Result<()> {
 fn look(data_dir: &Path, json: bool, export: Option<&Path>) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().build()?;
     let inspection = runtime.block_on(inspect(data_dir, export))?;
-    if json {
-        println!("{}", serde_json::to_string(&inspection)?);
-    } else {
-        print!("{}", inspection.words());
-    }
+    let words = match json {
+        true => format!("{}\n", serde_json::to_string(&inspection)?),
+        false => inspection.words(),
+    };
+    evolute_daemon::print(&words).context("cannot write to standard output")?;
     Ok(if inspection.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(UNSOUND) })
 }
 

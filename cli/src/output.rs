@@ -2,9 +2,12 @@
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::OnceLock;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use evolute_daemon::Outlet;
 use serde::Serialize;
 use serde_json::json;
 
@@ -49,21 +52,61 @@ impl Output {
                 "next": failure.next(),
                 "exit": failure.exit_status(),
             }});
-            eprintln!("{error}");
+            say_error(&error.to_string());
         } else {
-            eprintln!("evolute: {failure}");
+            say_error(&format!("evolute: {failure}"));
             if let Some(next) = failure.next() {
-                eprintln!("  {next}");
+                say_error(&format!("  {next}"));
             }
         }
         ExitCode::from(failure.exit_status())
     }
 }
 
+/// While it lives, what is said waits for nobody who reads it: for a command that looks after processes meanwhile.
+#[derive(Debug)]
+pub struct Unwaiting(());
+
+/// Standard output and standard error of such a command.
+static UNWAITING: OnceLock<[Outlet; 2]> = OnceLock::new();
+/// What was said last gets this long to be written.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
+
+/// From now on [`say`] and [`say_error`] wait for nobody.
+pub fn wait_for_no_reader() -> io::Result<Unwaiting> {
+    let outlet = |fd: BorrowedFd<'_>| Outlet::new(fd.try_clone_to_owned()?, "output");
+    let outlets = [outlet(io::stdout().as_fd())?, outlet(io::stderr().as_fd())?];
+    let _ = UNWAITING.set(outlets);
+    Ok(Unwaiting(()))
+}
+
+impl Drop for Unwaiting {
+    fn drop(&mut self) {
+        for outlet in UNWAITING.get().into_iter().flatten() {
+            outlet.flush(LAST_WORDS_MAX);
+        }
+    }
+}
+
 /// A line to standard output. A reader that has gone away (`| head`) is no reason to panic.
 pub fn say(text: &str) {
-    let mut out = io::stdout().lock();
-    let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+    match UNWAITING.get() {
+        Some([out, _]) => out.say(format!("{text}\n").as_bytes()),
+        None => {
+            let mut out = io::stdout().lock();
+            let _ = writeln!(out, "{text}").and_then(|()| out.flush());
+        }
+    }
+}
+
+/// The same to standard error.
+pub fn say_error(text: &str) {
+    match UNWAITING.get() {
+        Some([_, error]) => error.say(format!("{text}\n").as_bytes()),
+        None => {
+            let _ = writeln!(io::stderr(), "{text}");
+        }
+    }
 }
 
 /// Columns as wide as their widest cell. A column whose heading starts with `>` is aligned to the right.

@@ -18,11 +18,11 @@ struct Ready {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    evolute_daemon::start();
+    let _log = evolute_daemon::start();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("evolute-mds: {error:#}");
+            evolute_daemon::last_words(&format!("evolute-mds: {error:#}"));
             ExitCode::FAILURE
         }
     }

@@ -2,16 +2,23 @@
 //! their threads go first, and how they print a date.
 //!
 //! A program's `main` does, in this order: parse its arguments (clap), [`start`], [`read_config`] when a file was
-//! named, open what it owns, serve, [`write_ready_file`], wait for [`Stop::requested`], close, return 0.
+//! named, open what it owns, serve, [`write_ready_file`], wait for [`Stop::requested`], close, return 0, or say why not
+//! by [`last_words`].
 //!
 //! It does not know what any of the programs is for.
 
 mod calendar;
+pub mod outlet;
 mod turns;
 
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::panic::PanicHookInfo;
 use std::path::Path;
+use std::sync::OnceLock;
+use std::time::Duration;
 
 use anyhow::Context;
 use serde::Serialize;
@@ -20,28 +27,112 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 pub use calendar::utc;
+pub use outlet::Outlet;
 pub use turns::{background, short_turns};
 
-/// Sets up what every program has: traces to stderr (`EVOLUTE_LOG` filters them, default `info`), as many open files
-/// as the system allows, an allocator that keeps what was freed, and the end of the process when any thread of it panics.
+/// The log of this process, and why it ends: stderr.
+static LOG: OnceLock<Outlet> = OnceLock::new();
+/// What was said last gets this long to be written. Whoever reads may stand still; an end does not wait for that.
+const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
+
+/// Sets up what every program has: traces to stderr (`EVOLUTE_LOG` filters them, default `info`) for which nobody waits
+/// ([`outlet`]), as many open files as the system allows, an allocator that keeps what was freed, and the end of the
+/// process when any thread of it panics.
 ///
 /// A panic is a broken invariant of ours: to go on with half a process would be worse than a restart.
-pub fn start() {
+#[must_use = "dropped at the end of main, it gives the last lines a moment to be written"]
+pub fn start() -> Log {
     let filter =
         EnvFilter::try_from_env("EVOLUTE_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
     // A second subscriber (in tests that hold several programs) is not an error.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| LogLine)
         .with_ansi(false)
+        .log_internal_errors(false)
         .try_init();
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        print(info);
+    std::panic::set_hook(Box::new(|panic| {
+        last_words(&panic_words(panic));
+        drop(Log(()));
         std::process::abort();
     }));
     raise_open_files();
+    ignore_file_size_signal();
     keep_memory();
+    Log(())
+}
+
+/// While it lives, this process has a log.
+#[derive(Debug)]
+pub struct Log(());
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if let Some(log) = LOG.get() {
+            log.flush(LAST_WORDS_MAX);
+        }
+    }
+}
+
+fn log() -> &'static Outlet {
+    LOG.get_or_init(|| {
+        let made = rustix::io::fcntl_dupfd_cloexec(io::stderr().as_fd(), 3)
+            .map_err(io::Error::from)
+            .and_then(|stderr| Outlet::new(stderr, "log"));
+        made.unwrap_or_else(|error| {
+            // Without a thread or a descriptor nothing else could start either.
+            let _ = writeln!(io::stderr(), "cannot start: no thread or descriptor for the log: {error}");
+            std::process::exit(1)
+        })
+    })
+}
+
+/// One line of the log; the subscriber writes each as a whole.
+struct LogLine;
+
+impl Write for LogLine {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        log().say(line);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Why this process ends, to stderr and behind everything logged before. Waits for nobody, fails for no reason: [`Log`]
+/// gives it a moment.
+pub fn last_words(text: &str) {
+    log().say_last(format!("{text}\n").as_bytes());
+}
+
+fn panic_words(panic: &PanicHookInfo<'_>) -> String {
+    let thread = std::thread::current();
+    let place = panic.location().map(ToString::to_string).unwrap_or_default();
+    let why = panic.payload_as_str().unwrap_or("no words");
+    let mut words =
+        format!("thread '{}' panicked at {place}:\n{why}", thread.name().unwrap_or("without a name"));
+    let backtrace = Backtrace::capture();
+    if backtrace.status() == BacktraceStatus::Captured {
+        words.push_str(&format!("\n{backtrace}"));
+    }
+    words
+}
+
+/// To standard output. A reader that has had enough (`| head`) is no failure.
+pub fn print(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => written,
+    }
+}
+
+/// A file that may not grow (`ulimit -f`) is an error of the write, and not the end of the process.
+fn ignore_file_size_signal() {
+    // SAFETY: it changes what one signal does, and no code of ours runs for it.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
 /// Freed memory that each heap of ours keeps, at most.
@@ -90,28 +181,51 @@ pub fn write_ready_file<T: Serialize>(path: &Path, content: &T) -> anyhow::Resul
     write().with_context(|| format!("cannot write the ready file {}", path.display()))
 }
 
-/// The wish to stop: SIGTERM or SIGINT.
+/// The wish to stop: SIGTERM, SIGINT, or SIGHUP. There is nothing that could be read again while a program runs, so a
+/// terminal that goes away ends it in good order; under `nohup` it goes on.
 pub struct Stop {
     terminate: Signal,
     interrupt: Signal,
+    hang_up: Option<Signal>,
 }
 
 impl Stop {
     /// From here on the signals are caught. Needs a tokio runtime.
     pub fn new() -> anyhow::Result<Self> {
+        let hang_up = match is_ignored(libc::SIGHUP) {
+            true => None,
+            false => Some(signal(SignalKind::hangup()).context("cannot catch SIGHUP")?),
+        };
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("cannot catch SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("cannot catch SIGINT")?,
+            hang_up,
         })
     }
 
-    /// Waits for either signal. Cancel-safe.
+    /// Waits for any of them. Cancel-safe.
     pub async fn requested(&mut self) {
+        let hang_up = async {
+            match &mut self.hang_up {
+                Some(signal) => signal.recv().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = hang_up => {}
         }
     }
+}
+
+/// Whoever started us wants this signal to do nothing.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all of it are integers and a set of bits, for which zero is a value.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: nothing is changed; the kernel writes to `now`, which lives and is ours.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
 /// Ends this process when the one that started it ends, however that one dies. For programs started by `evolute dev`

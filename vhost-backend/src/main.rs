@@ -28,14 +28,14 @@ const EXIT_TAKEN_OVER: u8 = 3;
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
-        println!("{CAPABILITIES}");
-        return ExitCode::SUCCESS;
+        let printed = evolute_daemon::print(&format!("{CAPABILITIES}\n"));
+        return if printed.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
     }
-    evolute_daemon::start();
+    let _log = evolute_daemon::start();
     match run(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("evolute-vhost: {error:#}");
+            evolute_daemon::last_words(&format!("evolute-vhost: {error:#}"));
             match error.downcast_ref() {
                 Some(AttachError::TakenOver(_)) => ExitCode::from(EXIT_TAKEN_OVER),
                 _ => ExitCode::FAILURE,

@@ -21,9 +21,10 @@ use crate::dev::cluster::{Cluster, Running, Wanted};
 use crate::dev::layout::{Kept, Layout};
 use crate::dev::process::Event;
 use crate::failure::Failure;
-use crate::output::{Output, say};
+use crate::output::{Output, say, say_error, wait_for_no_reader};
 
 pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
+    let _last_words = wait_for_no_reader().map_err(Failure::io("starting"))?;
     let mut stop =
         Stop::new().map_err(|error| Failure::Dev { what: format!("{error:#}"), next: String::new() })?;
     let layout = Layout::open(&args.dir)?;
@@ -198,7 +199,7 @@ fn heard(event: &Event, running: &mut Running, output: Output) -> bool {
 /// What happens, one line each: to people on standard output; with --json that belongs to the one object.
 fn note(output: Output, what: &str) {
     if output.json {
-        eprintln!("{what}");
+        say_error(what);
     } else {
         say(what);
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use super::copy::Copied;
-use crate::output::Output;
+use crate::output::{Output, say_error};
 use crate::size::human;
 
 const ON_TERMINAL: Duration = Duration::from_millis(200);
@@ -75,7 +75,7 @@ impl Progress {
     /// The next words begin on a line of their own.
     pub fn end_line(&mut self) {
         if std::mem::take(&mut self.line_open) {
-            eprintln!();
+            say_error("");
         }
     }
 }
