@@ -15,6 +15,7 @@ use serde::Deserialize;
     after_help = "Examples:
   evolute-chunkserver --data-dir /srv/evolute/disk1 --mds 10.0.0.1:7700 --listen 10.0.0.5:7710 --zone rack1 --server host5
   evolute-chunkserver --config /etc/evolute/chunkserver.toml --listen 127.0.0.1:0 --ready-file /run/cs.ready
+  evolute-chunkserver init --data-dir /srv/evolute/disk1
   evolute-chunkserver inspect --data-dir /srv/evolute/disk1
 
 One process serves one disk. SIGTERM stops it cleanly; a kill -9 loses nothing that was acknowledged.
@@ -29,9 +30,13 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     #[serde(skip)]
     pub config: Option<PathBuf>,
-    /// Directory of this disk: log, chunks, small state. Made if absent, refused if it is not ours
+    /// Directory of this disk: log, chunks, small state. Made if absent, refused if it is empty (see
+    /// `evolute-chunkserver init`) or not ours
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
+    /// Never make the data directory, also when it is absent: its disk may not be mounted
+    #[arg(long)]
+    pub existing: bool,
     /// Control plane addresses, separated by commas
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',')]
     pub mds: Vec<String>,
@@ -82,6 +87,12 @@ pub struct Args {
 /// What else this program does than to serve.
 #[derive(Debug, Clone, Subcommand)]
 pub enum Task {
+    /// Makes an empty or absent directory one that a new chunkserver may take at its start: one that is empty because
+    /// its disk is not mounted must not become one by itself
+    Init {
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+    },
     /// Reads everything in the data directory of a chunkserver that does not run, without changing a byte of it
     #[command(
         after_help = "For each replica: how far its log and its chunk files go, its members, its chunks, and every block that cannot
@@ -113,6 +124,8 @@ Examples:
 #[derive(Debug, Clone)]
 pub struct Config {
     pub data_dir: PathBuf,
+    /// An absent directory is an error, not a new chunkserver.
+    pub existing: bool,
     pub mds: Vec<String>,
     pub listen: SocketAddr,
     pub advertise: Option<String>,
@@ -147,6 +160,7 @@ impl Args {
             task: self.task,
             config: self.config,
             data_dir: self.data_dir.or(file.data_dir),
+            existing: self.existing || file.existing,
             mds: if self.mds.is_empty() { file.mds } else { self.mds },
             listen: self.listen.or(file.listen),
             advertise: self.advertise.or(file.advertise),
@@ -170,6 +184,7 @@ impl Args {
         }
         Ok(Config {
             data_dir: self.data_dir.ok_or(ConfigError::Missing("data-dir"))?,
+            existing: self.existing,
             mds: self.mds,
             listen: self.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 7710))),
             advertise: self.advertise,
@@ -247,8 +262,10 @@ mod tests {
     #[test]
     fn a_flag_wins_over_the_file() {
         let flags = Args { zone: Some("a".into()), ..args() };
-        let file = Args { zone: Some("b".into()), server: Some("s".into()), ..Args::default() };
+        let file =
+            Args { zone: Some("b".into()), server: Some("s".into()), existing: true, ..Args::default() };
         let config = flags.or(file).check().expect("complete");
+        assert!(config.existing && !args().check().expect("complete").existing);
         assert_eq!((config.zone.as_str(), config.server.as_str()), ("a", "s"));
     }
 

@@ -1,9 +1,10 @@
 //! What we tell the control plane, and what it asks of us.
 //!
 //! One bidirectional stream: reports out (at once after connecting, when a leader changes, and every interval), orders
-//! in. Without a control plane this chunkserver serves on; it keeps calling.
+//! in. Without a control plane, or with a wrong one, this chunkserver serves on; it keeps calling.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
@@ -28,8 +29,15 @@ use crate::shard::{ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
 /// A control plane that does not answer within this is asked elsewhere.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// As [`CALL_TIMEOUT`], of a registration, which may have to wait for a predecessor's end and for a commit.
+const REGISTER_TIMEOUT: Duration = Duration::from_secs(15);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_LAST: Duration = Duration::from_secs(3);
+/// Short: a control plane that was started again gives no numbers before most of its chunkservers are back.
+const RETRY_LAST: Duration = Duration::from_secs(1);
+/// The same complaint about the same control plane is logged again after this.
+const SAY_AGAIN: Duration = Duration::from_secs(600);
+/// Between reports to a control plane that does not say how often it wants them.
+const INTERVAL_UNTOLD: Duration = Duration::from_secs(10);
 /// Changes that come together are one report.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -54,8 +62,54 @@ pub struct Refused {
     message: String,
 }
 
-/// Registers, and keeps trying until the control plane answers. Asks for an identity if there is none yet.
-pub async fn register(who: &Introduction, identity: Option<&Identity>) -> Result<RegisterResponse, Refused> {
+/// What a refusal means for a process that has an identity. Peers and clients may need it, whatever a control plane
+/// says that is another cluster's, empty, or put back from an old copy: only its own can end it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    /// Ask again, and elsewhere.
+    GoOn,
+    /// The control plane knows this chunkserver, and this process must not be it.
+    End,
+}
+
+impl Verdict {
+    /// `taken`: a control plane has taken this process before.
+    fn of(word: Option<ErrorWord>, taken: bool) -> Self {
+        match word {
+            // Both were once one: two that vote as one replica could undo a commit.
+            Some(ErrorWord::DuplicateChunkserver) => Self::End,
+            // Started with a directory or with settings of another place. Nobody counts on this process yet.
+            Some(ErrorWord::Invalid) if !taken => Self::End,
+            _ => Self::GoOn,
+        }
+    }
+}
+
+/// Asks every control plane in turn until one gives an identity, to a chunkserver that has none.
+pub async fn first_registration(who: &Introduction) -> Result<RegisterResponse, Refused> {
+    let (mut pause, mut complaints) = (RETRY_FIRST, Complaints::default());
+    loop {
+        for mds in &who.mds {
+            let status = match register(mds, who, None).await {
+                Ok(response) => return Ok(response),
+                Err(status) => status,
+            };
+            // It serves nobody: whoever started it had better know at once.
+            if let Some(word) = for_ever(&status) {
+                return Err(Refused { word, message: status.message().to_owned() });
+            }
+            complaints.say(mds, &status);
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(RETRY_LAST);
+    }
+}
+
+async fn register(
+    mds: &str,
+    who: &Introduction,
+    identity: Option<&Identity>,
+) -> Result<RegisterResponse, Status> {
     let request = RegisterRequest {
         chunkserver: identity.map_or(0, |id| id.chunkserver.0),
         token: identity.map_or_else(Vec::new, |id| id.token.to_vec()),
@@ -67,25 +121,10 @@ pub async fn register(who: &Introduction, identity: Option<&Identity>) -> Result
         instance: who.instance.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
     };
-    let mut pause = RETRY_FIRST;
-    let mut said = false;
-    loop {
-        for mds in &who.mds {
-            let mut client = ChunkserversClient::new(channel(mds));
-            let status = match client.register(request.clone()).await {
-                Ok(response) => return Ok(response.into_inner()),
-                Err(status) => status,
-            };
-            if let Some(word) = for_ever(&status) {
-                return Err(Refused { word, message: status.message().to_owned() });
-            }
-            if !said && ErrorWord::of(&status) != Some(ErrorWord::NotLeader) {
-                tracing::warn!(mds, error = %reason(&status), "cannot register yet; trying on");
-                said = true;
-            }
-        }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RETRY_LAST);
+    let mut client = ChunkserversClient::new(channel(mds));
+    match tokio::time::timeout(REGISTER_TIMEOUT, client.register(request)).await {
+        Ok(answer) => Ok(answer?.into_inner()),
+        Err(_) => Err(Status::unavailable("no answer")),
     }
 }
 
@@ -93,6 +132,33 @@ pub async fn register(who: &Introduction, identity: Option<&Identity>) -> Result
 fn for_ever(status: &Status) -> Option<ErrorWord> {
     use ErrorWord::{Busy, NotLeader};
     ErrorWord::of(status).filter(|word| !matches!(word, Busy | NotLeader))
+}
+
+/// What was said about each control plane that does not take us, so that a line is logged for a change and not for
+/// every attempt.
+#[derive(Default)]
+struct Complaints {
+    said: BTreeMap<String, (String, Instant)>,
+}
+
+impl Complaints {
+    fn say(&mut self, mds: &str, status: &Status) {
+        if ErrorWord::of(status) == Some(ErrorWord::NotLeader) {
+            return;
+        }
+        let reason = reason(status);
+        match self.said.get(mds) {
+            Some((said, at)) if *said == reason && at.elapsed() < SAY_AGAIN => return,
+            _ => {}
+        }
+        let word = ErrorWord::of(status).map_or("", ErrorWord::as_str);
+        tracing::warn!(mds, word, %reason, "the control plane does not take this chunkserver; serving and asking on");
+        self.said.insert(mds.to_owned(), (reason, Instant::now()));
+    }
+
+    fn over(&mut self, mds: &str) {
+        self.said.remove(mds);
+    }
 }
 
 fn reason(status: &Status) -> String {
@@ -110,32 +176,38 @@ fn channel(mds: &str) -> Channel {
         .connect_lazy()
 }
 
-/// Reports and obeys until refused for ever. Cancel-safe: nothing is lost that the next stream would not repeat.
+/// Reports and obeys, for as long as this process may be this chunkserver. Cancel-safe: nothing is lost that the next
+/// stream would not repeat.
 pub async fn run(
     who: &Introduction,
     identity: &Identity,
     shard: &ShardHandle,
     addresses: &Addresses,
 ) -> Refused {
-    let mut pause = RETRY_FIRST;
+    let (mut pause, mut complaints, mut taken) = (RETRY_FIRST, Complaints::default(), false);
     loop {
-        let mut interval = Duration::from_secs(who.heartbeat_interval_s.unwrap_or(10));
-        match register(who, Some(identity)).await {
-            Ok(answer) => {
-                if who.heartbeat_interval_s.is_none() && answer.report_interval_ms > 0 {
-                    interval = Duration::from_millis(answer.report_interval_ms);
-                }
-            }
-            Err(refused) => return refused,
-        }
         for mds in &who.mds {
-            match stream(mds, identity, who, shard, addresses, interval).await {
+            let over = match register(mds, who, Some(identity)).await {
+                Ok(answer) => {
+                    taken = true;
+                    complaints.over(mds);
+                    let interval = match (who.heartbeat_interval_s, answer.report_interval_ms) {
+                        (Some(seconds), _) => Duration::from_secs(seconds),
+                        (None, 0) => INTERVAL_UNTOLD,
+                        (None, told) => Duration::from_millis(told),
+                    };
+                    stream(mds, identity, who, shard, addresses, interval).await
+                }
+                refused => refused.map(drop),
+            };
+            match over {
                 Ok(()) => pause = RETRY_FIRST,
                 Err(status) => {
-                    if let Some(word) = for_ever(&status) {
+                    let word = ErrorWord::of(&status);
+                    if let (Verdict::End, Some(word)) = (Verdict::of(word, taken), word) {
                         return Refused { word, message: status.message().to_owned() };
                     }
-                    tracing::debug!(mds, error = %reason(&status), "no heartbeat");
+                    complaints.say(mds, &status);
                 }
             }
         }
@@ -314,5 +386,26 @@ fn role(role: evolute_raft::Role) -> Role {
         evolute_raft::Role::Candidate => Role::Candidate,
         evolute_raft::Role::Learner => Role::Learner,
         evolute_raft::Role::Stopped => Role::Unknown,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ErrorWord, Verdict};
+
+    #[test]
+    fn only_its_own_control_plane_ends_a_chunkserver_that_has_an_identity() {
+        use ErrorWord::{DuplicateChunkserver, Invalid, NotFound, NotLeader, WrongCluster, WrongToken};
+        for (word, when_new, later) in [
+            (None, Verdict::GoOn, Verdict::GoOn),
+            (Some(NotLeader), Verdict::GoOn, Verdict::GoOn),
+            (Some(WrongCluster), Verdict::GoOn, Verdict::GoOn),
+            (Some(WrongToken), Verdict::GoOn, Verdict::GoOn),
+            (Some(NotFound), Verdict::GoOn, Verdict::GoOn),
+            (Some(Invalid), Verdict::End, Verdict::GoOn),
+            (Some(DuplicateChunkserver), Verdict::End, Verdict::End),
+        ] {
+            assert_eq!((Verdict::of(word, false), Verdict::of(word, true)), (when_new, later), "{word:?}");
+        }
     }
 }

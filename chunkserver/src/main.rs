@@ -10,7 +10,7 @@ use clap::Parser;
 use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
 use evolute_chunkserver::config::{Args, Config, Task};
-use evolute_chunkserver::data_dir::DataDir;
+use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::heartbeat::{self, Introduction};
 use evolute_chunkserver::inspect::inspect;
 use evolute_chunkserver::scrub::ScrubOptions;
@@ -27,6 +27,7 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let _log = evolute_daemon::start();
     let done = match &args.task {
+        Some(Task::Init { data_dir }) => init(data_dir),
         Some(Task::Inspect { data_dir, json, export }) => look(data_dir, *json, export.as_deref()),
         None => run(args).map(|()| ExitCode::SUCCESS),
     };
@@ -37,6 +38,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn init(data_dir: &Path) -> Result<ExitCode> {
+    DataDir::init(data_dir)?;
+    let done = format!("{} may be taken by a chunkserver\n", data_dir.display());
+    evolute_daemon::print(&done).context("cannot write to standard output")?;
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run(args: Args) -> Result<()> {
@@ -59,7 +67,8 @@ fn look(data_dir: &Path, json: bool, export: Option<&Path>) -> Result<ExitCode> 
 
 async fn serve(config: Config) -> Result<()> {
     let mut stop = Stop::new()?;
-    let data_dir = DataDir::take(&config.data_dir)?;
+    let absent = if config.existing { Absent::Refused } else { Absent::Made };
+    let data_dir = DataDir::take(&config.data_dir, absent)?;
     let listener = std::net::TcpListener::bind(config.listen)
         .with_context(|| format!("cannot listen on {} (is the port in use?)", config.listen))?;
     listener.set_nonblocking(true)?;
@@ -138,7 +147,7 @@ async fn identity(data_dir: &DataDir, who: &Introduction) -> Result<Identity> {
     if let Some(identity) = ChunkStore::identity(&data_dir.store())? {
         return Ok(identity);
     }
-    let given = heartbeat::register(who, None).await?;
+    let given = heartbeat::first_registration(who).await?;
     let cluster =
         given.cluster_id.try_into().ok().context("the control plane gave a cluster id that is none")?;
     Ok(Identity {

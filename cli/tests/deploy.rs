@@ -18,6 +18,7 @@ fn the_control_planes_configuration_is_complete() {
     let file: FileConfig = read_config(&deploy("mds.toml")).expect("valid");
     let config = Args::parse_from(["evolute-mds"]).over(file).expect("complete");
     assert_eq!(config.data_dir, Path::new("/var/lib/evolute/mds"));
+    assert!(config.existing, "a machine whose disk is not mounted founds no new cluster");
 }
 
 #[test]
@@ -26,6 +27,7 @@ fn a_chunkservers_configuration_is_complete() {
     let file: Args = read_config(&deploy("chunkserver.toml")).expect("valid");
     let config = Args::parse_from(["evolute-chunkserver"]).or(file).check().expect("complete");
     assert_eq!(config.data_dir, Path::new("/srv/evolute/disk1"));
+    assert!(config.existing, "a machine whose disk is not mounted makes no new chunkserver");
 }
 
 #[test]

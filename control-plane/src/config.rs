@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use serde::Deserialize;
 
 use crate::state::volume::WIDTH_MAX;
@@ -23,7 +23,10 @@ const REPAIR_AFTER_MAX: Duration = Duration::from_secs(30 * 24 * 3600);
 const EXAMPLES: &str = "\
 Examples:
   evolute-mds --data-dir /var/lib/evolute/mds
-      The directory is made at the first start; a new cluster begins with it.
+      The directory is made at the first start, if it is absent; a new cluster begins with it.
+  evolute-mds init --data-dir /srv/mds
+      The same for a directory that is there and empty, as a new file system is: one that is empty because its disk
+      is not mounted must not become a new cluster by itself.
   evolute-mds --data-dir /var/lib/evolute/mds --listen 10.0.0.5:7700
       For chunkservers on other machines. There is no encryption yet: a trusted network only.
   evolute-mds --config /etc/evolute/mds.toml
@@ -34,11 +37,16 @@ EVOLUTE_LOG filters the traces on stderr (default: info). SIGTERM or SIGINT stop
 
 /// The control plane (MDS) of an Evolute cluster: who has what.
 #[derive(Debug, Parser)]
-#[command(name = "evolute-mds", version, after_help = EXAMPLES)]
+#[command(name = "evolute-mds", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct Args {
-    /// Where the cluster's state is kept. Made when absent; must be empty or of an MDS
+    #[command(subcommand)]
+    pub task: Option<Task>,
+    /// Where the cluster's state is kept. Made when absent; an empty one is refused (see `evolute-mds init`)
     #[arg(long, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
+    /// Never make the data directory, also when it is absent: its disk may not be mounted
+    #[arg(long)]
+    pub existing: bool,
     /// Address and port to serve on; port 0 takes a free one [default: 127.0.0.1:7700]
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<String>,
@@ -70,11 +78,23 @@ pub struct Args {
     pub ready_file: Option<PathBuf>,
 }
 
+/// What else this program does than to serve.
+#[derive(Debug, Subcommand)]
+pub enum Task {
+    /// Make an empty or absent directory the one of a new cluster, which begins when it is served from
+    Init {
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+    },
+}
+
 /// What a configuration file may say.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FileConfig {
     data_dir: Option<PathBuf>,
+    #[serde(default)]
+    existing: bool,
     listen: Option<String>,
     report_interval_s: Option<f64>,
     volume_width: Option<usize>,
@@ -89,6 +109,8 @@ pub struct FileConfig {
 #[derive(Debug, Clone)]
 pub struct Config {
     pub data_dir: PathBuf,
+    /// An absent directory is an error, not a new cluster.
+    pub existing: bool,
     pub listen: SocketAddr,
     pub report_interval: Duration,
     pub limits: Limits,
@@ -170,7 +192,8 @@ impl Args {
             return wrong(format!("--repairs-max {} is not between 0 and 10000", limits.repairs_max));
         }
         let ready_file = self.ready_file.or(file.ready_file);
-        Ok(Config { data_dir, listen, report_interval, limits, ready_file })
+        let existing = self.existing || file.existing;
+        Ok(Config { data_dir, existing, listen, report_interval, limits, ready_file })
     }
 }
 
@@ -196,7 +219,9 @@ mod tests {
     fn flags_win_over_the_file_and_the_file_over_defaults() {
         let c = config(&["--data-dir", "/d"], "").expect("valid");
         assert_eq!((c.listen.to_string().as_str(), c.report_interval.as_secs()), ("127.0.0.1:7700", 10));
-        assert_eq!(c.limits, Limits::default());
+        assert!(c.limits == Limits::default() && !c.existing);
+        assert!(config(&["--data-dir", "/d", "--existing"], "").expect("valid").existing);
+        assert!(config(&["--data-dir", "/d"], "existing = true").expect("valid").existing);
         let file = "data_dir = '/f'\nlisten = '127.0.0.1:1'\nreport_interval_s = 0.5\nvolume_width = 3\ncopysets_min = 8\ncopysets_max = 9\nrepair_after_s = 60\nrepairs_max = 3";
         let c = config(&["--listen", "127.0.0.1:2", "--volume-width", "4", "--repairs-max", "0"], file)
             .expect("valid");

@@ -1,11 +1,14 @@
 //! `evolute-mds`: settings → data directory → serve → wait for a signal.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use evolute_control_plane::config::{Args, FileConfig};
+use evolute_control_plane::config::{Args, FileConfig, Task};
 use evolute_control_plane::mds::Server;
+use evolute_control_plane::raft::data_dir::DataDir;
+use evolute_protocol::id::ClusterId;
 use serde::Serialize;
 
 /// What whoever started us wants to know once we serve.
@@ -19,13 +22,26 @@ struct Ready {
 fn main() -> ExitCode {
     let args = Args::parse();
     let _log = evolute_daemon::start();
-    match run(args) {
+    let done = match &args.task {
+        Some(Task::Init { data_dir }) => init(data_dir),
+        None => run(args),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             evolute_daemon::last_words(&format!("evolute-mds: {error:#}"));
             ExitCode::FAILURE
         }
     }
+}
+
+fn init(data_dir: &Path) -> anyhow::Result<()> {
+    let cluster = DataDir::init(data_dir, ClusterId(rand::random()))?;
+    let dir = data_dir.display();
+    evolute_daemon::print(&format!(
+        "{dir} is ready for cluster {cluster}, which begins when evolute-mds serves from it\n"
+    ))
+    .context("cannot write to standard output")
 }
 
 fn run(args: Args) -> anyhow::Result<()> {

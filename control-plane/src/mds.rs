@@ -22,7 +22,7 @@ use crate::config::{Config, Limits};
 use crate::heartbeat::orders::Transfers;
 use crate::heartbeat::progress::Progress;
 use crate::heartbeat::reports::Reports;
-use crate::raft::data_dir::{DataDir, DataDirError};
+use crate::raft::data_dir::{Absent, DataDir, DataDirError};
 use crate::raft::{Replicated, StartError};
 use crate::steward;
 
@@ -113,7 +113,8 @@ impl Server {
         let address = listener.local_addr().map_err(listen)?;
         let dir = config.data_dir.clone();
         let fresh = ClusterId(rand::random());
-        let dir = tokio::task::spawn_blocking(move || DataDir::open(&dir, fresh))
+        let absent = if config.existing { Absent::Refused } else { Absent::Made };
+        let dir = tokio::task::spawn_blocking(move || DataDir::open(&dir, fresh, absent))
             .await
             .map_err(|error| StartError::Ended(error.to_string()))?
             .map_err(|error: DataDirError| StartError::from(error))?;

@@ -63,7 +63,7 @@ impl<'a> Cluster<'a> {
             programs.join("evolute-mds"),
             words(&format!(
                 "--data-dir {} --listen {mds_address} --repair-after-s {repair_after_s}",
-                folder(scene, "mds")?
+                scene.folder().join("mds").display()
             )),
         );
         let mut cluster = Cluster {
@@ -96,7 +96,7 @@ impl<'a> Cluster<'a> {
         let arguments = format!(
             "--data-dir {} --mds {} --listen {address} --zone zone{number} --server server{number} \
              --heartbeat-interval-s {HEARTBEAT_INTERVAL_S}",
-            folder(self.scene, &name)?,
+            self.scene.folder().join(&name).display(),
             self.mds_address
         );
         let program = self.programs.join("evolute-chunkserver");

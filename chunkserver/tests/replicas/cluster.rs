@@ -9,7 +9,7 @@ use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::members::MemberChange;
 use evolute_chunkserver::copyset::state::Created;
-use evolute_chunkserver::data_dir::DataDir;
+use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{
     self, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
@@ -101,7 +101,8 @@ impl Cluster {
     fn start_with(&mut self, n: u32, listener: TcpListener) {
         listener.set_nonblocking(true).expect("a socket");
         let server = self.server(n);
-        let data_dir = DataDir::take(server.dir.path()).expect("a directory of its own");
+        DataDir::init(server.dir.path()).expect("an empty directory, or its own");
+        let data_dir = DataDir::take(server.dir.path(), Absent::Refused).expect("a directory of its own");
         let addresses = Addresses::open(server.dir.path());
         let all = (1..).zip(&self.servers).map(|(n, server)| (n, server.address.to_string())).collect();
         addresses.learn(all);

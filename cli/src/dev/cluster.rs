@@ -3,6 +3,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -143,7 +144,7 @@ impl<P: Fn(&str)> Cluster<P> {
     async fn start_mds(&mut self, deadline: Instant) -> Result<RunningProcess, Failure> {
         (self.progress)("starting the control plane");
         let address = loopback(self.kept.mds_port);
-        let data = self.data("mds")?;
+        let data = self.server_data("mds")?;
         let arguments = arguments(&[
             ("--data-dir", data.clone().into()),
             ("--listen", address.clone().into()),
@@ -161,7 +162,7 @@ impl<P: Fn(&str)> Cluster<P> {
             let (number, address) = (i + 1, loopback(self.kept.chunkserver_ports[i]));
             let name = format!("chunkserver-{number}");
             let zone = format!("z{number}");
-            let data = self.data(&name)?;
+            let data = self.server_data(&name)?;
             let arguments = arguments(&[
                 ("--data-dir", data.clone().into()),
                 ("--mds", loopback(self.kept.mds_port).into()),
@@ -299,6 +300,18 @@ impl<P: Fn(&str)> Cluster<P> {
         let path = self.layout.data(&self.kept).join(of);
         fs::create_dir_all(&path).map_err(Failure::io(format!("making {}", path.display())))?;
         Ok(path)
+    }
+
+    /// Where a server is to keep its data: it makes the directory itself, and refuses one that is there and empty,
+    /// as what a start that was interrupted leaves may be.
+    fn server_data(&self, of: &str) -> Result<PathBuf, Failure> {
+        let path = self.data(of)?;
+        match fs::remove_dir(&path) {
+            Err(error) if error.kind() != ErrorKind::DirectoryNotEmpty => {
+                Err(Failure::io(format!("looking into {}", path.display()))(error))
+            }
+            _ => Ok(path),
+        }
     }
 
     fn spec(&self, name: &str, program: PathBuf, arguments: Vec<OsString>, deadline: Instant) -> Spec {

@@ -20,7 +20,8 @@
 //!
 //! The stage is `new` until everything else in the directory was made, so an interrupted first start is told apart
 //! from a directory that lost its state: the former is made anew, the latter refused. Nothing is ever made in a
-//! directory that is neither empty nor ours.
+//! directory that is neither empty nor ours, nor, unless it was asked for ([`DataDir::init`]), in one that is there and
+//! empty: that is what a mount point without its disk looks like.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -56,14 +57,30 @@ pub enum DataDirError {
     NotOurs { dir: PathBuf, why: String },
     #[error("the identity file of {dir} is damaged ({why}): restore it from a copy, nothing was changed")]
     Damaged { dir: PathBuf, why: &'static str },
+    #[error(
+        "the data directory {dir} is empty: is its disk mounted? If it is to hold a new cluster, run: \
+         evolute-mds init --data-dir {dir}"
+    )]
+    Empty { dir: PathBuf },
+    #[error("there is no data directory {dir}, and --existing forbids to make one: is its disk mounted?")]
+    Absent { dir: PathBuf },
     #[error("{missing} is missing in the data directory {dir}: restore it from a copy, nothing was changed")]
     Incomplete { dir: PathBuf, missing: &'static str },
+    #[error("{dir} is in use already: it is the data directory of cluster {cluster}. Nothing was changed")]
+    NotEmpty { dir: PathBuf, cluster: ClusterId },
     #[error("cannot use the data directory {dir}")]
     Io {
         dir: PathBuf,
         #[source]
         source: io::Error,
     },
+}
+
+/// What to do about a directory that is not there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Absent {
+    Made,
+    Refused,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,28 +106,17 @@ pub struct DataDir {
 }
 
 impl DataDir {
-    /// Opens the directory, or makes it when it is absent or empty; `fresh` is its cluster's id then.
-    pub fn open(dir: &Path, fresh: ClusterId) -> Result<Self, DataDirError> {
+    /// Opens the directory, or makes it when it is `absent`, unless that is forbidden; `fresh` is its cluster's id then.
+    pub fn open(dir: &Path, fresh: ClusterId, absent: Absent) -> Result<Self, DataDirError> {
         let io = |source| DataDirError::Io { dir: dir.to_owned(), source };
-        fs::create_dir_all(dir).map_err(io)?;
-        let found = read_identity(dir)?;
-        if found.is_none() {
-            refuse_foreign(dir)?;
-        }
-        let lock = File::options().create(true).append(true).open(dir.join(LOCK)).map_err(io)?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
-            rustix::io::Errno::WOULDBLOCK => DataDirError::InUse { dir: dir.to_owned() },
-            error => io(error.into()),
-        })?;
-        // Again, under the lock: another process may have made the directory meanwhile.
-        let identity = match read_identity(dir)? {
-            Some(identity) => identity,
-            None => {
-                let identity = Identity { cluster: fresh, member: 1, stage: Stage::New };
-                write_identity(dir, &identity).map_err(io)?;
-                identity
+        if !dir.try_exists().map_err(io)? {
+            if absent == Absent::Refused {
+                return Err(DataDirError::Absent { dir: dir.to_owned() });
             }
-        };
+        } else if read_identity(dir)?.is_none() && is_unused(dir)? {
+            return Err(DataDirError::Empty { dir: dir.to_owned() });
+        }
+        let (lock, identity) = take(dir, fresh)?;
         if identity.stage == Stage::Ready {
             for part in ["raft", "state"] {
                 if !dir.join(part).is_dir() {
@@ -128,6 +134,16 @@ impl DataDir {
             }
         }
         Ok(Self { dir: dir.to_owned(), identity, lock: Arc::new(lock) })
+    }
+
+    /// Makes an absent or an empty directory one in which a new cluster begins at the next start. One that was asked for
+    /// before, and not used since, is left as it is. Gives the cluster's id.
+    pub fn init(dir: &Path, fresh: ClusterId) -> Result<ClusterId, DataDirError> {
+        let (_lock, identity) = take(dir, fresh)?;
+        match identity.stage {
+            Stage::New => Ok(identity.cluster),
+            Stage::Ready => Err(DataDirError::NotEmpty { dir: dir.to_owned(), cluster: identity.cluster }),
+        }
     }
 
     /// True until [`DataDir::made`]: what lies in [`DataDir::raft`] and [`DataDir::state`] is to be made.
@@ -169,6 +185,41 @@ impl DataDir {
     pub fn state(&self) -> PathBuf {
         self.dir.join("state")
     }
+}
+
+/// Locks the directory, and writes its identity if it has none. Of a directory that may be used.
+fn take(dir: &Path, fresh: ClusterId) -> Result<(File, Identity), DataDirError> {
+    let io = |source| DataDirError::Io { dir: dir.to_owned(), source };
+    fs::create_dir_all(dir).map_err(io)?;
+    if read_identity(dir)?.is_none() {
+        refuse_foreign(dir)?;
+    }
+    let lock = File::options().create(true).append(true).open(dir.join(LOCK)).map_err(io)?;
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).map_err(|error| match error {
+        rustix::io::Errno::WOULDBLOCK => DataDirError::InUse { dir: dir.to_owned() },
+        error => io(error.into()),
+    })?;
+    // Again, under the lock: another process may have made the directory meanwhile.
+    let identity = match read_identity(dir)? {
+        Some(identity) => identity,
+        None => {
+            let identity = Identity { cluster: fresh, member: 1, stage: Stage::New };
+            write_identity(dir, &identity).map_err(io)?;
+            identity
+        }
+    };
+    Ok((lock, identity))
+}
+
+/// Nothing in it is ours, not even a lock: it is as an administrator or a new file system left it.
+fn is_unused(dir: &Path) -> Result<bool, DataDirError> {
+    let io = |source| DataDirError::Io { dir: dir.to_owned(), source };
+    for entry in fs::read_dir(dir).map_err(io)? {
+        if entry.map_err(io)?.file_name() != "lost+found" {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// A directory without an identity may hold only what a new file system or an interrupted first start leaves.
@@ -265,7 +316,7 @@ fn write_identity(dir: &Path, identity: &Identity) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{DataDir, DataDirError, IDENTITY};
+    use super::{Absent, DataDir, DataDirError, IDENTITY};
     use evolute_protocol::checksum::crc32c;
     use evolute_protocol::id::ClusterId;
     use std::fs;
@@ -274,14 +325,21 @@ mod tests {
     const OURS: ClusterId = ClusterId([7; 16]);
     const OTHER: ClusterId = ClusterId([9; 16]);
 
+    fn open(dir: &Path, fresh: ClusterId) -> Result<DataDir, DataDirError> {
+        DataDir::open(dir, fresh, Absent::Made)
+    }
+
     fn made(dir: &Path) {
-        let mut data = DataDir::open(dir, OURS).expect("an empty directory becomes ours");
+        if dir.exists() {
+            DataDir::init(dir, OURS).expect("an empty directory becomes ours");
+        }
+        let mut data = open(dir, OURS).expect("an absent directory becomes ours");
         assert!(data.is_new());
         data.made().expect("written");
     }
 
     fn refused(dir: &Path) -> DataDirError {
-        DataDir::open(dir, OTHER).expect_err("refused")
+        open(dir, OTHER).expect_err("refused")
     }
 
     #[test]
@@ -289,25 +347,27 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let dir = dir.path().join("not/yet/there");
         made(&dir);
-        let again = DataDir::open(&dir, OTHER).expect("ours");
+        let again = open(&dir, OTHER).expect("ours");
         assert_eq!((again.cluster(), again.member(), again.is_new()), (OURS, 1, false));
     }
 
     #[test]
     fn only_one_process_uses_a_directory() {
         let dir = tempfile::tempdir().expect("temp dir");
-        let first = DataDir::open(dir.path(), OURS).expect("free");
+        made(dir.path());
+        let first = open(dir.path(), OURS).expect("free");
         assert!(matches!(refused(dir.path()), DataDirError::InUse { .. }));
         drop(first);
-        DataDir::open(dir.path(), OTHER).expect("free again");
+        open(dir.path(), OTHER).expect("free again");
     }
 
     #[test]
     fn an_interrupted_first_start_begins_again() {
         let dir = tempfile::tempdir().expect("temp dir");
-        drop(DataDir::open(dir.path(), OURS).expect("begun"));
+        DataDir::init(dir.path(), OURS).expect("asked for");
+        drop(open(dir.path(), OURS).expect("begun"));
         fs::write(dir.path().join("state/half"), "x").expect("write");
-        let again = DataDir::open(dir.path(), OTHER).expect("begun again");
+        let again = open(dir.path(), OTHER).expect("begun again");
         assert!(again.is_new() && again.cluster() == OURS && !dir.path().join("state/half").exists());
     }
 
@@ -327,6 +387,38 @@ mod tests {
         made(dir.path());
         fs::remove_file(dir.path().join(IDENTITY)).expect("removed");
         assert!(matches!(refused(dir.path()), DataDirError::NotOurs { .. }));
+    }
+
+    /// A mount point without its disk is empty, too; so is a new file system.
+    #[test]
+    fn an_empty_directory_becomes_ours_only_when_that_was_asked_for() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        for _ in 0..2 {
+            let error = refused(dir.path());
+            assert!(matches!(error, DataDirError::Empty { .. }), "{error}");
+            assert!(error.to_string().contains("evolute-mds init --data-dir"), "{error}");
+            fs::create_dir_all(dir.path().join("lost+found")).expect("made");
+        }
+        assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1, "not even a lock file");
+        assert_eq!(DataDir::init(dir.path(), OURS).expect("asked for"), OURS);
+        assert_eq!(DataDir::init(dir.path(), OTHER).expect("asked for twice"), OURS);
+        let mut data = open(dir.path(), OTHER).expect("as asked for");
+        assert!(data.is_new() && data.cluster() == OURS);
+        data.made().expect("written");
+        drop(data);
+        let error = DataDir::init(dir.path(), OTHER).expect_err("in use");
+        assert!(matches!(error, DataDirError::NotEmpty { cluster: OURS, .. }), "{error}");
+        open(dir.path(), OTHER).expect("as it was");
+    }
+
+    #[test]
+    fn an_absent_directory_is_not_made_where_that_is_forbidden() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = dir.path().join("disk/mds");
+        let error = DataDir::open(&dir, OURS, Absent::Refused).expect_err("absent");
+        assert!(matches!(error, DataDirError::Absent { .. }) && !dir.exists(), "{error}");
+        made(&dir);
+        DataDir::open(&dir, OTHER, Absent::Refused).expect("there");
     }
 
     #[test]
@@ -385,6 +477,6 @@ mod tests {
         fs::write(&path, format!("{body}crc32c: {:08x}\n", crc32c(body.as_bytes()))).expect("write");
         assert!(matches!(refused(dir.path()), DataDirError::Damaged { why: "no cluster id", .. }));
         fs::write(&path, whole).expect("write");
-        DataDir::open(dir.path(), OTHER).expect("whole again");
+        open(dir.path(), OTHER).expect("whole again");
     }
 }

@@ -64,6 +64,7 @@ impl Mds {
     pub async fn start_again(&mut self) {
         let config = Config {
             data_dir: self.dir.path().join("mds"),
+            existing: false,
             listen: ([127, 0, 0, 1], 0).into(),
             report_interval: self.interval,
             limits: self.limits,

@@ -108,7 +108,7 @@ impl Cluster {
             let disk = if with_images {
                 Disk::image(&folder.join(&name), options.image_mib << 20, options.seed + index as u64)?
             } else {
-                Disk::plain(&folder.join(&name))?
+                Disk::plain(&folder.join(&name))
             };
             let words = format!(
                 "--data-dir {} --mds {mds_address} --listen {}:{PORT} --zone z{index} --server s{index} \

@@ -53,7 +53,6 @@ impl Image {
         let device = image.loop_device.clone().context("just attached")?;
         tool("mkfs.xfs", &["-q", "-K", &device])?;
         image.mount()?;
-        std::fs::create_dir_all(image.data_dir())?;
         Ok(image)
     }
 
