@@ -309,7 +309,7 @@ impl Disk {
             self.queues.complete(ticket, outcome, now);
         }
         self.queues.publish();
-        if self.queues.settle_stops(now) {
+        if self.queues.settle(now) {
             self.drop_kicks();
         }
         worked
@@ -330,16 +330,20 @@ impl Disk {
             Command::Start { index, setup, kick, reply } => {
                 let _ = reply.send(self.start(index, *setup, kick, now));
             }
-            Command::Stop { index, reply } => self.queues.begin_stop(index, reply),
+            Command::Stop { index, reply } => self.queues.begin_stop(index, reply, now),
             Command::Kick { index, kick, reply } => {
                 let _ = reply.send(self.set_kick(index, kick));
             }
             Command::Call { index, call } => self.queues.set_call(index, call),
-            Command::Enable { index, enabled, reply } => {
-                self.queues.enable(index, enabled);
+            Command::Enable { index, reply } => {
+                self.queues.enable(index, now);
                 let _ = reply.send(());
             }
-            Command::Memory { memory, reply } => {
+            Command::Pause { index, reply } => self.queues.begin_pause(index, reply, now),
+            Command::Memory { memory, takes_away: true, reply } => {
+                self.queues.begin_change_of_memory(memory, reply, now);
+            }
+            Command::Memory { memory, takes_away: false, reply } => {
                 self.queues.set_memory(&memory);
                 let _ = reply.send(());
             }

@@ -16,16 +16,20 @@ use crate::io_thread::WakerHandle;
 pub enum Command {
     /// Start a ring that is completely set up.
     Start { index: u16, setup: Box<Setup>, kick: File, reply: SyncSender<Result<(), StartRefused>> },
-    /// Stop it; the reply is where its avail ring goes on, sent once nothing of it is out.
+    /// Stop it; the reply is where its avail ring goes on, sent once nothing of it is out and the ring says itself what is
+    /// unanswered.
     Stop { index: u16, reply: SyncSender<u16> },
     /// A running ring's kicks come from here now.
     Kick { index: u16, kick: File, reply: SyncSender<Result<(), StartRefused>> },
     /// A running ring's interrupts go here now.
     Call { index: u16, call: Option<File> },
-    /// Whether anything new may be taken from a running ring; after the reply it is so.
-    Enable { index: u16, enabled: bool, reply: SyncSender<()> },
-    /// The memory table changed; after the reply nothing new is done under the old one.
-    Memory { memory: Arc<Memory>, reply: SyncSender<()> },
+    /// Take what a running ring offers.
+    Enable { index: u16, reply: SyncSender<()> },
+    /// Take nothing from a running ring; the reply as for a stop.
+    Pause { index: u16, reply: SyncSender<()> },
+    /// The memory table changed; after the reply nothing new is done under the old one. If something of that went away,
+    /// nothing that was begun under it is out any more, either.
+    Memory { memory: Arc<Memory>, takes_away: bool, reply: SyncSender<()> },
     /// Mark our writes here from now on, or nowhere.
     Log { log: Option<Arc<DirtyLog>>, reply: SyncSender<()> },
     /// A region handed back by the front end: what it says is in flight comes before anything new.
@@ -59,7 +63,7 @@ impl Commands {
         Ok(())
     }
 
-    /// Waits for the reply. Everything asked is answered within [`super::queues::UNRECORDED_STOP_PATIENCE`] of standstill.
+    /// Waits for the reply. Everything asked is answered within [`super::queues::STOP_PATIENCE_IN_ALL`].
     pub fn ask<T>(&self, command: impl FnOnce(SyncSender<T>) -> Command) -> Result<T, IoThreadGone> {
         let (reply, answer) = sync_channel(1);
         self.tell(command(reply))?;

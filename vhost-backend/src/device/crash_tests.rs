@@ -53,7 +53,7 @@ impl World {
     fn start(&self) -> Queue {
         let ring = Ring::new(&self.memory, LAYOUT, true).unwrap();
         let base = self.load(LAYOUT.used + 2);
-        Queue::start(ring, self.region.queue(0, SIZE), base, Instant::now())
+        Queue::start(ring, self.region.queue(0, SIZE), base, Instant::now()).unwrap()
     }
 
     /// What the guest sees in the used ring since `from`.
@@ -177,7 +177,7 @@ fn a_region_of_a_longer_ring_is_a_region_of_another_life() {
     let layout = Layout { size: 4, ..LAYOUT };
     world.store(LAYOUT.avail + 2, 0);
     let ring = Ring::new(&world.memory, layout, true).unwrap();
-    let mut queue = Queue::start(ring, world.region.queue(0, 4), 0, Instant::now());
+    let mut queue = Queue::start(ring, world.region.queue(0, 4), 0, Instant::now()).unwrap();
     assert_eq!(replayed(&mut queue), NOTHING);
 }
 

@@ -137,6 +137,13 @@ impl InflightRegion {
         Some(InflightQueue { slice, ring_size, region: self.clone() })
     }
 
+    /// The device was reset: what was in flight is no more, and is not done again by whoever is given this region.
+    pub fn forget(self: &Arc<Self>) {
+        for index in 0..self.queues {
+            self.queue(index, self.queue_size).expect("within bounds").store_u16(VERSION_AT, 0);
+        }
+    }
+
     /// Queues in which something may be unanswered, as far as can be told without their rings.
     pub fn queues_with_marks(self: &Arc<Self>) -> Vec<u16> {
         (0..self.queues)
@@ -189,23 +196,28 @@ impl InflightQueue {
         u64::from_le(self.slice.load(at, Ordering::Acquire).expect("inside the block"))
     }
 
-    /// Settles what the last owner left, and returns the heads to be done again, oldest first. `ring_used_idx` is
-    /// what the used ring itself says.
-    pub fn recover(&mut self, ring_used_idx: u16) -> Vec<Unanswered> {
-        if self.version() != VERSION || self.load_u16(DESC_NUM_AT) != self.ring_size {
-            // Nobody was here before, or it was a ring of another size, which only a reset in between can mean. The
-            // version goes last: it vouches for the rest.
-            self.store_u16(VERSION_AT, 0);
-            for head in 0..self.ring_size {
-                self.set_mark(head, 0);
-            }
-            self.slice.store(0u64, FEATURES_AT, Ordering::Release).expect("inside the block");
-            self.store_u16(DESC_NUM_AT, self.ring_size);
-            self.store_u16(LAST_BATCH_HEAD_AT, 0);
-            self.store_u16(USED_IDX_AT, ring_used_idx);
-            self.store_u16(VERSION_AT, VERSION);
-            return Vec::new();
+    /// Whether somebody recorded this ring before. If not, nobody was here, or it was a ring of another size, which only a
+    /// reset in between can mean: the region knows nothing of what is unanswered.
+    pub fn is_known(&self) -> bool {
+        self.version() == VERSION && self.load_u16(DESC_NUM_AT) == self.ring_size
+    }
+
+    /// Begins to record a ring of which nothing is unrecorded. The version goes last: it vouches for the rest.
+    pub fn begin(&mut self, ring_used_idx: u16) {
+        self.store_u16(VERSION_AT, 0);
+        for head in 0..self.ring_size {
+            self.set_mark(head, 0);
         }
+        self.slice.store(0u64, FEATURES_AT, Ordering::Release).expect("inside the block");
+        self.store_u16(DESC_NUM_AT, self.ring_size);
+        self.store_u16(LAST_BATCH_HEAD_AT, 0);
+        self.store_u16(USED_IDX_AT, ring_used_idx);
+        self.store_u16(VERSION_AT, VERSION);
+    }
+
+    /// Settles what the last owner left of a known ring, and returns the heads to be done again, oldest first.
+    /// `ring_used_idx` is what the used ring itself says.
+    pub fn recover(&mut self, ring_used_idx: u16) -> Vec<Unanswered> {
         // Published but not unlinked: the batch from `last_batch_head` has been answered. More entries than the
         // ring has were never one batch of ours (the region belongs to another life of the ring): then only
         // the index is put right, and every mark counts.
@@ -231,12 +243,13 @@ impl InflightQueue {
         left
     }
 
-    /// A head left the avail ring.
-    pub fn taken(&mut self, head: u16) {
+    /// A head left the avail ring. Returns its place in the order in which all queues' heads were taken.
+    pub fn taken(&mut self, head: u16) -> u64 {
         let at = self.state_at(head) + STATE_COUNTER_AT;
         let counter = self.region.next_counter.fetch_add(1, Ordering::Relaxed);
         self.slice.store(counter.to_le(), at, Ordering::Release).expect("inside the block");
         self.set_mark(head, 1);
+        counter
     }
 
     /// Its answer joins the batch that the next move of the used ring's index publishes.

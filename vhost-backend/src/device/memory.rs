@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use rustix::fs::{FileType, SealFlags};
+use rustix::fs::{FileType, SealFlags, Stat};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
@@ -146,7 +146,7 @@ pub enum RegionRefused {
     Map(#[source] io::Error),
 }
 
-fn check_file(file: &File, offset: u64, len: u64) -> Result<(), RegionRefused> {
+fn check_file(file: &File, offset: u64, len: u64) -> Result<Stat, RegionRefused> {
     let stat = rustix::fs::fstat(file.as_fd()).map_err(|e| RegionRefused::Map(e.into()))?;
     // memfd, tmpfs and hugetlbfs are all regular files; a device's memory has no business here.
     if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -156,7 +156,7 @@ fn check_file(file: &File, offset: u64, len: u64) -> Result<(), RegionRefused> {
     if u64::try_from(stat.st_size).unwrap_or(0) < end {
         return Err(RegionRefused::TooShort);
     }
-    Ok(())
+    Ok(stat)
 }
 
 /// One region as the front end described it.
@@ -165,7 +165,19 @@ struct Entry {
     user_addr: u64,
     guest_addr: u64,
     len: u64,
+    /// Which bytes of which file: device, inode, offset.
+    of: (u64, u64, u64),
     region: Arc<GuestRegionMmap<()>>,
+}
+
+impl Entry {
+    /// Whether all of it is there still, at the same addresses of the guest's, in another table's entry.
+    fn is_in(&self, other: &Entry) -> bool {
+        let (device, inode, offset) = other.of;
+        self.guest_addr >= other.guest_addr
+            && self.guest_addr + self.len <= other.guest_addr + other.len
+            && self.of == (device, inode, offset + (self.guest_addr - other.guest_addr))
+    }
 }
 
 /// What the front end told us to map, by its own addresses.
@@ -180,18 +192,19 @@ impl MemoryTable {
         MemoryTable { entries: Vec::new(), require_sealed }
     }
 
-    /// The whole table anew. On refusal the old one stays.
+    /// The whole table anew. On refusal the old one stays. True: something of it is gone.
     pub fn replace(
         &mut self,
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
-    ) -> Result<(), RegionRefused> {
+    ) -> Result<bool, RegionRefused> {
         let mut new = MemoryTable::new(self.require_sealed);
         for (region, file) in regions.iter().zip(files) {
             new.add(region, file)?;
         }
+        let takes_away = !self.entries.iter().all(|old| new.entries.iter().any(|new| old.is_in(new)));
         *self = new;
-        Ok(())
+        Ok(takes_away)
     }
 
     pub fn add(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<(), RegionRefused> {
@@ -214,7 +227,7 @@ impl MemoryTable {
         if self.entries.iter().any(|e| guest_addr < e.guest_addr + e.len && e.guest_addr < guest_addr + len) {
             return Err(RegionRefused::Overlaps);
         }
-        check_file(&file, offset, len)?;
+        let stat = check_file(&file, offset, len)?;
         if self.require_sealed {
             let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| RegionRefused::Unsealed)?;
             if !seals.contains(SealFlags::SHRINK) {
@@ -230,7 +243,8 @@ impl MemoryTable {
             unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), size, rustix::mm::Advice::LinuxDontDump) };
         let region =
             GuestRegionMmap::new(mapping, GuestAddress(guest_addr)).ok_or(RegionRefused::BadRange)?;
-        self.entries.push(Entry { user_addr, guest_addr, len, region: Arc::new(region) });
+        let of = (stat.st_dev, stat.st_ino, offset);
+        self.entries.push(Entry { user_addr, guest_addr, len, of, region: Arc::new(region) });
         Ok(())
     }
 

@@ -4,6 +4,8 @@
 //!
 //! - A head is taken once and answered once. A driver that offers a head again before its answer has broken the
 //!   ring ([`Broken::HeadInFlight`]); so no more is in flight than the ring has entries.
+//! - What is taken and not answered is as much as the avail ring is ahead of the used ring; so a ring can be settled
+//!   ([`Queue::settle`]): made to say by itself what is unanswered.
 //! - Answers leave in batches: [`Queue::steps`] is the order in which a batch becomes visible, one step per
 //!   store that a crash may come after, and [`Queue::flush`] performs exactly these steps.
 
@@ -21,8 +23,10 @@ pub struct Queue {
     pub ring: Ring,
     inflight: Option<InflightQueue>,
     call: Option<File>,
-    /// Heads taken and not yet answered.
-    taken: Vec<bool>,
+    /// Heads taken and not yet answered: each one's place in the order in which they were taken.
+    taken: Vec<Option<u64>>,
+    /// The next such place, where no region counts.
+    next_counter: u64,
     in_flight: u16,
     /// Answered, not yet published.
     batch: Vec<Used>,
@@ -32,6 +36,18 @@ pub struct Queue {
     pub progress_at: Instant,
     /// The driver broke the ring: answers still go out, nothing new is taken.
     pub broken: Option<Broken>,
+}
+
+/// The front end goes on elsewhere than the answers do, and nothing says which of the requests between were answered. To
+/// do all of them would do answered ones again, with whatever is in their buffers by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "the front end goes on at {base} of the avail ring, the answers at {used} of the used ring, and nothing tells which \
+     requests between were answered: neither the in-flight region nor the ring"
+)]
+pub struct UnknownBetween {
+    pub base: u16,
+    pub used: u16,
 }
 
 /// What an earlier life of the queue left to be done again.
@@ -56,43 +72,55 @@ pub enum Step {
 }
 
 impl Queue {
-    /// Starts on a ring that may have lived before. With an in-flight region, what was taken is known from there (the
-    /// front end may only guess after a crash); without, `base` is where the front end says to go on.
-    pub fn start(mut ring: Ring, mut inflight: Option<InflightQueue>, base: u16, now: Instant) -> Queue {
-        let mut taken = vec![false; usize::from(ring.size())];
+    /// Starts on a ring that may have lived before. With an in-flight region that knows it, what was taken is known from
+    /// there (the front end may only guess after a crash). With a new one, or none, all that is not answered is taken
+    /// from the ring again, if it is certain that this is what lies behind the used ring's index: because the front end
+    /// goes on there, too, or because the ring was settled.
+    pub fn start(
+        mut ring: Ring,
+        mut inflight: Option<InflightQueue>,
+        base: u16,
+        now: Instant,
+    ) -> Result<Queue, UnknownBetween> {
+        let mut taken = vec![None; usize::from(ring.size())];
         let mut replay = Replay::Done;
         let mut in_flight = 0u16;
+        let used = ring.used_idx();
         match &mut inflight {
-            Some(region) => {
-                let left = region.recover(ring.used_idx());
+            Some(region) if region.is_known() => {
+                let left = region.recover(used);
                 for unanswered in &left {
-                    taken[usize::from(unanswered.head)] = true;
+                    taken[usize::from(unanswered.head)] = Some(unanswered.counter);
                 }
                 in_flight = u16::try_from(left.len()).expect("at most one per entry");
-                ring.set_next_avail(ring.used_idx().wrapping_add(in_flight));
+                ring.set_next_avail(used.wrapping_add(in_flight));
                 if !left.is_empty() {
                     replay = Replay::All(left);
                 }
             }
-            None => ring.set_next_avail(base),
+            fresh => {
+                if base != used && !ring.is_settled() {
+                    return Err(UnknownBetween { base, used });
+                }
+                ring.set_next_avail(used);
+                if let Some(region) = fresh {
+                    region.begin(used);
+                }
+            }
         }
-        Queue {
+        Ok(Queue {
             ring,
             inflight,
             call: None,
             taken,
+            next_counter: 0,
             in_flight,
             batch: Vec::new(),
             enabled: false,
             replay,
             progress_at: now,
             broken: None,
-        }
-    }
-
-    /// Whether what is unanswered at a stop can be left to the next start.
-    pub fn is_recorded(&self) -> bool {
-        self.inflight.is_some()
+        })
     }
 
     /// Taken and not yet answered, without what is only waiting to be done again: what a stop waits for.
@@ -114,20 +142,48 @@ impl Queue {
                 return None;
             }
         };
-        let taken = &mut self.taken[usize::from(head)];
-        if *taken {
+        if self.taken[usize::from(head)].is_some() {
+            // Not taken, then: what the avail ring is ahead stays what is in flight.
+            self.ring.set_next_avail(self.ring.next_avail().wrapping_sub(1));
             self.broke(Broken::HeadInFlight(head));
             return None;
         }
-        *taken = true;
         if self.in_flight == 0 {
             self.progress_at = now;
         }
         self.in_flight += 1;
-        if let Some(region) = &mut self.inflight {
-            region.taken(head);
-        }
+        let counter = match &mut self.inflight {
+            Some(region) => region.taken(head),
+            None => self.next_counter,
+        };
+        self.next_counter = counter.wrapping_add(1);
+        self.taken[usize::from(head)] = Some(counter);
         Some(head)
+    }
+
+    /// Everything taken and not answered, oldest first.
+    fn unanswered(&self) -> Vec<Unanswered> {
+        assert!(self.batch.is_empty(), "answers that are not published");
+        let heads = (0..).zip(&self.taken);
+        let mut left: Vec<_> =
+            heads.filter_map(|(head, taken)| Some(Unanswered { counter: (*taken)?, head })).collect();
+        left.sort_unstable();
+        left
+    }
+
+    /// Nobody works on what is unanswered any more: all of it is to be done again.
+    pub fn take_back(&mut self) {
+        let left = self.unanswered();
+        self.replay = if left.is_empty() { Replay::Done } else { Replay::All(left) };
+    }
+
+    /// The last that is written to this ring's memory before somebody else may look at it, or take it elsewhere.
+    pub fn settle(&mut self, log: Option<&DirtyLog>) {
+        // Of a ring whose memory was taken away, nothing is ours to write.
+        if !matches!(self.broken, Some(Broken::Outside(_))) {
+            let left = self.unanswered();
+            self.ring.settle(left.iter().map(|unanswered| unanswered.head), log);
+        }
     }
 
     pub fn broke(&mut self, why: Broken) {
@@ -137,7 +193,7 @@ impl Queue {
 
     /// An answer is ready. It reaches the guest with the next [`Queue::flush`].
     pub fn answered(&mut self, used: Used, now: Instant) {
-        assert!(self.taken[usize::from(used.head)], "head {} was not taken", used.head);
+        assert!(self.taken[usize::from(used.head)].is_some(), "head {} was not taken", used.head);
         self.batch.push(used);
         self.progress_at = now;
     }
@@ -171,7 +227,7 @@ impl Queue {
             self.perform(step, log);
         }
         for used in batch.drain(..) {
-            self.taken[usize::from(used.head)] = false;
+            self.taken[usize::from(used.head)] = None;
             self.in_flight -= 1;
         }
         self.batch = batch;

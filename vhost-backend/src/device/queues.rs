@@ -11,8 +11,9 @@
 //! - Nothing is taken from a ring while the backing is not ready, while something abandoned may still change data
 //!   (it must not overtake what comes next), or while replayed writes are unanswered (design §5). Held rings lose
 //!   nothing: their kicks are remembered.
-//! - A stopped queue's memory is not touched again. A stop waits for answers as long as there are some; then it
-//!   leaves the rest in the in-flight region, or, where nobody would ever do them again, fails them.
+//! - When a stop, a pause or a change of memory is acknowledged, nothing of those queues is out, and their memory is not
+//!   touched again. Each waits for answers as long as some come; then the rest is taken back from the backing, to be done
+//!   again, and the ring says so itself ([`Queue::settle`]): it may go on here, elsewhere, or from a snapshot.
 //! - What is in flight is bounded by the rings' sizes and by [`BYTES_IN_FLIGHT_MAX`].
 //!
 //! It does not know sockets, threads or the cluster; `io_thread.rs` drives it, tests call it directly.
@@ -30,8 +31,8 @@ use super::chain::Chain;
 use super::completion::{Completion, asked};
 use super::inflight::{InflightRegion, Unanswered};
 use super::memory::{DirtyLog, Memory};
-use super::queue::{Queue, Replay};
-use super::request::{Geometry, Parsed, STATUS_IOERR, STATUS_OK, parse};
+use super::queue::{Queue, Replay, UnknownBetween};
+use super::request::{Geometry, Parsed, STATUS_OK, parse};
 use super::ring::{Broken, Layout, Ring};
 use super::tickets::{Answered, Pending, Tickets};
 use crate::backing::{Backing, Outcome, Request, Ticket};
@@ -40,11 +41,12 @@ use crate::backing::{Backing, Outcome, Request, Ticket};
 pub const BYTES_IN_FLIGHT_MAX: u64 = 64 * MIB;
 const _: () = assert!(REQUEST_BYTES_MAX <= BYTES_IN_FLIGHT_MAX);
 
-/// How long a stop waits without an answer arriving, when what is left is recorded and will be done again. The VMM
+/// How long a stop waits without an answer arriving. What is left is done again, so it is only work that is lost; the VMM
 /// stands still meanwhile, guest and monitor alike.
 pub const STOP_PATIENCE: Duration = Duration::from_millis(300);
-/// The same when nobody records it: then the alternative is to fail requests that may yet succeed.
-pub const UNRECORDED_STOP_PATIENCE: Duration = Duration::from_secs(5);
+/// How long it waits in all, while answers do arrive.
+pub const STOP_PATIENCE_IN_ALL: Duration = Duration::from_secs(5);
+const _: () = assert!(STOP_PATIENCE.as_millis() < STOP_PATIENCE_IN_ALL.as_millis());
 /// How long queues with requests to be done again are waited for, counted from the first queue that starts. A front
 /// end starts them all within milliseconds; one that never starts some must not hold the others for ever.
 const AWAITED_QUEUES: Duration = Duration::from_secs(1);
@@ -69,10 +71,36 @@ pub enum StartRefused {
     Ring(#[from] Broken),
     #[error("the in-flight region has no room for this queue")]
     Untracked,
+    #[error(transparent)]
+    Unknown(#[from] UnknownBetween),
     #[error("it runs already")]
     Running,
     #[error("its kick descriptor cannot be waited for")]
     Kick,
+}
+
+/// Something that may happen only when nothing of its queues is out.
+struct Quiet {
+    since: Instant,
+    then: Then,
+}
+
+enum Then {
+    /// The queue ends; its reply is where its avail ring goes on.
+    Stop(u16, SyncSender<u16>),
+    /// The queue takes nothing until it is enabled again.
+    Disabled(u16, SyncSender<()>),
+    /// Every queue goes on, in other memory.
+    Memory(Arc<Memory>, SyncSender<()>),
+}
+
+impl Then {
+    fn is_of(&self, queue: u16) -> bool {
+        match self {
+            Then::Stop(index, _) | Then::Disabled(index, _) => *index == queue,
+            Then::Memory(..) => true,
+        }
+    }
 }
 
 /// See the module.
@@ -95,7 +123,8 @@ pub struct Queues {
     /// Queues whose replay is not all submitted.
     replaying: usize,
     replayed_changes_out: usize,
-    stops: Vec<(u16, SyncSender<u16>)>,
+    /// Nothing is taken from their queues meanwhile.
+    quiets: Vec<Quiet>,
     closing: bool,
     /// Reused for every chain.
     chain: Chain,
@@ -125,7 +154,7 @@ impl Queues {
             awaited_until: None,
             replaying: 0,
             replayed_changes_out: 0,
-            stops: Vec::new(),
+            quiets: Vec::new(),
             closing: false,
             chain: Chain::default(),
         }
@@ -154,7 +183,7 @@ impl Queues {
             Some(region) => Some(region.queue(index, setup.layout.size).ok_or(StartRefused::Untracked)?),
             None => None,
         };
-        let mut queue = Queue::start(ring, inflight, setup.base, now);
+        let mut queue = Queue::start(ring, inflight, setup.base, now)?;
         queue.enabled = setup.enabled;
         queue.set_call(setup.call);
         match queue.replay {
@@ -172,11 +201,25 @@ impl Queues {
         Ok(())
     }
 
-    pub fn enable(&mut self, index: u16, enabled: bool) {
-        if let Some(queue) = self.queue(index) {
-            queue.enabled = enabled;
-            self.kicked(index);
+    /// From now on its requests are taken, those first that a pause took back.
+    pub fn enable(&mut self, index: u16, now: Instant) {
+        let Some(queue) = self.queue(index) else { return };
+        queue.enabled = true;
+        if matches!(queue.replay, Replay::All(_)) {
+            self.await_taken_back(now);
         }
+        self.kicked(index);
+    }
+
+    /// What was taken back from any queue comes before anything new, as if the process had died meanwhile.
+    fn await_taken_back(&mut self, now: Instant) {
+        for (index, queue) in (0..).zip(&self.queues) {
+            let waits = queue.as_deref().is_some_and(|queue| matches!(queue.replay, Replay::All(_)));
+            if waits && !self.awaited.contains(&index) {
+                self.awaited.push(index);
+            }
+        }
+        self.awaited_until = Some(now + AWAITED_QUEUES);
     }
 
     pub fn set_call(&mut self, index: u16, call: Option<File>) {
@@ -189,12 +232,15 @@ impl Queues {
         self.log = log;
     }
 
-    /// The memory table changed. Requests in flight keep the memory they were taken under.
+    /// The memory table changed. Requests in flight keep the memory they were taken under; where some of that goes away,
+    /// see [`Queues::begin_change_of_memory`].
     pub fn set_memory(&mut self, memory: &Arc<Memory>) {
-        for queue in self.queues.iter_mut().flatten() {
+        for index in 0..self.queues.len() {
+            let Some(queue) = self.queues[index].as_deref_mut() else { continue };
             if let Err(why) = queue.ring.remap(memory) {
                 queue.broke(why);
             }
+            self.kicked(u16::try_from(index).expect("at most QUEUES_MAX"));
         }
     }
 
@@ -210,7 +256,14 @@ impl Queues {
         let log = self.log.clone();
         let mut more = false;
         while let Some(index) = self.unarmed.pop() {
+            if self.is_quieting(index) {
+                continue;
+            }
             let Some(queue) = self.queue(index) else { continue };
+            // Whoever may not take has nothing to ask for, and the memory may be somebody else's by now.
+            if !queue.enabled || queue.broken.is_some() {
+                continue;
+            }
             if queue.ring.rearm(log.as_deref()) {
                 self.kicked(index);
                 more = true;
@@ -257,7 +310,7 @@ impl Queues {
     fn serve_one(&mut self, index: u16, backing: &mut dyn Backing, now: Instant) -> bool {
         let log = self.log.clone();
         let Some(queue) = self.queue(index) else { return false };
-        if !queue.enabled || queue.broken.is_some() || self.is_stopping(index) {
+        if !queue.enabled || queue.broken.is_some() || self.is_quieting(index) {
             return false;
         }
         let Some(queue) = self.queue(index) else { return false };
@@ -283,8 +336,8 @@ impl Queues {
         true
     }
 
-    fn is_stopping(&self, index: u16) -> bool {
-        self.stops.iter().any(|(stopping, _)| *stopping == index)
+    fn is_quieting(&self, index: u16) -> bool {
+        self.quiets.iter().any(|quiet| quiet.then.is_of(index))
     }
 
     /// Does again what an earlier life left, data-changing requests first. True: new heads may be taken.
@@ -346,7 +399,7 @@ impl Queues {
         let ready = |queue: &Queue| queue.enabled && queue.replay != Replay::Done;
         (0..)
             .zip(&self.queues)
-            .filter(|(index, queue)| queue.as_deref().is_some_and(ready) && !self.is_stopping(*index))
+            .filter(|(index, queue)| queue.as_deref().is_some_and(ready) && !self.is_quieting(*index))
             .map(|(index, _)| index)
             .collect()
     }
@@ -441,54 +494,99 @@ impl Queues {
     }
 
     /// Stops a queue as soon as nothing of it is out; `reply` hears where its avail ring would go on. See
-    /// [`Queues::settle_stops`].
-    pub fn begin_stop(&mut self, index: u16, reply: SyncSender<u16>) {
-        self.stops.push((index, reply));
+    /// [`Queues::settle`].
+    pub fn begin_stop(&mut self, index: u16, reply: SyncSender<u16>, now: Instant) {
+        self.quiets.push(Quiet { since: now, then: Then::Stop(index, reply) });
     }
 
-    fn stop_deadline(&self, queue: &Queue) -> Instant {
-        // A migration takes the guest to where the region is not.
-        let recorded = queue.is_recorded() && self.log.is_none();
-        queue.progress_at + if recorded { STOP_PATIENCE } else { UNRECORDED_STOP_PATIENCE }
+    /// Nothing is taken from the queue any more; `reply` hears when nothing of it is out.
+    pub fn begin_pause(&mut self, index: u16, reply: SyncSender<()>, now: Instant) {
+        if let Some(queue) = self.queue(index) {
+            queue.enabled = false;
+        }
+        self.quiets.push(Quiet { since: now, then: Then::Disabled(index, reply) });
     }
 
-    /// Finishes stops whose queue is drained, or whose patience is at an end. True: at least one queue stopped.
-    pub fn settle_stops(&mut self, now: Instant) -> bool {
+    /// Memory goes away. The queues go on without it when nothing is out; `reply` hears of that.
+    pub fn begin_change_of_memory(&mut self, memory: Arc<Memory>, reply: SyncSender<()>, now: Instant) {
+        self.quiets.push(Quiet { since: now, then: Then::Memory(memory, reply) });
+    }
+
+    /// Until when to wait for what is out; none: nothing is.
+    fn patience(&self, quiet: &Quiet) -> Option<Instant> {
+        let queues = (0..).zip(&self.queues).filter(|(index, _)| quiet.then.is_of(*index));
+        let out = queues.filter_map(|(_, queue)| queue.as_deref()).filter(|queue| queue.out() > 0);
+        let progress = out.map(|queue| queue.progress_at).max()?;
+        Some((progress + STOP_PATIENCE).min(quiet.since + STOP_PATIENCE_IN_ALL))
+    }
+
+    /// Does what waits for its queues to be quiet, if they are, or if the patience for that is at an end. True: at least
+    /// one queue stopped.
+    pub fn settle(&mut self, now: Instant) -> bool {
         let mut stopped = false;
-        for (index, reply) in std::mem::take(&mut self.stops) {
-            let Some(queue) = self.queues.get(usize::from(index)).and_then(Option::as_deref) else {
-                // Nothing ran: there is nothing to say but the start of the ring.
-                let _ = reply.send(0);
-                continue;
-            };
-            if queue.out() > 0 && now < self.stop_deadline(queue) {
-                self.stops.push((index, reply));
+        for quiet in std::mem::take(&mut self.quiets) {
+            if self.patience(&quiet).is_some_and(|until| now < until) {
+                self.quiets.push(quiet);
                 continue;
             }
-            let base = self.stop_now(index);
-            stopped = true;
             // A session that ended meanwhile does not listen any more.
-            let _ = reply.send(base);
+            match quiet.then {
+                Then::Stop(index, reply) => {
+                    let base = self.stop_now(index);
+                    stopped |= base.is_some();
+                    // If nothing ran, there is nothing to say but the start of the ring.
+                    let _ = reply.send(base.unwrap_or(0));
+                }
+                Then::Disabled(index, reply) => {
+                    self.settle_one(index);
+                    let _ = reply.send(());
+                }
+                Then::Memory(memory, reply) => {
+                    for index in 0..self.queues.len() {
+                        self.take_back(u16::try_from(index).expect("at most QUEUES_MAX"));
+                    }
+                    self.set_memory(&memory);
+                    self.await_taken_back(now);
+                    let _ = reply.send(());
+                }
+            }
         }
         stopped
     }
 
-    fn stop_now(&mut self, index: u16) -> u16 {
+    /// Nobody works on this queue's requests any more, and what is answered is published.
+    fn take_back(&mut self, index: u16) {
         let log = self.log.clone();
-        let mut queue = self.queues[usize::from(index)].take().expect("the caller looked");
-        let fail = !queue.is_recorded() || log.is_some();
-        for pending in self.tickets.orphan(|of| of == index) {
-            self.forget(&pending);
-            if fail {
-                let used = pending.completion.answer(STATUS_IOERR, log.as_deref());
-                queue.answered(used, queue.progress_at);
-            } else {
-                pending.completion.abandon();
-            }
+        let taken = self.tickets.orphan(|of| of == index);
+        if !taken.is_empty() {
+            let requests = taken.len();
+            tracing::warn!(queue = index, requests, "no answers yet: these will be done again when the ring goes on");
         }
+        for pending in taken {
+            self.forget(&pending);
+            pending.completion.abandon();
+        }
+        let Some(queue) = self.queue(index) else { return };
         queue.flush(log.as_deref());
+        let before = usize::from(queue.replay != Replay::Done);
+        queue.take_back();
+        let after = usize::from(queue.replay != Replay::Done);
+        self.replaying = self.replaying + after - before;
+    }
+
+    fn settle_one(&mut self, index: u16) {
+        let log = self.log.clone();
+        self.take_back(index);
+        if let Some(queue) = self.queue(index) {
+            queue.settle(log.as_deref());
+        }
+    }
+
+    fn stop_now(&mut self, index: u16) -> Option<u16> {
+        self.settle_one(index);
+        let queue = self.queues.get_mut(usize::from(index))?.take()?;
         self.gone(index, &queue);
-        queue.ring.next_avail()
+        Some(queue.ring.used_idx())
     }
 
     /// A queue that just started and cannot be served after all.
@@ -521,9 +619,8 @@ impl Queues {
         self.awaited.clear();
         self.awaited_until = None;
         self.log = None;
-        for (_, reply) in self.stops.drain(..) {
-            let _ = reply.send(0);
-        }
+        // Those who asked have ended, too.
+        self.quiets.clear();
     }
 
     /// The process ends: nothing new is taken.
@@ -538,12 +635,9 @@ impl Queues {
 
     /// When something here is due even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
-        let stops = self.stops.iter().filter_map(|(index, _)| {
-            let queue = self.queues.get(usize::from(*index))?.as_deref()?;
-            Some(self.stop_deadline(queue))
-        });
+        let quiets = self.quiets.iter().filter_map(|quiet| self.patience(quiet));
         let awaited = self.awaited_until.filter(|_| !self.awaited.is_empty());
-        stops.chain(awaited).min()
+        quiets.chain(awaited).min()
     }
 
     /// Whether any running ring offers something: a look without taking.
@@ -553,8 +647,7 @@ impl Queues {
             let Some(queue) = self.queues[index].as_deref() else { continue };
             let offers = queue.enabled && queue.broken.is_none() && queue.ring.has_available();
             let index = u16::try_from(index).expect("at most QUEUES_MAX");
-            // Nothing is taken from one that is to stop.
-            if offers && !self.is_stopping(index) {
+            if offers && !self.is_quieting(index) {
                 self.kicked(index);
                 found = true;
             }

@@ -10,6 +10,7 @@
 //! - `pop` is only false after notifications are on again and the avail ring was looked at once more
 //!   ([`Ring::rearm`]), so no kick is missed.
 //! - The used ring's index moves once per batch, after the elements and everything they speak of.
+//! - A ring that was settled ([`Ring::settle`]) tells by itself what is unanswered, wherever its memory is taken.
 //!
 //! Our own rather than virtio-queue's `Queue`: that one moves the index per element (a batch is what the in-flight
 //! region records), looks every address up again, ignores `NO_INTERRUPT`, and ends a broken chain silently.
@@ -32,6 +33,11 @@ const USED_FLAGS_AT: usize = 0;
 const USED_IDX_AT: usize = 2;
 const USED_ENTRIES_AT: usize = 4;
 const USED_ENTRY_BYTES: usize = 8;
+
+/// What a settled ring has where its next used element goes, above the used index that it was settled at. No used
+/// element looks like that: its low half is a head, below 32768.
+const SEAL: u64 = 0x4f4c_5554_4556_0000;
+const _: () = assert!(SEAL as u32 >= QUEUE_SIZE_MAX as u32 && SEAL as u16 == 0);
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
@@ -285,6 +291,47 @@ impl Ring {
         self.store_used(USED_IDX_AT, self.next_used.0, Ordering::Release);
         self.mark_used(log, USED_IDX_AT, size_of::<u16>());
         self.published = self.next_used;
+    }
+
+    /// Puts what was taken and not answered back where the avail ring says so, oldest first: from the used ring's index
+    /// on, there is then exactly what is unanswered. Answers leave out of order, so before this, these entries are just
+    /// the ones taken last. A seal tells whoever starts on this memory that it was done; the next answer overwrites it,
+    /// and up to that answer it stays true.
+    ///
+    /// The avail ring is the driver's to write. The entries written here are ones that it does not use again before we
+    /// answer, and no driver reads them; see `docs/decisions/0009-paused-rings.md`.
+    pub fn settle(&mut self, unanswered: impl ExactSizeIterator<Item = u16>, log: Option<&DirtyLog>) {
+        assert!(self.next_used == self.published, "settled with elements that are not published");
+        let taken = self.next_avail - self.published;
+        assert!(usize::from(taken.0) == unanswered.len(), "{taken} taken, {} unanswered", unanswered.len());
+        let mut index = self.published;
+        for head in unanswered {
+            let at = AVAIL_ENTRIES_AT + AVAIL_ENTRY_BYTES * self.entry(index);
+            self.avail.slice.store(head.to_le(), at, Ordering::Release).expect("sized in `new`");
+            if let Some(log) = log {
+                log.mark(self.layout.avail + at as u64, AVAIL_ENTRY_BYTES as u64);
+            }
+            index += 1;
+        }
+        // With nothing unanswered there is nothing to tell; and the place may hold an answer not yet seen.
+        if self.load(&self.avail, AVAIL_IDX_AT, Ordering::Acquire) != self.published.0 {
+            let at = USED_ENTRIES_AT + USED_ENTRY_BYTES * self.entry(self.published);
+            self.used.slice.write_slice(&self.seal().to_le_bytes(), at).expect("sized in `new`");
+            self.mark_used(log, at, USED_ENTRY_BYTES);
+        }
+        fence(Ordering::SeqCst);
+    }
+
+    fn seal(&self) -> u64 {
+        SEAL | u64::from(self.published.0)
+    }
+
+    /// Whether all from the used ring's index on is unanswered, by what the ring itself says.
+    pub fn is_settled(&self) -> bool {
+        let mut element = [0; USED_ENTRY_BYTES];
+        let at = USED_ENTRIES_AT + USED_ENTRY_BYTES * self.entry(self.published);
+        self.used.slice.read_slice(&mut element, at).expect("sized in `new`");
+        u64::from_le_bytes(element) == self.seal()
     }
 
     /// Whether the driver wants an interrupt for what was published since the last call.

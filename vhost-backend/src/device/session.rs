@@ -5,8 +5,8 @@
 //!
 //! What always holds:
 //!
-//! - No message waits for the network. Only stopping a ring waits at all, and that for a bounded time
-//!   (`queues.rs`).
+//! - No message waits for the network. Only stopping a ring, pausing it, and taking memory away wait at all, for what is
+//!   out, and that for a bounded time (`queues.rs`). When they are acknowledged, nothing is out.
 //! - A running ring's size, addresses and base do not change. A front end that tries is refused; repeating the same
 //!   addresses is not a change (QEMU does so to switch dirty logging on).
 //! - A refused message changes nothing.
@@ -160,10 +160,10 @@ impl Session {
     }
 
     /// The table changed: running rings follow before the front end goes on.
-    fn tell_memory(&self) -> Result<()> {
+    fn tell_memory(&self, takes_away: bool) -> Result<()> {
         if self.any_running() {
             let memory = self.memory.snapshot();
-            self.commands.ask(|reply| Command::Memory { memory, reply }).map_err(gone)?;
+            self.commands.ask(|reply| Command::Memory { memory, takes_away, reply }).map_err(gone)?;
         }
         Ok(())
     }
@@ -194,7 +194,13 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        self.end().map_err(gone)
+        let inflight = self.inflight.take();
+        self.end().map_err(gone)?;
+        // After the rings: what they had in flight belongs to a life that is over.
+        if let Some(region) = inflight {
+            region.forget();
+        }
+        Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -222,8 +228,8 @@ impl VhostUserBackendReqHandlerMut for Session {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<u64>>> {
-        self.memory.replace(regions, files).map_err(refuse)?;
-        self.tell_memory()?;
+        let takes_away = self.memory.replace(regions, files).map_err(refuse)?;
+        self.tell_memory(takes_away)?;
         Ok(None)
     }
 
@@ -323,11 +329,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         let (index, ring) = self.ring(index)?;
         ring.enabled = enable;
         if ring.running {
-            // What we acknowledge is so: a front end goes on to what a ring that still takes must not see.
-            return self
-                .commands
-                .ask(|reply| Command::Enable { index, enabled: enable, reply })
-                .map_err(gone);
+            // What we acknowledge is so: a front end goes on to what a ring that still takes must not see. To
+            // cloud-hypervisor the acknowledgement is all of a pause: it takes a snapshot next.
+            let asked = match enable {
+                true => self.commands.ask(|reply| Command::Enable { index, reply }),
+                false => self.commands.ask(|reply| Command::Pause { index, reply }),
+            };
+            return asked.map_err(gone);
         }
         self.start_if_complete(index)
     }
@@ -387,13 +395,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<u64>> {
         self.memory.add(region, file).map_err(refuse)?;
-        self.tell_memory()?;
+        self.tell_memory(false)?;
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         self.memory.remove(region).map_err(refuse)?;
-        self.tell_memory()
+        self.tell_memory(true)
     }
 
     fn set_device_state_fd(
