@@ -28,6 +28,8 @@ mod crash_tests;
 mod fuzz_tests;
 mod inflight;
 mod memory;
+#[cfg(test)]
+mod pause_tests;
 mod queue;
 pub(crate) mod queues;
 pub(crate) mod request;

@@ -79,6 +79,16 @@ impl Disk {
         self.with(|state| *state.allowed.get_or_insert(0) += count);
     }
 
+    /// Answers the newest request, and leaves the older ones.
+    pub fn release_newest(&self) {
+        self.with(|state| {
+            if let Some(newest) = state.waiting.pop_back() {
+                state.waiting.push_front(newest);
+                *state.allowed.get_or_insert(0) += 1;
+            }
+        });
+    }
+
     pub fn release_all(&self) {
         self.with(|state| state.allowed = None);
     }

@@ -113,6 +113,15 @@ impl GuestMemory {
             .collect()
     }
 
+    /// What a VMM restores from a snapshot, or receives in a migration: the same bytes in other memory.
+    pub fn copy(&self) -> GuestMemory {
+        let copy = GuestMemory::new();
+        for at in [0, BORDER, FAR] {
+            copy.write(at, &self.read(at, REGION_LEN as usize));
+        }
+        copy
+    }
+
     /// As the front end says it in messages.
     fn user(&self, at: u64) -> u64 {
         self.map.get_host_address(GuestAddress(at)).expect("inside") as u64

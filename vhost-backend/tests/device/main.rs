@@ -7,6 +7,7 @@ mod chains;
 mod disk;
 mod front_end;
 mod messages;
+mod pausing;
 mod replay;
 mod sharing;
 mod stopping;
