@@ -307,8 +307,9 @@ impl World {
                 index = index.wrapping_add(1);
             }
             told.sort_unstable();
-            let waits: Vec<u16> =
-                (0..SLOTS).filter(|slot| self.live[usize::from(ring)][usize::from(*slot)].is_some()).collect();
+            let waits: Vec<u16> = (0..SLOTS)
+                .filter(|slot| self.live[usize::from(ring)][usize::from(*slot)].is_some())
+                .collect();
             assert_eq!(told, waits, "what the ring says is unanswered, and what is");
         }
         let before = self.bytes();

@@ -560,7 +560,11 @@ impl Queues {
         let taken = self.tickets.orphan(|of| of == index);
         if !taken.is_empty() {
             let requests = taken.len();
-            tracing::warn!(queue = index, requests, "no answers yet: these will be done again when the ring goes on");
+            tracing::warn!(
+                queue = index,
+                requests,
+                "no answers yet: these will be done again when the ring goes on"
+            );
         }
         for pending in taken {
             self.forget(&pending);

@@ -61,12 +61,17 @@ impl Scene {
         self.memory.write(slot_at(2) + 32, &[0xee; 512]);
     }
 
+    fn enable(&mut self, enabled: bool) {
+        let vhost = &mut self.front_end.as_mut().expect("connected").vhost;
+        vhost.set_vring_enable(0, enabled).expect("SET_VRING_ENABLE");
+    }
+
     fn pause(&mut self) {
-        self.front_end.as_mut().expect("connected").vhost.set_vring_enable(0, false).expect("SET_VRING_ENABLE");
+        self.enable(false);
     }
 
     fn resume(&mut self) {
-        self.front_end.as_mut().expect("connected").vhost.set_vring_enable(0, true).expect("SET_VRING_ENABLE");
+        self.enable(true);
     }
 
     fn let_it_turn(&self) {
@@ -226,7 +231,9 @@ fn what_was_in_flight_at_a_reset_is_not_done_again_by_the_same_region() {
         scene.memory.set_u16(at, 0);
     }
     scene.memory.write(slot_at(1) + 32, &[0xee; 512]);
-    let Scene { front_end: Some(front_end), inflight, memory, driver, .. } = &mut scene else { unreachable!() };
+    let Scene { front_end: Some(front_end), inflight, memory, driver, .. } = &mut scene else {
+        unreachable!()
+    };
     front_end.set_inflight(inflight);
     front_end.start(memory, driver, 0);
     scene.submit(3);
