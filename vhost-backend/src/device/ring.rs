@@ -37,7 +37,7 @@ const USED_ENTRY_BYTES: usize = 8;
 /// What a settled ring has where its next used element goes, above the used index that it was settled at. No used
 /// element looks like that: its low half is a head, below 32768.
 const SEAL: u64 = 0x4f4c_5554_4556_0000;
-const _: () = assert!(SEAL as u32 >= QUEUE_SIZE_MAX as u32 && SEAL as u16 == 0);
+const _: () = assert!(SEAL & 0xffff_ffff >= QUEUE_SIZE_MAX as u64 && SEAL & 0xffff == 0);
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 const USED_F_NO_NOTIFY: u16 = 1;
@@ -304,14 +304,12 @@ impl Ring {
         assert!(self.next_used == self.published, "settled with elements that are not published");
         let taken = self.next_avail - self.published;
         assert!(usize::from(taken.0) == unanswered.len(), "{taken} taken, {} unanswered", unanswered.len());
-        let mut index = self.published;
-        for head in unanswered {
-            let at = AVAIL_ENTRIES_AT + AVAIL_ENTRY_BYTES * self.entry(index);
+        for (nth, head) in (0..).zip(unanswered) {
+            let at = AVAIL_ENTRIES_AT + AVAIL_ENTRY_BYTES * self.entry(self.published + Wrapping(nth));
             self.avail.slice.store(head.to_le(), at, Ordering::Release).expect("sized in `new`");
             if let Some(log) = log {
                 log.mark(self.layout.avail + at as u64, AVAIL_ENTRY_BYTES as u64);
             }
-            index += 1;
         }
         // With nothing unanswered there is nothing to tell; and the place may hold an answer not yet seen.
         if self.load(&self.avail, AVAIL_IDX_AT, Ordering::Acquire) != self.published.0 {
