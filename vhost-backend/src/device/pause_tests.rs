@@ -202,14 +202,12 @@ impl World {
         self.map.write_slice(&(id as u64).to_le_bytes(), GuestAddress(at + 8)).unwrap();
         self.map.write_slice(&[0xff], GuestAddress(at + 16)).unwrap();
         self.map.write_slice(&payload(id), GuestAddress(at + 512)).unwrap();
-        for (nth, (addr, len, flags)) in
-            [(at, 16u32, 1u16), (at + 512, 512, 1), (at + 16, 1, 2)].into_iter().enumerate()
-        {
-            let entry = layout(ring).descriptors + 16 * (u64::from(head) + nth as u64);
+        for (nth, addr, len, flags) in [(0, at, 16u32, 1u16), (1, at + 512, 512, 1), (2, at + 16, 1, 2)] {
+            let entry = layout(ring).descriptors + 16 * u64::from(head + nth);
             self.map.write_slice(&addr.to_le_bytes(), GuestAddress(entry)).unwrap();
             self.map.write_slice(&len.to_le_bytes(), GuestAddress(entry + 8)).unwrap();
             self.store(entry + 12, flags);
-            self.store(entry + 14, head + nth as u16 + 1);
+            self.store(entry + 14, head + nth + 1);
         }
         let avail = self.avail(ring);
         self.store(layout(ring).avail + 4 + 2 * u64::from(avail % SIZE), head);
