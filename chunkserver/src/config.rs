@@ -17,6 +17,7 @@ use serde::Deserialize;
   evolute-chunkserver --config /etc/evolute/chunkserver.toml --listen 127.0.0.1:0 --ready-file /run/cs.ready
   evolute-chunkserver init --data-dir /srv/evolute/disk1
   evolute-chunkserver inspect --data-dir /srv/evolute/disk1
+  evolute-chunkserver repair --data-dir /srv/evolute/disk1
 
 One process serves one disk. SIGTERM stops it cleanly; a kill -9 loses nothing that was acknowledged.
 EVOLUTE_LOG filters the traces on stderr (default: info).",
@@ -117,6 +118,38 @@ Examples:
         /// be read says so in it
         #[arg(long, value_name = "DIR")]
         export: Option<PathBuf>,
+    },
+    /// Puts right what a forged or mangled message can have left in the data directory of a chunkserver that does not run: votes
+    /// beyond every term, fences beyond every writer
+    #[command(
+        after_help = "Without --yes it only says what it would do. A vote is lowered to a term above every one that the copyset had a leader
+in; a fence is taken back by the copyset's leader, after the start. Stop the backends of such a volume first, run this on
+every chunkserver that has a replica of the copyset, start them, and start the backend with --takeover.
+
+Exit status: 0 nothing to repair, or all of it is repaired; 1 it could not be done; 2 wrong usage; 3 there is something to
+repair (without --yes), or something that cannot be.
+
+Examples:
+  evolute-chunkserver repair --data-dir /srv/evolute/disk1
+  evolute-chunkserver repair --data-dir /srv/evolute/disk1 --yes
+  evolute-chunkserver repair --data-dir /srv/evolute/disk1 --unfence 7 --yes"
+    )]
+    Repair {
+        /// The chunkserver's directory; refused while a chunkserver uses it
+        #[arg(long, value_name = "DIR")]
+        data_dir: PathBuf,
+        /// Print JSON instead of words
+        #[arg(long)]
+        json: bool,
+        /// Do it
+        #[arg(long)]
+        yes: bool,
+        /// Lower no vote below this term: the highest that `inspect` shows on any chunkserver of the copyset
+        #[arg(long, value_name = "TERM", default_value_t = 0)]
+        above: u64,
+        /// A volume's number (`evolute volume show`) that was not deleted, although chunkservers say so
+        #[arg(long, value_name = "VOLUME")]
+        unfence: Vec<u64>,
     },
 }
 

@@ -38,6 +38,7 @@ use crate::copyset::apply::Replica;
 use crate::copyset::chunkserver_of;
 use crate::copyset::state::{Created, State, restore};
 use crate::data_dir::{DataDir, DataDirError};
+use crate::impossible::{FenceSeen, impossible_fences};
 
 /// Why nothing can be said of a directory.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +82,8 @@ pub struct ReplicaSeen {
     pub purged: Option<At>,
     /// The log ends here, and so do the chunks of this report.
     pub last: Option<At>,
+    /// Fences that no writer can have come with: volumes that nobody is served of.
+    pub impossible_fences: Vec<FenceSeen>,
     /// As of the last entry; of a membership that was changing, the old and the new ones.
     pub members: Vec<MemberSeen>,
     pub chunks: Vec<ChunkSeen>,
@@ -120,7 +123,9 @@ impl Inspection {
     /// All of it can be read, and a chunkserver could run every replica.
     pub fn is_sound(&self) -> bool {
         self.replicas.iter().all(|replica| {
-            replica.trouble.is_none() && replica.chunks.iter().all(|chunk| chunk.unreadable.is_empty())
+            replica.trouble.is_none()
+                && replica.impossible_fences.is_empty()
+                && replica.chunks.iter().all(|chunk| chunk.unreadable.is_empty())
         })
     }
 
@@ -140,6 +145,13 @@ impl Inspection {
             );
             if let Some(trouble) = &seen.trouble {
                 let _ = writeln!(out, "  CANNOT RUN: {trouble}");
+            }
+            for fence in &seen.impossible_fences {
+                let _ = writeln!(
+                    out,
+                    "  IMPOSSIBLE FENCE: volume {} at {}.{}: run `evolute-chunkserver repair`",
+                    fence.volume, fence.attachment, fence.incarnation
+                );
             }
             for chunk in seen.chunks.iter().filter(|chunk| !chunk.unreadable.is_empty()) {
                 let _ = writeln!(
@@ -170,8 +182,13 @@ pub async fn inspect(dir: &Path, export: Option<&Path>) -> Result<Inspection, In
     let store = Rc::new(RefCell::new(store));
     let mut replicas = Vec::new();
     for record in &opened.copysets {
-        let mut seen = replay(record, &log, &store);
+        let (mut seen, state) = replay(record, &log, &store);
         let chunks = store.borrow().chunks_from(record.copyset, None);
+        if let Some(state) = state {
+            let has_chunks = |volume| chunks.iter().any(|chunk| chunk.volume == volume);
+            let fences = impossible_fences(record.copyset, &state.borrow(), has_chunks).collect();
+            seen.impossible_fences = fences;
+        }
         for chunk in chunks {
             seen.chunks.push(read_through(&store, chunk, export.as_mut()).await?);
         }
@@ -186,8 +203,12 @@ pub async fn inspect(dir: &Path, export: Option<&Path>) -> Result<Inspection, In
     })
 }
 
-/// Applies to the store what the log has beyond the checkpoint.
-fn replay(record: &CopysetRecord, log: &OfflineLog, store: &Rc<RefCell<ChunkStore>>) -> ReplicaSeen {
+/// Applies to the store what the log has beyond the checkpoint, and gives the state after that.
+pub fn replay(
+    record: &CopysetRecord,
+    log: &OfflineLog,
+    store: &Rc<RefCell<ChunkStore>>,
+) -> (ReplicaSeen, Option<Rc<RefCell<State>>>) {
     let group = GroupId(u64::from(record.copyset.0));
     let in_log = log.group(group);
     let mut seen = ReplicaSeen {
@@ -198,6 +219,7 @@ fn replay(record: &CopysetRecord, log: &OfflineLog, store: &Rc<RefCell<ChunkStor
         checkpointed: None,
         purged: in_log.and_then(|group| group.purged).map(at),
         last: in_log.and_then(|group| group.last).map(at),
+        impossible_fences: Vec::new(),
         members: Vec::new(),
         chunks: Vec::new(),
     };
@@ -205,7 +227,7 @@ fn replay(record: &CopysetRecord, log: &OfflineLog, store: &Rc<RefCell<ChunkStor
         Ok(restored) => restored,
         Err(error) => {
             seen.trouble = Some(in_one_line(&error));
-            return seen;
+            return (seen, None);
         }
     };
     seen.replica = created.replica.0;
@@ -215,7 +237,8 @@ fn replay(record: &CopysetRecord, log: &OfflineLog, store: &Rc<RefCell<ChunkStor
     let me = evolute_raft::ReplicaId(created.replica.0);
     seen.trouble = log.replay(group, me, &mut machine).err().map(|error| in_one_line(&error));
     seen.members = members(&state.borrow(), &created);
-    seen
+    drop(machine);
+    (seen, Some(state))
 }
 
 fn at(position: Position) -> At {

@@ -16,6 +16,7 @@ pub mod data_dir;
 pub mod disk;
 mod handover;
 pub mod heartbeat;
+pub mod impossible;
 pub mod inspect;
 mod neighbours;
 pub mod others;

@@ -12,6 +12,7 @@ use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
 use evolute_chunkserver::config::{Args, Config, Task};
 use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::heartbeat::{self, Introduction};
+use evolute_chunkserver::impossible::repair;
 use evolute_chunkserver::inspect::inspect;
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
@@ -20,7 +21,7 @@ use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
 use evolute_raft::Timing;
 
-/// `inspect` has read everything, and not all of it is sound.
+/// `inspect` has read everything, and not all of it is sound; `repair` has something left to do.
 const UNSOUND: u8 = 3;
 
 fn main() -> ExitCode {
@@ -29,6 +30,9 @@ fn main() -> ExitCode {
     let done = match &args.task {
         Some(Task::Init { data_dir }) => init(data_dir),
         Some(Task::Inspect { data_dir, json, export }) => look(data_dir, *json, export.as_deref()),
+        Some(Task::Repair { data_dir, json, yes, above, unfence }) => {
+            put_right(data_dir, *json, *above, unfence, *yes)
+        }
         None => run(args).map(|()| ExitCode::SUCCESS),
     };
     match done {
@@ -63,6 +67,17 @@ fn look(data_dir: &Path, json: bool, export: Option<&Path>) -> Result<ExitCode> 
     };
     evolute_daemon::print(&words).context("cannot write to standard output")?;
     Ok(if inspection.is_sound() { ExitCode::SUCCESS } else { ExitCode::from(UNSOUND) })
+}
+
+fn put_right(data_dir: &Path, json: bool, above: u64, unfence: &[u64], yes: bool) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread().build()?;
+    let repaired = runtime.block_on(async { repair(data_dir, above, unfence, yes) })?;
+    if json {
+        println!("{}", serde_json::to_string(&repaired)?);
+    } else {
+        print!("{}", repaired.words());
+    }
+    Ok(if repaired.is_done() { ExitCode::SUCCESS } else { ExitCode::from(UNSOUND) })
 }
 
 async fn serve(config: Config) -> Result<()> {

@@ -30,6 +30,7 @@ use crate::copyset::registry::{Registry, ReplicaError};
 use crate::copyset::repair::Repairs;
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
+use crate::impossible::Unfencing;
 use crate::neighbours::Caller;
 use crate::others::{Others, Told};
 use crate::scrub::{Progress, ScrubOptions, Scrubber};
@@ -279,6 +280,9 @@ async fn run(
     let found = move |found: &slow_disk::Found| watched.disk_found(found);
     let watched = (Rc::clone(&shard.registry), Rc::clone(&store), log.clone());
     spawn_local(slow_disk::watch(watched.0, watched.1, watched.2, others, led, found));
+    if let Some(unfencing) = Unfencing::begun(&data_dir) {
+        spawn_local(unfencing.run(Rc::clone(&shard.registry)));
+    }
     let registry = Rc::clone(&shard.registry);
     let repairs = Rc::clone(&shard.repairs);
     let scrubber =

@@ -7,6 +7,7 @@
 //!
 //! Nothing here opens a socket or a file.
 
+pub mod bounds;
 pub mod checksum;
 pub mod epoch;
 pub mod geometry;

@@ -29,6 +29,7 @@
 //!
 //! Start at [`Node`].
 
+mod bounds;
 mod command;
 mod group;
 mod hibernate;
@@ -46,13 +47,15 @@ mod types;
 
 use std::fmt;
 
+pub use bounds::{Beyond, INDEX_MAX, PROCESS_MAX, REPLICA_MAX, TERM_MAX};
 pub use command::{Command, Cursor};
 pub use group::{
     Applied, CAUGHT_UP, ChangeError, Group, GroupStatus, LeaderChange, Leadership, MemberStatus,
     ProposeError, Role,
 };
 pub use log::{
-    COMMAND_BYTES_MAX, Log, LogError, LogOptions, LogOwner, LogUsage, OfflineGroup, OfflineLog, WriteLatency,
+    COMMAND_BYTES_MAX, ImpossibleVote, Log, LogError, LogOptions, LogOwner, LogUsage, OfflineGroup,
+    OfflineLog, WriteLatency, lower_votes,
 };
 pub use machine::{
     Applying, LocalFuture, Restored, SNAPSHOT_FRAME_BYTES_MAX, SnapshotHead, SnapshotSink, SnapshotSource,

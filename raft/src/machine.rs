@@ -23,6 +23,7 @@ use openraft::OptionalSend;
 use openraft::entry::RaftEntry;
 use openraft::storage::{EntryResponder, RaftSnapshotBuilder, RaftStateMachine};
 
+use crate::bounds::{CONFIGURATIONS_MAX, MEMBERS_MAX};
 use crate::state::{Consistent, State};
 use crate::types::{
     Host, LogId, Membership, Payload, Snapshot, SnapshotMeta, StoredMembership, Types, log_id, member,
@@ -351,18 +352,22 @@ pub(crate) fn put_membership(out: &mut BytesMut, membership: &Membership) {
 
 pub(crate) fn get_membership(from: &mut &[u8]) -> Option<Membership> {
     let mut configs = Vec::new();
-    for _ in 0..from.try_get_u32_le().ok()? {
+    for _ in 0..count(from, CONFIGURATIONS_MAX)? {
         let mut config = std::collections::BTreeSet::new();
-        for _ in 0..from.try_get_u32_le().ok()? {
+        for _ in 0..count(from, MEMBERS_MAX)? {
             config.insert(from.try_get_u64_le().ok()?);
         }
         configs.push(config);
     }
     let mut nodes = std::collections::BTreeMap::new();
-    for _ in 0..from.try_get_u32_le().ok()? {
+    for _ in 0..count(from, MEMBERS_MAX)? {
         nodes.insert(from.try_get_u64_le().ok()?, Host(from.try_get_u64_le().ok()?));
     }
     Membership::new(configs, nodes).ok()
+}
+
+fn count(from: &mut &[u8], max: u32) -> Option<u32> {
+    from.try_get_u32_le().ok().filter(|&count| count <= max)
 }
 
 fn length(n: usize) -> u32 {

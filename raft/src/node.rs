@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use openraft::{Config, SnapshotPolicy, StepDownPolicy};
 
+use crate::bounds::{self, Beyond, Bounded};
 use crate::group::{Group, PROPOSALS_MAX};
 use crate::hibernate;
 use crate::intake::Intake;
@@ -109,6 +110,15 @@ pub enum StartError {
     /// The log begins after what the owner's storage holds: the storage was lost or set back.
     #[error("{group} is applied up to {applied:?} and its log begins after {purged}")]
     LogAhead { group: GroupId, applied: Option<Position>, purged: Position },
+    /// Its vote is of a term that no election reaches: openraft would count beyond the end of numbers. No leader can have
+    /// been elected in it, so it may be lowered ([`crate::lower_votes`]).
+    #[error(
+        "{replica} has a vote that cannot be: {what}; stop, and run `evolute-chunkserver repair --data-dir DIR`"
+    )]
+    Vote { replica: ReplicaId, what: Beyond },
+    /// What the log or the owner's storage holds is of a term or an index that nothing reaches.
+    #[error("what it stores cannot be: {what}. Only another replica can replace it")]
+    Impossible { what: Beyond },
     /// The owner handed back a membership that is not one of ours.
     #[error("{0}: the stored membership is not a membership")]
     Membership(GroupId),
@@ -186,6 +196,7 @@ impl Node {
         };
         let mut log = inner.log.group(id, me).await?;
         check(id, restored.applied, log.bounds(), log.installing())?;
+        check_vote(me, log.term())?;
         let state = State::new(
             id,
             Member { replica: me, process: inner.peers.me() },
@@ -256,6 +267,11 @@ impl Node {
     }
 }
 
+/// A vote is for a term that openraft can count on from.
+pub(crate) fn check_vote(replica: ReplicaId, term: Option<u64>) -> Result<(), StartError> {
+    bounds::term(term.unwrap_or(0)).map_err(|what| StartError::Vote { replica, what })
+}
+
 /// The log and the owner's storage must overlap or touch. The log is purged up to and ends at `purged` and `last`.
 pub(crate) fn check(
     group: GroupId,
@@ -263,6 +279,9 @@ pub(crate) fn check(
     (purged, last): (Option<Position>, Option<Position>),
     installing: Option<Position>,
 ) -> Result<(), StartError> {
+    for at in [applied, purged, last, installing] {
+        at.bounded().map_err(|what| StartError::Impossible { what })?;
+    }
     if let Some(purged) = purged
         && applied.is_none_or(|applied| applied.index < purged.index)
     {

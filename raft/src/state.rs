@@ -4,6 +4,7 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::rc::Rc;
 use std::time::Duration;
 
+use crate::bounds::{Beyond, Ceiling};
 use crate::group::LeaderChange;
 use crate::hibernate::Hibernation;
 use crate::intake::Intake;
@@ -30,6 +31,8 @@ pub(crate) struct State {
     pub leading: Cell<Option<u64>>,
     /// The highest term this replica knows of.
     pub term: Cell<u64>,
+    /// How high a term it believes.
+    ceiling: OnceCell<Ceiling>,
     pub applied: Cell<Option<Position>>,
     /// The highest term this replica knew of when it applied that.
     pub applied_in: Cell<u64>,
@@ -100,6 +103,7 @@ impl State {
             log: OnceCell::new(),
             leading: Cell::new(None),
             term: Cell::new(0),
+            ceiling: OnceCell::new(),
             applied: Cell::new(applied),
             applied_in: Cell::new(0),
             checkpointed: RefCell::new(checkpointed),
@@ -127,11 +131,18 @@ impl State {
     pub fn found(&self, log: GroupLog) {
         self.term.set(log.term().unwrap_or(0));
         self.applied_in.set(self.term.get());
+        let _ = self.ceiling.set(Ceiling::above(self.term.get()));
         assert!(self.log.set(log).is_ok(), "{} started twice", self.id);
     }
 
     pub fn started(&self, raft: Raft) {
         assert!(self.raft.set(raft).is_ok(), "{} started twice", self.id);
+    }
+
+    /// Whether a term that another replica names can be. Asked before anything is done with it: what is taken once is on
+    /// the disk.
+    pub fn believes(&self, term: u64) -> Result<(), Beyond> {
+        self.ceiling.get().map_or(Ok(()), |ceiling| ceiling.judge(self.term.get(), term))
     }
 
     pub fn running(&self) -> Option<&Raft> {

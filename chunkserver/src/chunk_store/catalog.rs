@@ -361,10 +361,15 @@ fn encode_numbers(checkpoint: u64, next_admission: u64) -> Vec<u8> {
     raw
 }
 
+/// Whatever is counted up, admissions, checkpoints and entries, is nowhere near this.
+const COUNTED_MAX: u64 = 1 << 56;
+/// The next files' generations are counted on from the highest one.
+const GENERATION_MAX: u32 = u32::MAX - (1 << 16);
+
 fn decode_numbers(mut raw: &[u8]) -> Option<(u64, u64)> {
     let known = raw.try_get_u8().ok()? == VALUE_VERSION;
     let numbers = (raw.try_get_u64_le().ok()?, raw.try_get_u64_le().ok()?);
-    (known && raw.is_empty()).then_some(numbers)
+    (known && raw.is_empty() && numbers.0.max(numbers.1) <= COUNTED_MAX).then_some(numbers)
 }
 
 fn copyset_key(copyset: CopysetId) -> Vec<u8> {
@@ -389,6 +394,9 @@ fn decode_copyset(key: &[u8], mut raw: &[u8]) -> Option<(CopysetRecord, u64)> {
     let known = raw.try_get_u8().ok()? == VALUE_VERSION;
     let admission = raw.try_get_u64_le().ok()?;
     let applied = raw.try_get_u64_le().ok()?;
+    if admission.max(applied) > COUNTED_MAX {
+        return None;
+    }
     let created = take_part(&mut raw)?;
     let state = take_part(&mut raw)?;
     (known && raw.is_empty()).then_some((CopysetRecord { copyset, applied, state, created }, admission))
@@ -448,7 +456,8 @@ fn decode_chunk_value(mut raw: &[u8]) -> Option<ChunkRecord> {
         }
     }
     let record = ChunkRecord { owner, generation, written, lost: false };
-    (known && generations == 1 && raw.is_empty()).then_some(record)
+    let sound = generations == 1 && generation < GENERATION_MAX;
+    (known && sound && raw.is_empty()).then_some(record)
 }
 
 fn removed_key(copyset: CopysetId) -> Vec<u8> {

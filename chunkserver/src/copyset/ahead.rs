@@ -129,7 +129,7 @@ impl Ahead {
             Change::Discard(discard) => (discard.chunk, discard.range, None),
             Change::WriteZeroes(zeroes) => (zeroes.chunk, zeroes.range, None),
             // The epoch says the rest.
-            Change::Fence(_) | Change::DropVolume(_) => return Ok(()),
+            Change::Fence(_) | Change::DropVolume(_) | Change::Unfence(_) => return Ok(()),
         };
         if chunk != self.chunk || !range.overlaps(self.range) {
             return Ok(());

@@ -89,7 +89,7 @@ impl Replica {
             Change::WriteZeroes(zeroes) => {
                 store.write_zeroes(self.copyset, zeroes.chunk, zeroes.range.offset(), zeroes.range.length());
             }
-            Change::Fence(_) => {}
+            Change::Fence(_) | Change::Unfence(_) => {}
             Change::DropVolume(volume) => store.drop_volume(self.copyset, *volume),
         }
     }

@@ -23,6 +23,7 @@ const DISCARD: u8 = 2;
 const WRITE_ZEROES: u8 = 3;
 const FENCE: u8 = 4;
 const DROP_VOLUME: u8 = 5;
+const UNFENCE: u8 = 6;
 
 /// One change of a copyset's state.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub enum Change {
     Fence(Fence),
     /// The volume was deleted: forget its chunks, refuse all its writers for ever.
     DropVolume(VolumeId),
+    /// The volume's fence is one that nobody can have come with: as if it had never been fenced here.
+    Unfence(VolumeId),
 }
 
 impl Change {
@@ -42,7 +45,7 @@ impl Change {
             Self::Discard(discard) => discard.chunk.volume,
             Self::WriteZeroes(zeroes) => zeroes.chunk.volume,
             Self::Fence(fence) => fence.volume,
-            Self::DropVolume(volume) => *volume,
+            Self::DropVolume(volume) | Self::Unfence(volume) => *volume,
         }
     }
 }
@@ -107,6 +110,10 @@ impl CommandBuilder {
                 fields.put_u8(DROP_VOLUME);
                 fields.put_u64_le(volume.0);
             }
+            Change::Unfence(volume) => {
+                fields.put_u8(UNFENCE);
+                fields.put_u64_le(volume.0);
+            }
         }
     }
 
@@ -164,6 +171,7 @@ pub fn decode(command: Command) -> Result<SmallVec<[Change; 4]>, CommandError> {
                 Change::Fence(Fence { volume, epoch })
             }
             DROP_VOLUME => Change::DropVolume(VolumeId(get_u64(&mut fields)?)),
+            UNFENCE => Change::Unfence(VolumeId(get_u64(&mut fields)?)),
             _ => return Err(CommandError::Malformed),
         });
     }
@@ -227,6 +235,7 @@ mod tests {
             Change::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Change::Write(write),
             Change::DropVolume(VolumeId(5)),
+            Change::Unfence(VolumeId(5)),
         ]
     }
 

@@ -129,7 +129,19 @@ impl Writers {
             Change::WriteZeroes(zeroes) => self.admit(&zeroes.tag),
             Change::Fence(fence) => self.fence(fence.epoch),
             Change::DropVolume(_) => self.fence(Epoch::DELETED),
+            Change::Unfence(_) => self.unfence(),
         }
+    }
+
+    /// Takes back a fence that no writer can have come with. The next writer begins anew; every one that was refused by that
+    /// fence has stopped for ever. Any other fence stays.
+    fn unfence(&mut self) -> Verdict {
+        if self.epoch.is_a_writers() {
+            return Verdict::Already;
+        }
+        self.epoch = Epoch::default();
+        self.lanes.clear();
+        Verdict::Apply
     }
 
     /// Raises the epoch. The same one again changes nothing; a lower one is refused.

@@ -41,6 +41,7 @@ mod write;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, CopysetId};
@@ -83,6 +84,8 @@ pub struct Copyset {
     entries_in_flight: Cell<usize>,
     others: Rc<Others>,
     repairs: Rc<Repairs>,
+    /// A fence was last refused for an epoch that nobody believes, and that was said.
+    disbelieved: Cell<Option<Instant>>,
     /// What checkpoints that are not done yet will make durable: the log may be recycled up to there then.
     frozen: RefCell<VecDeque<(Position, Option<Bytes>)>>,
 }
@@ -107,6 +110,7 @@ impl Copyset {
             entries_in_flight: Cell::new(0),
             others,
             repairs,
+            disbelieved: Cell::default(),
             frozen: RefCell::default(),
         }
     }

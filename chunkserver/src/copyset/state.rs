@@ -133,6 +133,10 @@ fn parse_state(record: &CopysetRecord) -> Option<State> {
     }
     let membership = bytes.split_to(length);
     let writers = get_writers(&mut bytes).ok()?;
+    // A later entry of the volume could not be applied after that.
+    if writers.values().any(|writers| writers.last_index() > record.applied) {
+        return None;
+    }
     // Index 0 with term 0 is the membership a copyset begins with; only a record with a membership has applied it.
     let applied = (!membership.is_empty()).then_some(Position { term, index: record.applied });
     bytes.is_empty().then_some(State {

@@ -2,15 +2,18 @@
 
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use evolute_protocol::epoch::Epoch;
+use evolute_protocol::id::VolumeId;
 use evolute_protocol::wire::reply::{Freshness, Refusal, Reply};
+use evolute_protocol::wire::request::Fence;
 use evolute_raft::{Applied, ProposeError};
 use smallvec::SmallVec;
 
 use super::apply::{refusal_of, result_of};
 use super::command::{Change, CommandBuilder};
-use super::fence::Verdict;
+use super::fence::{Verdict, Writers};
 use super::{Caller, Copyset, chunkserver_of};
 use crate::chunk_store::Pressure;
 
@@ -26,6 +29,8 @@ const ENTRY_CHANGES_MAX: usize = 1024;
 /// could be made to hold, and only if every copyset stalled at once.
 const WAITING_BYTES_MAX: usize = 64 << 20;
 const WAITING_CHANGES_MAX: usize = 16 << 10;
+/// Whoever makes up fences makes up many.
+const DISBELIEF_SAID_EVERY: Duration = Duration::from_secs(10);
 
 /// Changes that arrived and are not proposed yet.
 #[derive(Default)]
@@ -83,7 +88,12 @@ impl Copyset {
         let state = self.state.borrow();
         let writers = state.writers().get(&change.volume());
         let verdict = match (change, writers) {
-            (Change::DropVolume(_), _) | (Change::Fence(_), None) => Verdict::Apply,
+            (Change::DropVolume(_) | Change::Unfence(_), _) => Verdict::Apply,
+            (Change::Fence(fence), _) if !fence.epoch.may_follow(writers.map(Writers::epoch)) => {
+                self.disbelieve(fence, writers.map(Writers::epoch));
+                Verdict::OutOfBounds
+            }
+            (Change::Fence(_), None) => Verdict::Apply,
             (_, None) => Verdict::NotFenced,
             (Change::Fence(fence), Some(writers)) => match writers.judge_epoch(fence.epoch) {
                 Verdict::NotFenced => Verdict::Apply,
@@ -93,7 +103,18 @@ impl Copyset {
             (Change::Discard(discard), Some(writers)) => writers.judge(&discard.tag),
             (Change::WriteZeroes(zeroes), Some(writers)) => writers.judge(&zeroes.tag),
         };
-        (verdict, writers.map_or(0, super::fence::Writers::last_index))
+        (verdict, writers.map_or(0, Writers::last_index))
+    }
+
+    /// A fence that is far above the newest epoch here was made up. A function of a clock and of what is here, so it is
+    /// asked before anything is proposed, and never of an entry.
+    fn disbelieve(&self, fence: &Fence, known: Option<Epoch>) {
+        if self.disbelieved.get().is_none_or(|said| said.elapsed() > DISBELIEF_SAID_EVERY) {
+            self.disbelieved.set(Some(Instant::now()));
+            let known = known.unwrap_or_default();
+            tracing::warn!(copyset = %self.id, volume = %fence.volume, asked = %fence.epoch, %known,
+                "refused a fence: no writer can have come so far");
+        }
     }
 
     /// Proposes what waits, as long as entries may be in flight and the overlay has room.
@@ -165,7 +186,7 @@ impl Copyset {
     }
 
     /// Commits the end of a volume here, if this replica leads; it is done again until it shows.
-    pub fn drop_volume(self: &Rc<Self>, volume: evolute_protocol::id::VolumeId) {
+    pub fn drop_volume(self: &Rc<Self>, volume: VolumeId) {
         let gone = self
             .state
             .borrow()
@@ -175,12 +196,26 @@ impl Copyset {
         if gone || self.group.leadership().is_none() {
             return;
         }
+        self.propose_alone(Change::DropVolume(volume), volume, "the volume is not dropped yet");
+    }
+
+    /// Takes back the fence of a volume that nobody can have come with, if this replica leads. True: it is still here, ask
+    /// again.
+    pub fn unfence(self: &Rc<Self>, volume: VolumeId) -> bool {
+        let beyond = self.state.borrow().writers().get(&volume).is_some_and(|w| !w.epoch().is_a_writers());
+        if beyond && self.group.leadership().is_some() {
+            self.propose_alone(Change::Unfence(volume), volume, "the fence is not taken back yet");
+        }
+        beyond
+    }
+
+    fn propose_alone(&self, change: Change, volume: VolumeId, not_yet: &'static str) {
         let mut builder = CommandBuilder::default();
-        builder.push(Change::DropVolume(volume));
+        builder.push(change);
         let copyset = self.id();
         self.group.propose(builder.finish(), move |outcome| {
             if let Err(error) = outcome {
-                tracing::info!(%copyset, %volume, %error, "the volume is not dropped yet");
+                tracing::info!(%copyset, %volume, %error, "{not_yet}");
             }
         });
     }

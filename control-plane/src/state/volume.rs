@@ -10,7 +10,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use evolute_daemon::utc;
-use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES, VOLUME_BYTES_MAX, VOLUME_BYTES_MIN};
 use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
 
@@ -25,7 +24,7 @@ pub const HOLDER_BYTES_MAX: usize = 512;
 pub const WIDTH_MAX: u32 = 64;
 const _: () = assert!(WIDTH_MAX as u64 <= CHUNKS_PER_SEGMENT);
 /// One below the fence of a deleted volume, which must stay above every writer.
-pub const ATTACHMENT_MAX: u32 = Epoch::DELETED.attachment - 1;
+pub use evolute_protocol::bounds::ATTACHMENT_MAX;
 
 /// The copyset of each chunk of one segment: [`CHUNKS_PER_SEGMENT`] of them.
 pub type SegmentMap = Box<[CopysetId]>;

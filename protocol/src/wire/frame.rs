@@ -36,6 +36,8 @@ pub enum WireError {
     Damaged,
     #[error("a message of unknown kind {0}")]
     UnknownKind(u8),
+    #[error("a message of kind {kind} with a {what} that nobody can have reached: {number}")]
+    Beyond { kind: u8, what: &'static str, number: u64 },
     #[error("a message of kind {kind} whose fields do not make sense: {what}")]
     Malformed { kind: u8, what: &'static str },
 }
@@ -199,6 +201,16 @@ impl Fields {
     pub(super) fn u64(&mut self) -> Result<u64, WireError> {
         self.need(8)?;
         Ok(self.rest.get_u64_le())
+    }
+
+    /// A number that is counted up from 0 or 1, and nowhere near its end.
+    pub(super) fn counted(&mut self, max: u64, what: &'static str) -> Result<u64, WireError> {
+        let number = self.u64()?;
+        if number <= max { Ok(number) } else { Err(WireError::Beyond { kind: self.kind, what, number }) }
+    }
+
+    pub(super) fn beyond(&self, what: &'static str, number: u64) -> WireError {
+        WireError::Beyond { kind: self.kind, what, number }
     }
 
     /// Everything that is left, as checksums.

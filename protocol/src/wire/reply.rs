@@ -3,6 +3,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::frame::{Fields, Frame, RequestId, WireError, put_frame};
+use crate::bounds::{INDEX_MAX, TERM_MAX};
 use crate::checksum::{Checksums, first_mismatch};
 use crate::epoch::Epoch;
 use crate::id::{BlockIndex, ChunkserverId, CopysetId};
@@ -129,7 +130,7 @@ impl Reply {
         let reply = match frame.kind {
             DONE => Self::Done(get_fresh(&mut fields)?),
             DATA => {
-                let (fresh, shown) = (get_fresh(&mut fields)?, fields.u64()?);
+                let (fresh, shown) = (get_fresh(&mut fields)?, fields.counted(INDEX_MAX, "index")?);
                 let checksums = get_checksums(&mut fields, frame, 24)?;
                 Self::Data { fresh, shown, checksums, data: ReplyData::from_iter([frame.payload.clone()]) }
             }
@@ -164,7 +165,8 @@ fn put_fresh(head: &mut BytesMut, fresh: &Freshness) {
 }
 
 fn get_fresh(fields: &mut Fields) -> Result<Freshness, WireError> {
-    Ok(Freshness { term: fields.u64()?, index: fields.u64()? })
+    let term = fields.counted(TERM_MAX, "term")?;
+    Ok(Freshness { term, index: fields.counted(INDEX_MAX, "index")? })
 }
 
 /// All that is left behind so many bytes.

@@ -3,6 +3,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::frame::{Fields, Frame, RequestId, WireError, put_frame};
+use crate::bounds::{CHUNKS_MAX, INDEX_MAX, SEQUENCE_MAX, TERM_MAX, VOLUME_MAX};
 use crate::checksum::{Checksums, first_mismatch, piece_count};
 use crate::epoch::Epoch;
 use crate::geometry::{BLOCK_BYTES, CHUNK_BYTES, REQUEST_BYTES_MAX, SECTOR_BYTES};
@@ -249,12 +250,12 @@ impl Request {
         }
         let request = match frame.kind {
             FENCE => {
-                let volume = VolumeId(fields.u64()?);
-                Self::Fence(Fence { volume, epoch: Epoch::from_u64(fields.u64()?) })
+                let (volume, epoch) = get_writer(&mut fields)?;
+                Self::Fence(Fence { volume, epoch })
             }
             TAKE_OVER => {
-                let volume = VolumeId(fields.u64()?);
-                Self::TakeOver(TakeOver { volume, epoch: Epoch::from_u64(fields.u64()?) })
+                let (volume, epoch) = get_writer(&mut fields)?;
+                Self::TakeOver(TakeOver { volume, epoch })
             }
             WRITE => {
                 let (chunk, tag, range) = get_change(&mut fields)?;
@@ -303,9 +304,22 @@ fn put_chunk(head: &mut BytesMut, chunk: ChunkKey, epoch: Epoch) {
 }
 
 fn get_chunk(fields: &mut Fields) -> Result<(ChunkKey, Epoch), WireError> {
-    let volume = VolumeId(fields.u64()?);
+    let (volume, epoch) = get_writer(fields)?;
+    let index = fields.u32()?;
+    if index >= CHUNKS_MAX {
+        return Err(fields.beyond("chunk", u64::from(index)));
+    }
+    Ok((ChunkKey { volume, index: ChunkIndex(index) }, epoch))
+}
+
+/// A volume and who writes it.
+fn get_writer(fields: &mut Fields) -> Result<(VolumeId, Epoch), WireError> {
+    let volume = VolumeId(fields.counted(VOLUME_MAX, "volume")?);
     let epoch = Epoch::from_u64(fields.u64()?);
-    Ok((ChunkKey { volume, index: ChunkIndex(fields.u32()?) }, epoch))
+    if !epoch.is_a_writers() {
+        return Err(fields.beyond("epoch", epoch.to_u64()));
+    }
+    Ok((volume, epoch))
 }
 
 fn put_range(head: &mut BytesMut, range: ChunkRange) {
@@ -343,7 +357,11 @@ fn put_read_at_least(head: &mut BytesMut, ask: &ReadAtLeast) {
 }
 
 fn get_read_at_least(read: Read, fields: &mut Fields) -> Result<ReadAtLeast, WireError> {
-    Ok(ReadAtLeast { read, index: fields.u64()?, term: fields.u64()? })
+    let (index, term) = (fields.counted(INDEX_MAX, "index")?, fields.u64()?);
+    if term > TERM_MAX && term != ReadAtLeast::APPLIED_ONLY {
+        return Err(fields.beyond("term", term));
+    }
+    Ok(ReadAtLeast { read, index, term })
 }
 
 fn put_change(head: &mut BytesMut, chunk: ChunkKey, tag: &ChangeTag, range: ChunkRange) {
@@ -357,7 +375,8 @@ fn put_change(head: &mut BytesMut, chunk: ChunkKey, tag: &ChangeTag, range: Chun
 fn get_change(fields: &mut Fields) -> Result<(ChunkKey, ChangeTag, ChunkRange), WireError> {
     let (chunk, epoch) = get_chunk(fields)?;
     let range = get_range(fields)?;
-    let (sequence, floor) = (Sequence(fields.u64()?), Sequence(fields.u64()?));
+    let sequence = Sequence(fields.counted(SEQUENCE_MAX, "sequence")?);
+    let floor = Sequence(fields.counted(SEQUENCE_MAX, "floor")?);
     let lane = Lane(fields.u16()?);
     if floor > sequence {
         return Err(fields.malformed("a floor above its own sequence"));

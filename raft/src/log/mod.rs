@@ -30,6 +30,7 @@ mod file;
 mod format;
 mod index;
 mod latency;
+mod lower;
 mod offline;
 mod read;
 mod recover;
@@ -50,6 +51,7 @@ use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
 pub use latency::WriteLatency;
+pub use lower::{ImpossibleVote, lower_votes};
 pub use offline::{OfflineGroup, OfflineLog};
 pub(crate) use storage::GroupLog;
 

@@ -17,7 +17,7 @@ use super::recover::{Recovered, recover};
 use super::storage::READ_BYTES;
 use super::{LogError, LogOwner, lock};
 use crate::machine::{StateMachine, applying};
-use crate::node::{StartError, check};
+use crate::node::{StartError, check, check_vote};
 use crate::types::position;
 use crate::{GroupId, Position, ReplicaId};
 
@@ -47,6 +47,16 @@ impl OfflineLog {
         Ok(Self { groups, files: lives.into_iter().collect(), _lock: lock })
     }
 
+    /// Every group that has a log here.
+    pub fn groups(&self) -> impl Iterator<Item = (GroupId, OfflineGroup)> + '_ {
+        self.groups.keys().filter_map(|id| Some((*id, self.group(*id)?)))
+    }
+
+    /// How long the files are that it was written to.
+    pub fn file_bytes(&self) -> Option<u64> {
+        self.files.values().next_back().and_then(|file| file.len().ok())
+    }
+
     pub fn group(&self, id: GroupId) -> Option<OfflineGroup> {
         let index = self.groups.get(&id)?;
         Some(OfflineGroup {
@@ -74,6 +84,7 @@ impl OfflineLog {
             return Err(StartError::OtherReplica { group: id, found, asked: me });
         }
         check(id, applied, (index.purged, index.last()), index.installing)?;
+        let vote = check_vote(me, index.vote.map(|vote| vote.term));
         let mut next = applied.map_or(0, |applied| applied.index + 1).max(index.first());
         while next < index.end() {
             let file = |sequence| self.files.get(&sequence).cloned();
@@ -84,6 +95,7 @@ impl OfflineLog {
                 machine.apply(position(&at), applying(at, entry.payload));
             }
         }
-        Ok(())
+        // Last: what the log holds is worth seeing all the same.
+        vote
     }
 }

@@ -19,6 +19,7 @@ use super::format::{
 };
 use super::index::{Index, Place};
 use super::{LogError, LogOwner};
+use crate::bounds::{Bounded, FILE_SEQUENCE_MAX, INDEX_MAX};
 use crate::{GroupId, Position};
 
 /// What recovery found.
@@ -101,6 +102,10 @@ fn find(dir: &Path, owner: LogOwner, access: Access) -> Result<Vec<Found>, LogEr
             }
             FirstBlock::Header(header) if header.owner != owner => {
                 return Err(LogError::WrongOwner { dir: dir.to_owned(), found: header.owner });
+            }
+            FirstBlock::Header(header) if header.sequence > FILE_SEQUENCE_MAX => {
+                let what = "no file has such a sequence";
+                return Err(LogError::Damaged { file: file.path, offset: 0, what });
             }
             FirstBlock::Header(header) => Some(header),
             FirstBlock::Nothing => None,
@@ -187,6 +192,9 @@ impl Recovering {
             let bytes = self.read(at)?;
             if begins(&bytes, sequence) {
                 self.first_live = last_first_live(&bytes, sequence);
+                if self.first_live > sequence {
+                    return Err(self.damaged(at, 0, "it says that itself is not needed"));
+                }
                 break (sequence, at);
             }
         };
@@ -252,6 +260,9 @@ impl Recovering {
                 _ => FILE_HEADER as u64,
             };
             for header in claims(&self.read(other)?, from) {
+                if header.at.sequence > FILE_SEQUENCE_MAX {
+                    return Err(self.damaged(other, header.at.offset, "no file has such a sequence"));
+                }
                 self.highest = self.highest.max(header.at.sequence);
                 if header.at >= end && header.durable > end {
                     return Err(self.damaged(at, end.offset, "what is here is not what was durable"));
@@ -283,6 +294,10 @@ impl Recovering {
             return self.groups.remove(&record.group).map(drop);
         }
         let group = self.groups.get_mut(&record.group)?;
+        // A vote may be beyond all bounds: it was given in good faith, and is judged when its replica starts.
+        if record.kind != Kind::Vote && !is_possible(record) {
+            return None;
+        }
         match record.kind {
             Kind::Vote => group.record.vote = Some(format::read_vote(record.at.term, payload)?),
             Kind::Truncate => group.truncate(record.at.index),
@@ -300,6 +315,9 @@ impl Recovering {
     /// A file's state record says what the files before it said. The first file's is all that is left of those.
     fn apply_state(&mut self, payload: &[u8], first: bool) -> Option<()> {
         let groups = format::read_state(payload)?;
+        if groups.iter().any(|group| group.purged.bounded().and(group.last.bounded()).is_err()) {
+            return None;
+        }
         if first {
             self.groups =
                 groups.into_iter().map(|record| (record.group, RecoveredGroup::new(record))).collect();
@@ -348,6 +366,11 @@ impl Recovering {
         recovered.groups = self.groups;
         Ok(recovered)
     }
+}
+
+/// Whatever is added to these stays a number. A truncation names the entry after the last that stays.
+fn is_possible(record: &RecordHeader) -> bool {
+    record.at.bounded().is_ok() || (record.at.term == 0 && record.at.index == INDEX_MAX + 1)
 }
 
 /// The batch headers that are where they say they are, whole batches or not.

@@ -10,7 +10,7 @@ use futures::{Stream, StreamExt};
 use openraft::base::{BoxFuture, BoxStream};
 use openraft::errors::{ReplicationClosed, Unreachable};
 use openraft::network::{RPCOption, RaftNetworkV2};
-use openraft::raft::AppendEntriesResponse;
+use openraft::raft::{AppendEntriesResponse, StreamAppendError};
 use openraft::{OptionalSend, RaftNetworkFactory};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
@@ -21,6 +21,7 @@ use super::frame::{Body, Frame, Kind};
 use super::link::{Connection, Link};
 use super::message::{get_vote_response, put_append, put_transfer, put_vote_request};
 use super::snapshot::{Rate, send};
+use crate::bounds::{Beyond, Bounded};
 use crate::machine::SnapshotData;
 use crate::state::State;
 use crate::types::{
@@ -231,6 +232,23 @@ async fn next_answer(
     }
 }
 
+/// An answer that names a term nobody can have reached, or entries that were never sent, is none: openraft would follow the
+/// one, and count the other.
+fn appended(state: &State, from: u64, answer: AppendResult) -> Result<AppendResult, RpcError> {
+    let last = state.log().and_then(|log| log.bounds().1).map(|at| at.index);
+    let judged = answer.bounded().and_then(|()| match &answer {
+        Err(StreamAppendError::HigherVote(vote)) => state.believes(vote.leader_id.term),
+        Ok(Some(matched)) if Some(matched.index()) > last => Err(Beyond::Index(matched.index())),
+        Ok(_) | Err(StreamAppendError::Conflict(_)) => Ok(()),
+    });
+    judged.map(|()| answer).map_err(|what| refused(state, from, what))
+}
+
+fn refused(state: &State, from: u64, what: Beyond) -> RpcError {
+    tracing::warn!(group = %state.id, from, %what, "refused a peer's answer");
+    senseless()
+}
+
 impl Target {
     async fn open<S>(
         &mut self,
@@ -276,13 +294,26 @@ impl Target {
         } else {
             session.pump.set(Some(tokio::task::spawn_local(pump.run(input))));
         }
-        let stream = futures::stream::unfold(Some((session, answers)), |open| async {
-            let (session, mut answers) = open?;
-            let answer = next_answer(&session, &mut answers).await?;
-            let over = !matches!(answer, Ok(Ok(_)));
-            Some((answer, (!over).then_some((session, answers))))
+        let (state, from) = (self.state.clone(), self.to);
+        let stream = futures::stream::unfold(Some((session, answers)), move |open| {
+            let state = state.clone();
+            async move {
+                let (session, mut answers) = open?;
+                let answer = next_answer(&session, &mut answers).await?;
+                let answer = answer.and_then(|answer| appended(&state, from, answer));
+                let over = !matches!(answer, Ok(Ok(_)));
+                Some((answer, (!over).then_some((session, answers))))
+            }
         });
         Ok(Box::pin(stream))
+    }
+
+    /// An answer with a term that cannot be is none: openraft would follow it.
+    fn voted(&self, answer: Frame) -> Result<VoteResponse, RpcError> {
+        let response = get_vote_response(answer.body).ok_or_else(senseless)?;
+        let term = response.vote.leader_id.term;
+        let judged = response.bounded().and_then(|()| self.state.believes(term));
+        judged.map(|()| response).map_err(|what| refused(&self.state, self.to, what))
     }
 
     async fn call(
@@ -338,13 +369,13 @@ impl RaftNetworkV2<Types> for Target {
 
     async fn vote(&mut self, request: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
         let answer = self.call(Kind::Vote, &option, |out| put_vote_request(out, self.to, &request)).await?;
-        get_vote_response(answer.body).ok_or_else(senseless)
+        self.voted(answer)
     }
 
     async fn pre_vote(&mut self, request: VoteRequest, option: RPCOption) -> Result<VoteResponse, RpcError> {
         let answer =
             self.call(Kind::PreVote, &option, |out| put_vote_request(out, self.to, &request)).await?;
-        get_vote_response(answer.body).ok_or_else(senseless)
+        self.voted(answer)
     }
 
     async fn full_snapshot(

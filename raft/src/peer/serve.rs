@@ -20,10 +20,11 @@ use super::message::{
 use super::snapshot::receive;
 use super::{Caller, Peers};
 use crate::ReplicaId;
+use crate::bounds::{Beyond, Bounded};
 use crate::group::Group;
 use crate::intake::Taken;
 use crate::log::log_bytes;
-use crate::types::{AppendRequest, VoteResponse};
+use crate::types::{AppendRequest, Vote, VoteResponse};
 
 /// Appends of one session that openraft has not taken yet. It takes 64 at a time; a leader sends no more than that
 /// before it is answered, so this is never reached by one of ours.
@@ -39,8 +40,13 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, c
     let (read, write) = stream.into_split();
     let writer = tokio::task::spawn_local(frame::send(outbox.clone(), write));
     let number = caller.number;
-    let mut serving =
-        Serving { peers: peers.clone(), outbox: outbox.clone(), caller, sessions: HashMap::new() };
+    let mut serving = Serving {
+        peers: peers.clone(),
+        outbox: outbox.clone(),
+        caller,
+        sessions: HashMap::new(),
+        refused: false,
+    };
     let ended = tokio::select! {
         ended = serving.run(Reader::new(read)) => ended,
         () = outbox.until_closed() => Ok(()),
@@ -52,8 +58,13 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, c
     if !matches!(&ended, Err(error) if error.kind() == io::ErrorKind::InvalidData) {
         peers.lost(number);
     }
-    if let Err(error) = ended {
-        tracing::debug!(?from, %error, "a peer's connection ended");
+    match ended {
+        // No program of ours says such a thing: somebody should know of it.
+        Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            tracing::warn!(?from, %error, "closing a peer's connection");
+        }
+        Err(error) => tracing::debug!(?from, %error, "a peer's connection ended"),
+        Ok(()) => {}
     }
 }
 
@@ -62,6 +73,8 @@ struct Serving {
     outbox: Rc<Outbox>,
     caller: Rc<Caller>,
     sessions: HashMap<u64, mpsc::Sender<AppendRequest>>,
+    /// Something was not believed, and that was said.
+    refused: bool,
 }
 
 /// What one session's appends go through on their way to openraft: those with entries wait there for room.
@@ -92,6 +105,15 @@ impl Door {
 
 fn senseless() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "a message that makes no sense")
+}
+
+fn impossible(what: Beyond) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// A number beyond its bound, whatever replica it is for.
+fn bounded(what: &impl Bounded) -> io::Result<()> {
+    what.bounded().map_err(impossible)
 }
 
 impl Serving {
@@ -133,6 +155,22 @@ impl Serving {
         group
     }
 
+    /// Whether the group can believe what comes with this vote. If not, it is as if the replica were not here: others may
+    /// be well over this connection. An error: nobody says this.
+    fn believes(&mut self, group: &Group, frame: &Frame, vote: &Vote) -> io::Result<bool> {
+        if vote.leader_id.voted_for == group.me().replica.0 {
+            // openraft would take the word of it, and lead.
+            return Err(impossible(Beyond::InMyName));
+        }
+        let Err(what) = group.0.believes(vote.leader_id.term) else { return Ok(true) };
+        if !self.refused {
+            tracing::warn!(group = %frame.group, kind = ?frame.kind, %what, "refused what a peer says");
+            self.refused = true;
+        }
+        self.outbox.frame(Kind::NotHere, frame.group, frame.session, |_| {});
+        Ok(false)
+    }
+
     fn close(&mut self, frame: &Frame) {
         if self.sessions.remove(&frame.session).is_none()
             && let Some(group) = self.peers.group(frame.group)
@@ -141,9 +179,12 @@ impl Serving {
         }
     }
 
-    fn snapshot(&self, frame: &Frame) -> io::Result<()> {
+    fn snapshot(&mut self, frame: &Frame) -> io::Result<()> {
         let (to, begin) = receive::addressee(frame)?;
-        if let Some(group) = self.replica(frame, to) {
+        bounded(&begin)?;
+        if let Some(group) = self.replica(frame, to)
+            && self.believes(&group, frame, &begin.vote)?
+        {
             receive::begin(&group, &self.outbox, frame.session, begin);
         }
         Ok(())
@@ -152,10 +193,15 @@ impl Serving {
     async fn append(&mut self, frame: Frame) -> io::Result<()> {
         let (id, session) = (frame.group, frame.session);
         let append = get_append(frame.body.clone()).ok_or_else(senseless)?;
+        bounded(&append.request)?;
         let Some(group) = self.replica(&frame, append.to) else {
             self.sessions.remove(&session);
             return Ok(());
         };
+        if !self.believes(&group, &frame, &append.request.vote)? {
+            self.sessions.remove(&session);
+            return Ok(());
+        }
         group.0.floor_heard(append.request.vote.leader_id.term, append.floor);
         group.0.append_heard(&append.request.vote, self.caller.number);
         group.0.append_stirs(&append.request, self.caller.number);
@@ -188,9 +234,13 @@ impl Serving {
         Ok(())
     }
 
-    fn vote(&self, frame: Frame) -> io::Result<()> {
+    fn vote(&mut self, frame: Frame) -> io::Result<()> {
         let (to, request) = get_vote_request(frame.body.clone()).ok_or_else(senseless)?;
+        bounded(&request)?;
         let Some(group) = self.replica(&frame, to) else { return Ok(()) };
+        if !self.believes(&group, &frame, &request.vote)? {
+            return Ok(());
+        }
         let outbox = self.outbox.clone();
         group.0.vote_stirs();
         if !request.leadership_transfer
@@ -222,9 +272,14 @@ impl Serving {
         Ok(())
     }
 
-    fn sleep(&self, frame: &Frame) -> io::Result<()> {
+    fn sleep(&mut self, frame: &Frame) -> io::Result<()> {
         let (to, vote, last) = get_sleep(frame.body.clone()).ok_or_else(senseless)?;
+        bounded(&vote)?;
+        bounded(&last)?;
         let Some(group) = self.replica(frame, to) else { return Ok(()) };
+        if !self.believes(&group, frame, &vote)? {
+            return Ok(());
+        }
         let sleeps = group.0.sleep(&vote, last, &self.caller);
         self.outbox.frame(Kind::Slept, frame.group, frame.session, |out| out.put_u8(u8::from(sleeps)));
         Ok(())
@@ -238,9 +293,13 @@ impl Serving {
         Ok(())
     }
 
-    fn transfer(&self, frame: Frame) -> io::Result<()> {
+    fn transfer(&mut self, frame: Frame) -> io::Result<()> {
         let (to, request) = get_transfer(frame.body.clone()).ok_or_else(senseless)?;
+        bounded(&request)?;
         let Some(group) = self.replica(&frame, to) else { return Ok(()) };
+        if !self.believes(&group, &frame, request.from_leader())? {
+            return Ok(());
+        }
         group.0.stir();
         let outbox = self.outbox.clone();
         tokio::task::spawn_local(async move {

@@ -356,6 +356,9 @@ impl Controller {
         }
         let Some(incarnation) = remembered.epoch.incarnation.checked_add(1) else { return Ok(false) };
         remembered.epoch.incarnation = incarnation;
+        if !remembered.epoch.is_a_writers() {
+            return Ok(false);
+        }
         state.save(&remembered)?;
         resolve(&mut remembered.map).await;
         info!("{name}: taking up the attachment of before under epoch {}", remembered.epoch);

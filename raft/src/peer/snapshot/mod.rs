@@ -31,6 +31,7 @@ use tokio::time::Instant;
 
 use super::message::{get_position, get_vote, put_vote};
 use crate::SNAPSHOT_FRAME_BYTES_MAX;
+use crate::bounds::{Beyond, Bounded};
 use crate::machine::{SnapshotHead, decode_membership};
 use crate::types::Vote;
 
@@ -50,6 +51,15 @@ pub(super) struct Begin {
     /// The leader's.
     pub vote: Vote,
     pub head: SnapshotHead,
+}
+
+impl Bounded for Begin {
+    fn bounded(&self) -> Result<(), Beyond> {
+        self.vote.bounded()?;
+        self.head.at.bounded()?;
+        let membership = decode_membership(&self.head.membership);
+        membership.map_or(Ok(()), |stored| stored.membership().bounded())
+    }
 }
 
 /// What a receiver says about a transfer.

@@ -12,6 +12,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, error::TryRecvError};
 use tokio::time::{Instant, timeout};
 
 use super::{Answer, Begin, Rate, WINDOW, put_begin, put_end, put_frame};
+use crate::bounds::Bounded;
 use crate::machine::SnapshotSource;
 use crate::peer::frame::Kind;
 use crate::peer::link::{Connection, Link};
@@ -228,7 +229,12 @@ impl Sending {
     fn heard(&mut self, answer: Answer) -> Result<Option<Vote>, Stop> {
         match answer {
             Answer::Taken { staged, .. } => self.is_staged(staged).map(|()| None),
-            Answer::Done(vote) => Ok(Some(vote)),
+            Answer::Done(vote) => {
+                match vote.bounded().and_then(|()| self.state.believes(vote.leader_id.term)) {
+                    Ok(()) => Ok(Some(vote)),
+                    Err(what) => Err(Stop::Refused(what.to_string())),
+                }
+            }
             Answer::Refused(why) => Err(Stop::Refused(why)),
             Answer::Unknown => Err(Stop::Refused("the receiver has forgotten it".to_owned())),
         }

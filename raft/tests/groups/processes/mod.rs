@@ -47,6 +47,10 @@ impl Directory {
         self.0.lock().unwrap().addresses.insert(process, address);
     }
 
+    fn address(&self, process: ProcessId) -> SocketAddr {
+        self.0.lock().unwrap().addresses[&process]
+    }
+
     fn forget(&self, process: ProcessId) {
         self.0.lock().unwrap().addresses.remove(&process);
     }
@@ -327,6 +331,11 @@ impl Cluster {
         self.processes.push(None);
         self.restart(self.members.len() - 1);
         member
+    }
+
+    /// Where a process listens.
+    pub fn address(&self, at: usize) -> SocketAddr {
+        self.directory.address(self.members[at].process)
     }
 
     pub fn running(&self) -> impl Iterator<Item = &Process> {
