@@ -4,6 +4,7 @@
 
 mod client;
 mod followers;
+mod forged;
 mod full;
 
 use std::io::{Read as _, Write as _};

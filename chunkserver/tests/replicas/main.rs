@@ -9,6 +9,7 @@ mod cluster;
 mod compare;
 mod damage;
 mod full;
+mod impossible;
 mod offline;
 mod transfer;
 
