@@ -120,7 +120,8 @@ fn a_fence_that_no_writer_can_have_is_refused() {
     let mut client = running.client();
     client.fence(VOLUME, FIRST);
     let fence = |epoch: u64| request(FENCE, Some(((8, 8), epoch)));
-    for epoch in [u64::MAX, u64::MAX - 1, (1 << 63) + (1 << 32), u64::from(ATTACHMENT_MAX) << 32 | u64::from(u32::MAX)]
+    for epoch in
+        [u64::MAX, u64::MAX - 1, (1 << 63) + (1 << 32), u64::from(ATTACHMENT_MAX) << 32 | u64::from(u32::MAX)]
     {
         assert!(!is_answered(&running, &fence(epoch)), "{epoch:#x}");
     }

@@ -50,7 +50,7 @@ fn poison_vote(cluster: &Cluster, n: u32) {
 
 /// Chunkserver `n` has applied a fence that only a deletion may set.
 fn poison_fence(cluster: &Cluster, n: u32) {
-    let data_dir = DataDir::take(cluster.dir(n)).expect("stopped");
+    let data_dir = DataDir::look(cluster.dir(n)).expect("stopped");
     let identity =
         Identity { cluster: CLUSTER, chunkserver: ChunkserverId(n), token: Bytes::from_static(b"token") };
     let (store, opened) =
