@@ -402,20 +402,24 @@ fn qemu_arguments(
 }
 
 /// A socket that QEMU will connect to.
-struct Call {
+pub(crate) struct Call {
     path: PathBuf,
     listener: UnixListener,
 }
 
 impl Call {
-    fn expect(path: PathBuf) -> Result<Call> {
+    pub(crate) fn expect(path: PathBuf) -> Result<Call> {
         let listener =
             UnixListener::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))?;
         listener.set_nonblocking(true)?;
         Ok(Call { path, listener })
     }
 
-    fn answer(self, qemu: &mut Process) -> Result<UnixStream> {
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub(crate) fn answer(self, qemu: &mut Process) -> Result<UnixStream> {
         until("QEMU to connect", Duration::from_secs(20), || match self.listener.accept() {
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;

@@ -30,6 +30,7 @@ mod images;
 mod process;
 mod qmp;
 mod scene;
+mod tiny;
 mod verify;
 mod wait;
 
@@ -39,5 +40,6 @@ pub use guest::{Background, Boot, Guest};
 pub use images::Images;
 pub use process::Process;
 pub use scene::{Scene, demonstrate, story};
+pub use tiny::TinyGuest;
 pub use verify::{Verified, Verify, Verifying};
 pub use wait::until;
