@@ -4,6 +4,7 @@
 use std::iter;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 use super::config_space::{DISCARD_BYTES_MAX, SERIAL_BYTES};
 use super::memory::Memory;
-use super::queues::{Queues, Setup};
+use super::queues::{Queues, STOP_PATIENCE_IN_ALL, Setup};
 use super::request::Geometry;
 use super::ring::Layout;
 use crate::backing::{Backing, Outcome, Request, Ticket};
@@ -132,6 +133,13 @@ fn attack(seed: u64, until: Instant) -> u64 {
     let mut heads = 0;
     let store = |at: u64, value: u16| map.store(value.to_le(), GuestAddress(at), Ordering::SeqCst).unwrap();
     while Instant::now() < until {
+        // Whatever became of the last one, it can be paused and stopped, and soon.
+        let (paused, _hears) = sync_channel(1);
+        let (stopped, base) = sync_channel(1);
+        queues.begin_pause(0, paused, Instant::now());
+        queues.begin_stop(0, stopped, Instant::now());
+        queues.settle(Instant::now() + STOP_PATIENCE_IN_ALL);
+        assert!(base.try_recv().is_ok(), "not stopped");
         // A ring from scratch; the last one may be broken, or full of requests.
         queues.abandon_all();
         store(LAYOUT.avail + 2, 0);
