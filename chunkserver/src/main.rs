@@ -24,6 +24,9 @@ use evolute_raft::Timing;
 /// `inspect` has read everything, and not all of it is sound; `repair` has something left to do.
 const UNSOUND: u8 = 3;
 
+/// Open files without which it could not work.
+const DESCRIPTORS_MIN: usize = 96;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let _log = evolute_daemon::start();
@@ -52,6 +55,7 @@ fn init(data_dir: &Path) -> Result<ExitCode> {
 }
 
 fn run(args: Args) -> Result<()> {
+    evolute_daemon::door::enough_descriptors(DESCRIPTORS_MIN)?;
     let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
     let config = args.or(file).check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;

@@ -16,6 +16,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
+use evolute_daemon::door::{self, Door, Kind, Places, Seat, Shortage};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::wire::hello::{HELLO_BYTES, Hello, HelloReply, Role};
 use evolute_protocol::wire::reply::{Refusal, Reply};
@@ -26,7 +27,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Notify;
-use tokio::task::spawn_local;
+use tokio::task::{JoinHandle, spawn_local};
 
 use crate::copyset::registry::Registry;
 use crate::copyset::{Answer, Caller, Copyset};
@@ -39,8 +40,16 @@ const UNANSWERED_MAX: usize = 256 << 10;
 const UNREAD_BYTES_MAX: usize = 128 << 20;
 /// Replies of one connection that its socket has not taken yet: 16 of the longest.
 const UNSENT_BYTES_MAX: usize = 16 << 20;
-/// Connections at a time; a few hundred backends and the other chunkservers.
-const CONNECTIONS_MAX: usize = 4096;
+/// Connections at a time, at most: a few hundred backends, the other chunkservers, and those that have not said yet who
+/// they are.
+const CONNECTIONS_MAX: usize = 4608;
+/// Bytes of long frames that are not whole, of all connections together. One takes milliseconds to arrive.
+const UNFINISHED_BYTES_MAX: u64 = 128 << 20;
+/// What a connection may have asked for and not taken until it has shown that it takes answers: memory of ours for which
+/// it has given nothing yet.
+const UNTRIED_BYTES_MAX: usize = 1 << 20;
+/// Answers that it has to take for that: more than its socket's buffers hold by themselves.
+const TRIED_BYTES: usize = 8 << 20;
 /// A caller says who it is at once, or leaves.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// Data up to this length is copied behind its frame: a copy of 4 KiB costs less than one more part of a `writev`.
@@ -52,72 +61,97 @@ pub struct Server {
     pub me: ChunkserverId,
     pub registry: Rc<Registry>,
     pub peers: Peers,
-    pub connections: Cell<usize>,
+    pub door: Door,
+}
+
+/// For the connections of one chunkserver.
+pub fn door() -> Door {
+    Door::new(Places::of(door::descriptors(), CONNECTIONS_MAX), UNFINISHED_BYTES_MAX)
 }
 
 impl Server {
     /// Accepts until dropped.
     pub async fn run(self: Rc<Self>, listener: TcpListener) {
+        let mut shortage = Shortage::default();
         loop {
             let (stream, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    // Out of file descriptors, most likely: those who are connected are served on.
-                    tracing::warn!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    tokio::time::sleep(shortage.failed(&error)).await;
                     continue;
                 }
             };
-            if self.connections.get() >= CONNECTIONS_MAX {
-                tracing::warn!(%from, "refused: {CONNECTIONS_MAX} connections already");
-                continue;
-            }
-            self.connections.set(self.connections.get() + 1);
+            shortage.over();
+            let seat = self.door.enter(Some(from.ip()));
             let server = Rc::clone(&self);
             spawn_local(async move {
-                if let Err(error) = server.serve(stream).await {
+                if let Err(error) = server.serve(stream, seat).await {
                     tracing::debug!(%from, %error, "connection closed");
                 }
-                server.connections.set(server.connections.get() - 1);
             });
         }
     }
 
-    async fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
+    async fn serve(&self, mut stream: TcpStream, seat: Seat) -> io::Result<()> {
         stream.set_nodelay(true)?;
         let mut bytes = [0; HELLO_BYTES];
-        tokio::time::timeout(HELLO_TIMEOUT, stream.read_exact(&mut bytes)).await??;
+        tokio::select! {
+            read = stream.read_exact(&mut bytes) => { read?; }
+            () = seat.has_to_leave(HELLO_TIMEOUT) => return Err(io::ErrorKind::TimedOut.into()),
+        }
         let hello = Hello::decode(&bytes).map_err(io::Error::other)?;
         let welcome = hello.judge(self.cluster, self.me);
-        stream.write_all(&HelloReply::new(welcome).encode()).await?;
+        // A new socket has room for it; who does not take it is not waited for.
+        let reply = HelloReply::new(welcome).encode();
+        tokio::select! {
+            written = stream.write_all(&reply) => written?,
+            () = seat.has_to_leave(HELLO_TIMEOUT) => return Err(io::ErrorKind::TimedOut.into()),
+        }
         if let Err(unwelcome) = welcome {
             let from = stream.peer_addr()?;
             tracing::info!(%from, %unwelcome, "refused a connection");
             return Ok(());
         }
         match hello.role {
-            Role::Peer { .. } => self.peers.accept(stream),
-            Role::Client => self.serve_client(stream).await?,
+            Role::Peer { .. } => {
+                seat.is_a(Kind::Peer);
+                self.peers.accept(stream, Some(seat));
+            }
+            Role::Client => {
+                seat.is_a(Kind::Caller);
+                tokio::select! {
+                    served = self.serve_client(stream, &seat) => served?,
+                    () = seat.has_to_leave(HELLO_TIMEOUT) => {}
+                }
+            }
         }
         Ok(())
     }
 
-    async fn serve_client(&self, stream: TcpStream) -> io::Result<()> {
+    async fn serve_client(&self, stream: TcpStream, seat: &Seat) -> io::Result<()> {
         let (read, write) = stream.into_split();
         let outbox = Rc::new(Outbox::default());
         let writer = spawn_local(send_replies(Rc::clone(&outbox), write));
-        let result = self.read_requests(read, &outbox).await;
-        outbox.close();
-        writer.abort();
-        result
+        // Also when this is dropped, because somebody else needs the place.
+        let _closed = Closing { outbox: &outbox, writer };
+        self.read_requests(read, &outbox, seat).await
     }
 
-    async fn read_requests(&self, mut socket: OwnedReadHalf, outbox: &Rc<Outbox>) -> io::Result<()> {
+    async fn read_requests(
+        &self,
+        mut socket: OwnedReadHalf,
+        outbox: &Rc<Outbox>,
+        seat: &Seat,
+    ) -> io::Result<()> {
         let mut reader = FrameReader::default();
         let mut touched: Vec<Rc<Copyset>> = Vec::new();
         loop {
+            seat.unfinished(reader.unfinished() as u64);
             if outbox.closed.get() || socket.read_buf(reader.space()).await? == 0 {
                 return Ok(());
+            }
+            if outbox.was_of_use.replace(false) {
+                seat.of_use();
             }
             let refused = loop {
                 if !outbox.has_room() {
@@ -174,6 +208,19 @@ impl Server {
     }
 }
 
+/// Ends a client's connection, however its task ends.
+struct Closing<'a> {
+    outbox: &'a Outbox,
+    writer: JoinHandle<()>,
+}
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.outbox.close();
+        self.writer.abort();
+    }
+}
+
 fn refuse_connection(error: WireError) -> io::Error {
     tracing::warn!(%error, "closing a connection");
     io::Error::other(error)
@@ -189,6 +236,10 @@ struct Outbox {
     unsent_bytes: Cell<usize>,
     unanswered: Cell<usize>,
     unread_bytes: Cell<usize>,
+    /// Up to [`TRIED_BYTES`].
+    taken_bytes: Cell<usize>,
+    /// Something was done for it.
+    was_of_use: Cell<bool>,
     closed: Cell<bool>,
     /// There is something to send.
     filled: Notify,
@@ -202,6 +253,9 @@ impl Answer for Outbox {
         self.unread_bytes.set(self.unread_bytes.get() - to.read_bytes);
         if self.closed.get() {
             return;
+        }
+        if !matches!(reply, Reply::Refused(_)) {
+            self.was_of_use.set(true);
         }
         let mut open = self.open.borrow_mut();
         let before = open.len();
@@ -226,7 +280,9 @@ impl Answer for Outbox {
 
 impl Outbox {
     fn has_room(&self) -> bool {
+        let untried = self.taken_bytes.get() < TRIED_BYTES;
         self.unanswered.get() < UNANSWERED_MAX
+            && !(untried && self.unread_bytes.get() + self.unsent_bytes.get() >= UNTRIED_BYTES_MAX)
             && self.unread_bytes.get() < UNREAD_BYTES_MAX
             && self.unsent_bytes.get() < UNSENT_BYTES_MAX
     }
@@ -255,6 +311,7 @@ impl Outbox {
 
     fn sent(&self, bytes: usize) {
         self.unsent_bytes.set(self.unsent_bytes.get() - bytes);
+        self.taken_bytes.set((self.taken_bytes.get() + bytes).min(TRIED_BYTES));
         self.drained.notify_one();
     }
 }

@@ -34,7 +34,7 @@ use crate::impossible::Unfencing;
 use crate::neighbours::Caller;
 use crate::others::{Others, Told};
 use crate::scrub::{Progress, ScrubOptions, Scrubber};
-use crate::server::Server;
+use crate::server::{self, Server};
 use crate::slow_disk;
 
 /// What a leader sends at once, about: without room for it, this replica is falling behind.
@@ -268,13 +268,8 @@ async fn run(
         shard.started(record.copyset, started);
     }
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ShardError::Listen)?;
-    let server = Server {
-        cluster: identity.cluster,
-        me: identity.chunkserver,
-        registry,
-        peers,
-        connections: Cell::new(0),
-    };
+    let server =
+        Server { cluster: identity.cluster, me: identity.chunkserver, registry, peers, door: server::door() };
     spawn_local(Rc::new(server).run(listener));
     let watched = Rc::clone(&shard);
     let found = move |found: &slow_disk::Found| watched.disk_found(found);

@@ -24,6 +24,7 @@ pub mod health;
 pub mod heartbeat;
 pub mod mds;
 pub mod placement;
+mod port;
 pub mod raft;
 pub mod scheduler;
 pub mod state;

@@ -19,6 +19,9 @@ struct Ready {
     cluster: String,
 }
 
+/// Open files without which it could not work.
+const DESCRIPTORS_MIN: usize = 64;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let _log = evolute_daemon::start();
@@ -45,6 +48,7 @@ fn init(data_dir: &Path) -> anyhow::Result<()> {
 }
 
 fn run(args: Args) -> anyhow::Result<()> {
+    evolute_daemon::door::enough_descriptors(DESCRIPTORS_MIN)?;
     let file = match &args.config {
         Some(path) => evolute_daemon::read_config(path)?,
         None => FileConfig::default(),

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use evolute_daemon::door::Kind;
 use evolute_protocol::id::ClusterId;
 use evolute_protocol::rpc::chunkservers_server::ChunkserversServer;
 use evolute_protocol::rpc::cluster_server::ClusterServer;
@@ -15,23 +16,30 @@ use evolute_protocol::rpc::volumes_server::VolumesServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::service::interceptor::InterceptedService;
 
 use crate::api;
 use crate::config::{Config, Limits};
 use crate::heartbeat::orders::Transfers;
 use crate::heartbeat::progress::Progress;
 use crate::heartbeat::reports::Reports;
+use crate::port;
 use crate::raft::data_dir::{Absent, DataDir, DataDirError};
 use crate::raft::{Replicated, StartError};
 use crate::steward;
 
 /// A peer that answers no ping for this long is gone, though its connection was never closed.
 const KEEPALIVE: Duration = Duration::from_secs(5);
-/// The largest message anybody sends: a report of 20 000 replicas.
-pub const MESSAGE_BYTES_MAX: usize = 16 << 20;
+/// The largest message a chunkserver sends: a report of 20 000 replicas.
+pub const REPORT_BYTES_MAX: usize = 16 << 20;
+/// The largest of anybody else: names, and numbers.
+const REQUEST_BYTES_MAX: usize = 64 << 10;
 /// Requests one connection may have open. A chunkserver needs two, a backend a few.
-const REQUESTS_PER_CONNECTION_MAX: usize = 256;
+const REQUESTS_PER_CONNECTION_MAX: u32 = 32;
+/// What may arrive and is not read yet, of one request and of one connection.
+const WINDOW_BYTES: u32 = 256 << 10;
+/// Names and values that a request begins with.
+const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// How long connections get to end once this MDS stops.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -129,21 +137,25 @@ impl Server {
             news: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
         });
-        let limit = MESSAGE_BYTES_MAX;
         let stopped = mds.clone();
+        let volumes =
+            VolumesServer::new(api::Volumes(mds.clone())).max_decoding_message_size(REQUEST_BYTES_MAX);
+        let chunkservers = ChunkserversServer::new(api::Chunkservers(mds.clone()))
+            .max_decoding_message_size(REPORT_BYTES_MAX);
+        let cluster =
+            ClusterServer::new(api::Cluster(mds.clone())).max_decoding_message_size(REQUEST_BYTES_MAX);
         let serving = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .tcp_nodelay(true)
-            .concurrency_limit_per_connection(REQUESTS_PER_CONNECTION_MAX)
-            .add_service(VolumesServer::new(api::Volumes(mds.clone())).max_decoding_message_size(limit))
-            .add_service(
-                ChunkserversServer::new(api::Chunkservers(mds.clone())).max_decoding_message_size(limit),
-            )
-            .add_service(ClusterServer::new(api::Cluster(mds.clone())).max_decoding_message_size(limit))
-            .serve_with_incoming_shutdown(TcpListenerStream::new(listener), async move {
-                stopped.stopping().await
-            });
+            .max_concurrent_streams(REQUESTS_PER_CONNECTION_MAX)
+            .initial_stream_window_size(WINDOW_BYTES)
+            .initial_connection_window_size(WINDOW_BYTES)
+            .http2_max_header_list_size(HEADER_BYTES_MAX)
+            .add_service(InterceptedService::new(volumes, |request| port::asks(request, Kind::Caller)))
+            .add_service(InterceptedService::new(chunkservers, |request| port::asks(request, Kind::Peer)))
+            .add_service(InterceptedService::new(cluster, |request| port::asks(request, Kind::Caller)))
+            .serve_with_incoming_shutdown(port::callers(listener), async move { stopped.stopping().await });
         let serving = tokio::spawn(serving);
         let steward = tokio::spawn(steward::run(mds.clone()));
         Ok(Self { mds, serving, steward })

@@ -8,6 +8,7 @@
 //! It does not know what any of the programs is for.
 
 mod calendar;
+pub mod door;
 pub mod outlet;
 mod turns;
 

@@ -25,6 +25,9 @@ const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Somebody else took the volume: not a failure of this program, and not to be restarted against.
 const EXIT_TAKEN_OVER: u8 = 3;
 
+/// Open files without which it could not work.
+const DESCRIPTORS_MIN: usize = 32;
+
 fn main() -> ExitCode {
     let args = Args::parse();
     if args.print_capabilities {
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
+    evolute_daemon::door::enough_descriptors(DESCRIPTORS_MIN)?;
     let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
     let config = args.or(file).check()?;
     let stop = stop_requests()?;

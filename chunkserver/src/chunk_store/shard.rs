@@ -281,9 +281,9 @@ impl<'a> Layers<'a> {
     }
 }
 
-/// Half of the limit of open files, which the log and connections share with us.
+/// A quarter of the limit of open files, which the log and connections share with us.
 pub fn default_open_chunks() -> usize {
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let half = limit.map_or(usize::MAX, |limit| usize::try_from(limit / 2).unwrap_or(usize::MAX));
-    half.min(2048)
+    let quarter = limit.map_or(usize::MAX, |limit| usize::try_from(limit / 4).unwrap_or(usize::MAX));
+    quarter.min(2048)
 }

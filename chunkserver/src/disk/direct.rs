@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use evolute_daemon::door::open;
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use rustix::io::{Errno, ReadWriteFlags, preadv2, pwritev};
 
@@ -29,20 +30,21 @@ impl Direct {
 impl Direct {
     /// An existing file, for reading alone.
     pub(super) fn look(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        let file = fs::File::open(self.root.join(path))?;
+        let file = open(|| fs::File::open(self.root.join(path)))?;
         Ok(Arc::new(DirectFile { file }))
     }
 }
 
 impl Disk for Direct {
     fn open(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        let file = fs::OpenOptions::new().read(true).write(true).open(self.root.join(path))?;
+        let file = open(|| fs::OpenOptions::new().read(true).write(true).open(self.root.join(path)))?;
         Ok(Arc::new(DirectFile { file }))
     }
 
     fn create(&self, path: &Path) -> io::Result<Arc<dyn File>> {
-        let file =
-            fs::OpenOptions::new().read(true).write(true).create_new(true).open(self.root.join(path))?;
+        let mut options = fs::OpenOptions::new();
+        options.read(true).write(true).create_new(true);
+        let file = open(|| options.open(self.root.join(path)))?;
         Ok(Arc::new(DirectFile { file }))
     }
 
@@ -62,12 +64,12 @@ impl Disk for Direct {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        fs::File::open(self.root.join(path))?.sync_all()
+        open(|| fs::File::open(self.root.join(path)))?.sync_all()
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
-        for entry in fs::read_dir(self.root.join(path))? {
+        for entry in open(|| fs::read_dir(self.root.join(path)))? {
             names.push(entry?.file_name().to_string_lossy().into_owned());
         }
         Ok(names)

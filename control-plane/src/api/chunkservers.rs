@@ -19,6 +19,7 @@ use super::{Chunkservers, invalid, unexpected};
 use crate::heartbeat::orders::orders;
 use crate::heartbeat::reports::{Reports, StreamNumber};
 use crate::mds::{Mds, unix_ms};
+use crate::port::Caller;
 use crate::state::command::{RegisterChunkserver, UpdateChunkserver};
 use crate::state::topology::{DEFAULT_POOL, check_address, check_place_name};
 use crate::state::{Chunkserver, Command, Done, State};
@@ -72,9 +73,10 @@ impl chunkservers_server::Chunkservers for Chunkservers {
         request: Request<Streaming<Report>>,
     ) -> Result<Response<Self::HeartbeatStream>, Status> {
         let (to, orders) = mpsc::channel(ORDERS_IN_FLIGHT);
+        let caller = request.extensions().get::<Caller>().cloned();
         let (mds, reports) = (self.0.clone(), request.into_inner());
         tokio::spawn(async move {
-            if let Err(refused) = serve(&mds, reports, &to).await {
+            if let Err(refused) = serve(&mds, reports, &to, caller).await {
                 tracing::info!(%refused, "a heartbeat stream is over");
                 let _ = to.send(Err(refused)).await;
             }
@@ -205,6 +207,7 @@ async fn serve(
     mds: &Arc<Mds>,
     mut reports: Streaming<Report>,
     to: &mpsc::Sender<Result<Orders, Status>>,
+    caller: Option<Caller>,
 ) -> Result<(), Status> {
     let first = tokio::time::timeout(FIRST_REPORT_PATIENCE, reports.message()).await;
     let Some(first) = first.map_err(|_| invalid("no report came"))?? else { return Ok(()) };
@@ -224,6 +227,7 @@ async fn serve(
         addresses: None,
         usual_write_us: None,
         reported: false,
+        caller,
     };
     let over = stream.run(first, &mut reports, to).await;
     mds.reports().close_stream(id, number, Instant::now());
@@ -246,6 +250,8 @@ struct HeartbeatStream<'a> {
     /// It has reported since it was last told anything. What is usual changes with every report of anybody; it is
     /// told once per report of its own.
     reported: bool,
+    /// Whose connection it is.
+    caller: Option<Caller>,
 }
 
 impl HeartbeatStream<'_> {
@@ -284,6 +290,9 @@ impl HeartbeatStream<'_> {
     fn take(&mut self, report: Report) -> Result<(), Status> {
         if report.chunkserver != self.id.0 || report.instance != self.instance {
             return Err(invalid(format!("a report of somebody else in the stream of {}", self.id)));
+        }
+        if let Some(caller) = &self.caller {
+            caller.was_of_use();
         }
         // What was said and is not done by now is said again.
         self.said.clear();

@@ -120,6 +120,11 @@ impl FrameReader {
         &mut self.buffer
     }
 
+    /// Bytes that have arrived of a long frame that is not whole. Short ones are not worth counting.
+    pub fn unfinished(&self) -> usize {
+        if self.buffer.len() >= LONG { self.buffer.len() } else { 0 }
+    }
+
     /// Bytes the frame at the front still lacks, once its header is there.
     fn missing(&self) -> Option<usize> {
         let header = self.buffer.get(..HEADER_BYTES)?;

@@ -8,6 +8,8 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use evolute_daemon::door::open;
+
 use super::LogError;
 
 /// A file in one of its lives.
@@ -37,11 +39,11 @@ pub fn failed(doing: &'static str, file: &Path) -> impl FnOnce(io::Error) -> Log
 impl LogFile {
     /// Opens an existing file.
     pub fn open(path: PathBuf, access: Access) -> Result<Self, LogError> {
-        let read = File::open(&path).map_err(failed("open", &path))?;
+        let read = open(|| File::open(&path)).map_err(failed("open", &path))?;
         if access == Access::Read {
             return Ok(Self { path, read, write: None });
         }
-        let with = |flags| OpenOptions::new().write(true).custom_flags(flags).open(&path);
+        let with = |flags| open(|| OpenOptions::new().write(true).custom_flags(flags).open(&path));
         // A file system that cannot write around its cache says EINVAL; O_DSYNC alone is as durable, only slower.
         let write = with(libc::O_DIRECT | libc::O_DSYNC)
             .or_else(|_| with(libc::O_DSYNC))
@@ -54,7 +56,7 @@ impl LogFile {
     pub fn create(path: PathBuf, bytes: u64) -> Result<Self, LogError> {
         let unfinished = path.with_extension("new");
         let fill = || -> io::Result<()> {
-            let mut file = File::create(&unfinished)?;
+            let mut file = open(|| File::create(&unfinished))?;
             rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)?;
             let zeroes = vec![0; FILL];
             let mut left = bytes;
@@ -97,5 +99,5 @@ impl LogFile {
 /// Makes names durable.
 fn sync_dir(file: &Path) -> io::Result<()> {
     let dir = file.parent().unwrap_or(Path::new("."));
-    File::open(dir)?.sync_all()
+    open(|| File::open(dir))?.sync_all()
 }

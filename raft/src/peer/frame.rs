@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crc_fast::{CrcAlgorithm, Digest};
+use evolute_daemon::door::Seat;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
@@ -318,11 +319,24 @@ pub async fn write_all(socket: &mut OwnedWriteHalf, mut parts: VecDeque<Bytes>) 
 pub(super) struct Reader {
     socket: OwnedReadHalf,
     buffer: BytesMut,
+    /// Of a caller: halves of long frames are counted there.
+    seat: Option<Seat>,
 }
 
 impl Reader {
     pub fn new(socket: OwnedReadHalf) -> Self {
-        Self { socket, buffer: BytesMut::new() }
+        Self::seated(socket, None)
+    }
+
+    pub fn seated(socket: OwnedReadHalf, seat: Option<Seat>) -> Self {
+        Self { socket, buffer: BytesMut::new(), seat }
+    }
+
+    fn count_unfinished(&self) {
+        if let Some(seat) = &self.seat {
+            let bytes = if self.buffer.len() >= LONG { self.buffer.len() as u64 } else { 0 };
+            seat.unfinished(bytes);
+        }
     }
 
     /// The next frame that has arrived already.
@@ -362,8 +376,12 @@ impl Reader {
     pub async fn next(&mut self) -> io::Result<Frame> {
         loop {
             if let Some(frame) = self.ready()? {
+                if let (Some(seat), Kind::Alive | Kind::Append) = (&self.seat, frame.kind) {
+                    seat.of_use();
+                }
                 return Ok(frame);
             }
+            self.count_unfinished();
             if self.buffer.capacity() - self.buffer.len() < 16 << 10 {
                 self.buffer.reserve(READ_BYTES);
             }

@@ -39,6 +39,7 @@ use std::pin::Pin;
 use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 
+use evolute_daemon::door::Seat;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -134,8 +135,9 @@ impl Peers {
         self.0.me
     }
 
-    /// Serves an incoming, handshaken connection of another process, for all groups of this thread.
-    pub fn accept(&self, stream: TcpStream) {
+    /// Serves an incoming, handshaken connection of another process, for all groups of this thread, as long as it may
+    /// keep its seat.
+    pub fn accept(&self, stream: TcpStream, seat: Option<Seat>) {
         let outbox = Rc::new(Outbox::default());
         {
             let mut accepted = self.0.accepted.borrow_mut();
@@ -144,7 +146,7 @@ impl Peers {
         }
         self.0.accepted_ever.set(self.0.accepted_ever.get() + 1);
         let caller = Rc::new(Caller { number: self.0.accepted_ever.get(), heard: Cell::new(Instant::now()) });
-        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox, caller));
+        tokio::task::spawn_local(serve::serve(self.clone(), stream, outbox, caller, seat));
     }
 
     /// An accepted connection was ended, and not by us. Whoever called on it may be gone: then the groups it led are to

@@ -4,9 +4,10 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::BufMut;
+use evolute_daemon::door::Seat;
 use futures::StreamExt;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
@@ -31,7 +32,13 @@ use crate::types::{AppendRequest, Vote, VoteResponse};
 const APPENDS_WAITING_MAX: usize = 256;
 
 /// Serves one connection until it ends.
-pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, caller: Rc<Caller>) {
+pub(super) async fn serve(
+    peers: Peers,
+    stream: TcpStream,
+    outbox: Rc<Outbox>,
+    caller: Rc<Caller>,
+    seat: Option<Seat>,
+) {
     let from = stream.peer_addr().ok();
     if let Err(error) = set_options(&stream) {
         tracing::warn!(?from, %error, "a peer's connection cannot be used");
@@ -47,9 +54,16 @@ pub(super) async fn serve(peers: Peers, stream: TcpStream, outbox: Rc<Outbox>, c
         sessions: HashMap::new(),
         refused: false,
     };
+    let shown_out = async {
+        match &seat {
+            Some(seat) => seat.has_to_leave(Duration::ZERO).await,
+            None => std::future::pending().await,
+        }
+    };
     let ended = tokio::select! {
-        ended = serving.run(Reader::new(read)) => ended,
+        ended = serving.run(Reader::seated(read, seat.clone())) => ended,
         () = outbox.until_closed() => Ok(()),
+        () = shown_out => Ok(()),
     };
     outbox.close();
     writer.abort();

@@ -289,7 +289,7 @@ fn senseless_messages_of_a_snapshot_end_the_connection_they_came_on_and_nothing_
         let (node, group) = replica(&path, address).await;
         let call = async || {
             let caller = TcpStream::connect(address).await.expect("connected");
-            node.peers().accept(listener.accept().await.expect("a call").0);
+            node.peers().accept(listener.accept().await.expect("a call").0, None);
             End::new(caller)
         };
         let good = || said(Kind::Snapshot, |out| put_begin(out, &begin(ME.replica.0, 3)));

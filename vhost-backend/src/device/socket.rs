@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use evolute_daemon::door::Shortage;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::net::RecvFlags;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -125,6 +126,16 @@ fn wait(fd: BorrowedFd<'_>, stop: &StopSignal) -> io::Result<Woken> {
     }
 }
 
+/// A pause that a stop ends; true: it did.
+fn stops_within(pause: Duration, stop: &StopSignal) -> io::Result<bool> {
+    let pause = Timespec::try_from(pause).map_err(io::Error::other)?;
+    let mut polled = [PollFd::from_borrowed_fd(stop.0.as_fd(), PollFlags::IN)];
+    match rustix::event::poll(&mut polled, Some(&pause)) {
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        woken => Ok(woken? > 0),
+    }
+}
+
 /// How a session ended.
 enum Ended {
     Stop,
@@ -143,23 +154,29 @@ pub(super) fn serve(
             let stream = stream.try_clone().map_err(DeviceError::Connection)?;
             serve_one(stream, config, commands, stop).map(|_| ())
         }
-        Endpoint::Listening(Listening { listener, .. }) => loop {
-            match wait(listener.as_fd(), stop).map_err(DeviceError::Connection)? {
-                Woken::Stop => return Ok(()),
-                Woken::Ready => {}
-            }
-            let stream = match listener.accept() {
-                Ok((stream, _)) => stream,
-                // Gone again before we looked, or no descriptors left just now.
-                Err(error) => {
-                    tracing::warn!(%error, "a front end could not be accepted");
-                    continue;
+        Endpoint::Listening(Listening { listener, .. }) => {
+            let mut shortage = Shortage::default();
+            loop {
+                match wait(listener.as_fd(), stop).map_err(DeviceError::Connection)? {
+                    Woken::Stop => return Ok(()),
+                    Woken::Ready => {}
                 }
-            };
-            if let Ended::Stop = serve_one(stream, config, commands, stop)? {
-                return Ok(());
+                let stream = match listener.accept() {
+                    Ok((stream, _)) => stream,
+                    // Gone again before we looked, or no descriptors left just now: then it goes on waiting.
+                    Err(error) => {
+                        if stops_within(shortage.failed(&error), stop).map_err(DeviceError::Connection)? {
+                            return Ok(());
+                        }
+                        continue;
+                    }
+                };
+                shortage.over();
+                if let Ended::Stop = serve_one(stream, config, commands, stop)? {
+                    return Ok(());
+                }
             }
-        },
+        }
     }
 }
 

@@ -295,7 +295,7 @@ async fn replica(
     let group = node.start_group(GroupId(1), member.replica, Notes(applied.clone())).await.expect("a group");
     tokio::task::spawn_local(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            peers.accept(stream);
+            peers.accept(stream, None);
         }
     });
     Replica { log, disk, node, group, applied }
