@@ -15,7 +15,7 @@ use evolute_chunkserver::heartbeat::{self, Introduction};
 use evolute_chunkserver::impossible::repair;
 use evolute_chunkserver::inspect::inspect;
 use evolute_chunkserver::scrub::ScrubOptions;
-use evolute_chunkserver::shard::{self, ShardOptions, ToShard};
+use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
 use evolute_daemon::Stop;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
@@ -25,7 +25,9 @@ use evolute_raft::Timing;
 const UNSOUND: u8 = 3;
 
 /// Open files without which it could not work.
-const DESCRIPTORS_MIN: usize = 96;
+const DESCRIPTORS_MIN: usize = 192;
+/// The overlay, threads, and what RocksDB takes.
+const ADDRESS_SPACE_MIN: u64 = 1 << 30;
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -56,6 +58,7 @@ fn init(data_dir: &Path) -> Result<ExitCode> {
 
 fn run(args: Args) -> Result<()> {
     evolute_daemon::door::enough_descriptors(DESCRIPTORS_MIN)?;
+    evolute_daemon::door::enough_address_space(ADDRESS_SPACE_MIN)?;
     let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
     let config = args.or(file).check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -114,7 +117,7 @@ async fn serve(config: Config) -> Result<()> {
         capacity_bytes: config.capacity_bytes,
         ..StoreOptions::default()
     };
-    let starting = shard::start(ShardOptions {
+    let mut starting = shard::begin(ShardOptions {
         data_dir: data_dir.path().to_owned(),
         identity: identity.clone(),
         store,
@@ -128,37 +131,60 @@ async fn serve(config: Config) -> Result<()> {
         listener,
         addresses: addresses.clone(),
         timing: Timing::default(),
-    });
+    })?;
     // It may have to wait for space. Nothing has been changed before it serves that a crash would not leave as well.
-    let (handle, thread) = tokio::select! {
-        started = starting => started?,
-        () = stop.requested() => return Ok(()),
+    let serves = tokio::select! {
+        serves = starting.serves() => serves,
+        () = stop.requested() => {
+            starting.give_up().await;
+            return Ok(());
+        }
     };
+    let (handle, thread) = starting.outcome(serves)?;
+    let mut joined = tokio::task::spawn_blocking(move || thread.join());
     tracing::info!(chunkserver = %identity.chunkserver, cluster = %identity.cluster, address, "serving");
+    let told = tell_ready(&config, &address, &identity);
+    let ended = async {
+        told?;
+        tokio::select! {
+            () = stop.requested() => Ok(()),
+            refused = heartbeat::run(&who, &identity, &handle, &addresses) => Err(refused.into()),
+            ended = &mut joined => return Ok(Some(ended)),
+        }
+        .map(|()| None)
+    }
+    .await;
+    evolute_daemon::notify::stopping();
+    // However it ends: what uses the store is gone before this process is, or RocksDB aborts it.
+    let (joined, why) = match ended {
+        Ok(Some(ended)) => (ended, Ok(())),
+        Ok(None) => (stopped(&handle, joined).await, Ok(())),
+        Err(why) => (stopped(&handle, joined).await, Err(why)),
+    };
+    joined?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    why
+}
+
+/// What the shard's thread ended with, as far as it could be seen.
+type Ended = Result<std::thread::Result<Result<(), ShardError>>, tokio::task::JoinError>;
+
+async fn stopped(
+    handle: &ShardHandle,
+    joined: tokio::task::JoinHandle<std::thread::Result<Result<(), ShardError>>>,
+) -> Ended {
+    handle.send(ToShard::Stop);
+    joined.await
+}
+
+fn tell_ready(config: &Config, address: &str, identity: &Identity) -> Result<()> {
     if let Some(path) = &config.ready_file {
         let content = serde_json::json!({
             "pid": std::process::id(), "address": address, "chunkserver": identity.chunkserver.0,
         });
         evolute_daemon::write_ready_file(path, &content)?;
     }
-    let mut joined = tokio::task::spawn_blocking(move || thread.join());
-    tokio::select! {
-        () = stop.requested() => {
-            handle.send(ToShard::Stop);
-            let ended = joined.await?;
-            ended.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok(())
-        }
-        refused = heartbeat::run(&who, &identity, &handle, &addresses) => {
-            handle.send(ToShard::Stop);
-            let _ = joined.await;
-            Err(refused.into())
-        }
-        ended = &mut joined => {
-            ended?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            Ok(())
-        }
-    }
+    evolute_daemon::notify::ready();
+    Ok(())
 }
 
 /// Who we are: what the disk says, or, for an empty one, what the control plane gives us.

@@ -169,19 +169,55 @@ impl ShardHandle {
 pub async fn start(
     options: ShardOptions,
 ) -> Result<(ShardHandle, JoinHandle<Result<(), ShardError>>), ShardError> {
+    let mut starting = begin(options)?;
+    let serves = starting.serves().await;
+    starting.outcome(serves)
+}
+
+/// A shard on its way to serve.
+pub struct Starting {
+    handle: ShardHandle,
+    thread: JoinHandle<Result<(), ShardError>>,
+    started: oneshot::Receiver<()>,
+}
+
+pub fn begin(options: ShardOptions) -> Result<Starting, ShardError> {
     let (orders, inbox) = mpsc::unbounded_channel();
     let changed = Arc::new(Notify::new());
     let handle = ShardHandle { orders, changed: Arc::clone(&changed) };
     let (ready, started) = oneshot::channel();
     let thread = evolute_raft::spawn_thread("shard", move || run(options, inbox, changed, ready))
         .map_err(ShardError::Thread)?;
-    if started.await.is_ok() {
-        return Ok((handle, thread));
+    Ok(Starting { handle, thread, started })
+}
+
+impl Starting {
+    /// Waits until it does; false: it never will. Cancel-safe.
+    pub async fn serves(&mut self) -> bool {
+        (&mut self.started).await.is_ok()
     }
-    match thread.join() {
-        Ok(Err(error)) => Err(error),
-        Ok(Ok(())) => panic!("the shard ended without saying why"),
-        Err(panic) => std::panic::resume_unwind(panic),
+
+    /// Nobody wants it any more. Returns when everything that lived on its thread is closed: RocksDB aborts a process
+    /// that exits before.
+    pub async fn give_up(self) {
+        let Self { thread, started, .. } = self;
+        drop(started);
+        let _ = tokio::task::spawn_blocking(move || thread.join()).await;
+    }
+
+    /// What became of it, once that is known.
+    pub fn outcome(
+        self,
+        serves: bool,
+    ) -> Result<(ShardHandle, JoinHandle<Result<(), ShardError>>), ShardError> {
+        if serves {
+            return Ok((self.handle, self.thread));
+        }
+        match self.thread.join() {
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(())) => panic!("the shard ended without saying why"),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
     }
 }
 
@@ -191,6 +227,7 @@ async fn open_store(
     dir: &Path,
     options: StoreOptions,
     identity: &Identity,
+    ready: &mut oneshot::Sender<()>,
 ) -> Result<(ChunkStore, Opened), ShardError> {
     let mut said = false;
     loop {
@@ -200,7 +237,10 @@ async fn open_store(
                     tracing::warn!(%error, "the chunk store is not opened before there is space");
                     said = true;
                 }
-                tokio::time::sleep(checkpoint::NO_SPACE_PAUSE).await;
+                tokio::select! {
+                    () = tokio::time::sleep(checkpoint::NO_SPACE_PAUSE) => {}
+                    () = ready.closed() => return Err(ShardError::OpenStore(error)),
+                }
             }
             opened => return opened.map_err(ShardError::OpenStore),
         }
@@ -211,7 +251,7 @@ async fn run(
     options: ShardOptions,
     mut inbox: mpsc::UnboundedReceiver<ToShard>,
     changed: Arc<Notify>,
-    ready: oneshot::Sender<()>,
+    mut ready: oneshot::Sender<()>,
 ) -> Result<(), ShardError> {
     evolute_daemon::short_turns();
     let ShardOptions {
@@ -230,7 +270,7 @@ async fn run(
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
     let log_options = LogOptions { file_bytes: log_file_mib * MIB, ..LogOptions::new(owner) };
     let log = Log::open(&data_dir.join("log"), log_options).await.map_err(ShardError::OpenLog)?;
-    let (store, opened) = open_store(&data_dir.join("store"), store, &identity).await?;
+    let (store, opened) = open_store(&data_dir.join("store"), store, &identity, &mut ready).await?;
     let store = Rc::new(RefCell::new(store));
     let neighbours = Rc::new(Caller::new(identity.clone(), addresses));
     let repairs = Rc::new(Repairs::new(Rc::<Caller>::clone(&neighbours)));
@@ -283,12 +323,14 @@ async fn run(
     let scrubber =
         Scrubber { registry, store: Rc::clone(&store), repairs, options: scrub, progress: scrubbed };
     let checkpoints = checkpoint::run(Rc::clone(&shard.registry), store, log, trash_delay_ms);
-    // The starter may have gone; then the thread ends with the first order, `Stop`.
-    let _ = ready.send(());
-    let ended = tokio::select! {
-        error = checkpoints => Err(error),
-        error = scrubber.run() => Err(ShardError::Store(error)),
-        () = async { while let Some(order) = inbox.recv().await { if shard.obey(order) { break } } } => Ok(()),
+    let ended = match ready.send(()) {
+        // Whoever started it has given it up.
+        Err(()) => Ok(()),
+        Ok(()) => tokio::select! {
+            error = checkpoints => Err(error),
+            error = scrubber.run() => Err(ShardError::Store(error)),
+            () = async { while let Some(order) = inbox.recv().await { if shard.obey(order) { break } } } => Ok(()),
+        },
     };
     shard.registry.shutdown().await;
     ended

@@ -207,9 +207,10 @@ pub struct DevArgs {
     /// Seconds to wait until everything is ready
     #[arg(long, default_value = "60", value_name = "SECONDS", value_parser = seconds)]
     pub start_timeout: Duration,
-    /// How often a process that dies is started again within a minute before it stays down; 0: never
-    #[arg(long, default_value = "5", value_name = "N")]
-    pub restarts: u32,
+    /// How often a process that dies is started again within a minute before it stays down; 0: never. Default: it is
+    /// started again however often it dies, after pauses that grow to 5 s
+    #[arg(long, value_name = "N")]
+    pub restarts: Option<u32>,
     /// Where the daemons are; default: next to this program
     #[arg(long, value_name = "DIR")]
     pub bin_dir: Option<PathBuf>,

@@ -70,3 +70,30 @@ fn every_unit_is_sandboxed_and_starts_a_program_with_its_configuration() {
         assert!(text.contains(&format!("ExecStart=/usr/bin/{program} --config /etc/evolute/")), "{unit}");
     }
 }
+
+#[test]
+fn no_unit_is_ever_given_up_and_systemd_finds_nothing_wrong_with_any() {
+    let Ok(_) = std::process::Command::new("systemd-analyze").arg("--version").output() else {
+        eprintln!("skipped: no systemd-analyze here");
+        return;
+    };
+    let dir = tempfile::tempdir().expect("temp dir");
+    let mut units = Vec::new();
+    for name in ["evolute-mds.service", "evolute-chunkserver@.service", "evolute-vhost@.service"] {
+        let unit = fs::read_to_string(deploy("systemd").join(name)).expect("there");
+        for key in ["StartLimitIntervalSec=0\n", "Type=notify\n", "TimeoutStartSec=infinity\n", "Restart="] {
+            assert!(unit.contains(key), "{name} has no {key}");
+        }
+        // The programs are not installed here, and there is no such user.
+        let unit = unit.replace("ExecStart=/usr/bin/evolute", "ExecStart=/bin/true /usr/bin/evolute");
+        let unit = unit.replace("User=evolute\n", "");
+        let path = dir.path().join(name.replace('@', "@x"));
+        fs::write(&path, unit).expect("written");
+        units.push(path);
+    }
+    let seen =
+        std::process::Command::new("systemd-analyze").arg("verify").args(&units).output().expect("run");
+    let words = String::from_utf8_lossy(&seen.stderr);
+    let ours: Vec<_> = words.lines().filter(|line| line.contains("evolute")).collect();
+    assert!(ours.is_empty(), "{ours:?}");
+}

@@ -25,7 +25,7 @@ fn spec(dir: &Path, script: &str, restarts_max: u32) -> Spec {
         log: dir.join("thing.log"),
         ready_file: dir.join("thing.json"),
         ready_within: Duration::from_secs(60),
-        restarts_max,
+        restarts_max: Some(restarts_max),
     }
 }
 
@@ -70,11 +70,41 @@ while [ ! -e "$2.die" ]; do sleep 0.02; done
         match next(&mut events).await {
             Event::Died { .. } => deaths += 1,
             Event::GivenUp { why, .. } => break why,
+            Event::NotStarted { .. } => {}
             Event::Restarted { .. } => panic!("it never was ready again"),
         }
     };
     assert_eq!(deaths, 3);
     assert!(why.contains("no more ready than this"), "{why}");
+    assert_eq!(process.stop().await, None);
+}
+
+#[tokio::test]
+async fn however_often_a_process_dies_it_is_started_again() {
+    let dir = tempfile::tempdir().expect("tempdir");
+    let (out, mut events) = mpsc::unbounded_channel();
+    let spec = Spec { restarts_max: None, ..spec(dir.path(), SERVES, 0) };
+    let (process, mut pid) = Process::start(spec, out).await.expect("starts");
+    for _ in 0..6 {
+        kill(pid);
+        assert!(matches!(next(&mut events).await, Event::Died { .. }));
+        let Event::Restarted { pid: again, .. } = next(&mut events).await else { panic!("not restarted") };
+        pid = again;
+    }
+    // Nor when it cannot be started at all for a while.
+    fs::remove_file(dir.path().join("thing.json")).expect("there");
+    fs::create_dir(dir.path().join("thing.json")).expect("made");
+    kill(pid);
+    assert!(matches!(next(&mut events).await, Event::Died { .. }));
+    assert!(matches!(next(&mut events).await, Event::NotStarted { .. }));
+    fs::remove_dir(dir.path().join("thing.json")).expect("ours");
+    loop {
+        match next(&mut events).await {
+            Event::NotStarted { .. } | Event::Died { .. } => {}
+            Event::Restarted { .. } => break,
+            Event::GivenUp { why, .. } => panic!("given up: {why}"),
+        }
+    }
     assert_eq!(process.stop().await, None);
 }
 

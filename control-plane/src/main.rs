@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow};
 use clap::Parser;
 use evolute_control_plane::config::{Args, FileConfig, Task};
 use evolute_control_plane::mds::Server;
@@ -65,18 +65,26 @@ fn run(args: Args) -> anyhow::Result<()> {
         let server = Server::start(&config).await?;
         let (address, cluster) = (server.address().to_string(), server.cluster().to_string());
         tracing::info!(address, cluster, data_dir = %config.data_dir.display(), "serving");
-        if let Some(path) = &config.ready_file {
-            evolute_daemon::write_ready_file(path, &Ready { pid: std::process::id(), address, cluster })?;
-        }
-        tokio::select! {
-            () = stop.requested() => {}
-            why = server.failed() => {
-                server.stop().await;
-                bail!("{why}");
+        let told = match &config.ready_file {
+            Some(path) => {
+                evolute_daemon::write_ready_file(path, &Ready { pid: std::process::id(), address, cluster })
             }
-        }
+            None => Ok(()),
+        };
+        let ended = match told {
+            Ok(()) => {
+                evolute_daemon::notify::ready();
+                tokio::select! {
+                    () = stop.requested() => Ok(()),
+                    why = server.failed() => Err(anyhow!("{why}")),
+                }
+            }
+            told => told,
+        };
+        evolute_daemon::notify::stopping();
         tracing::info!("stopping");
+        // However it ends: what uses the state is gone before this process is, or RocksDB aborts it.
         server.stop().await;
-        Ok(())
+        ended
     })
 }

@@ -33,7 +33,7 @@ const KEEPALIVE: Duration = Duration::from_secs(5);
 /// The largest message a chunkserver sends: a report of 20 000 replicas.
 pub const REPORT_BYTES_MAX: usize = 16 << 20;
 /// The largest of anybody else: names, and numbers.
-const REQUEST_BYTES_MAX: usize = 64 << 10;
+const REQUEST_BYTES_MAX: usize = 128 << 10;
 /// Requests one connection may have open. A chunkserver needs two, a backend a few.
 const REQUESTS_PER_CONNECTION_MAX: u32 = 32;
 /// What may arrive and is not read yet, of one request and of one connection.

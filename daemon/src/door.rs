@@ -46,6 +46,20 @@ pub fn enough_descriptors(needed: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The same for memory that may be mapped (`ulimit -v`): threads that do not start would end the process without a word.
+pub fn enough_address_space(needed: u64) -> anyhow::Result<()> {
+    if let Some(limit) = getrlimit(Resource::As).current {
+        anyhow::ensure!(
+            limit >= needed,
+            "the limit of address space (RLIMIT_AS) is {} MiB, and this program needs {} MiB at least: raise it \
+             (ulimit -v, or LimitAS= of its unit)",
+            limit >> 20,
+            needed >> 20
+        );
+    }
+    Ok(())
+}
+
 /// Nothing to open or accept with just now: no matter of whatever was to be opened, and it passes.
 pub fn is_shortage(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS))
@@ -453,6 +467,17 @@ mod tests {
         seats[0].unfinished(0);
         seats[2].unfinished(90);
         assert!(!leaves(&seats[2]));
+    }
+
+    #[test]
+    fn who_finds_no_descriptor_for_a_file_waits_and_other_failures_are_told_at_once() {
+        let mut codes = vec![libc::EIO, libc::ENOMEM, libc::ENFILE, libc::EMFILE];
+        let mut tries = 0;
+        let opened = super::open(|| -> std::io::Result<()> {
+            tries += 1;
+            Err(std::io::Error::from_raw_os_error(codes.pop().expect("not asked again after the last")))
+        });
+        assert_eq!((opened.expect_err("it fails").raw_os_error(), tries), (Some(libc::EIO), 4));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 
 mod calendar;
 pub mod door;
+pub mod notify;
 pub mod outlet;
 mod turns;
 

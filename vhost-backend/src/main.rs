@@ -60,6 +60,7 @@ fn run(args: Args) -> Result<()> {
         disks.push(Disk::attach(&config, disk.clone(), endpoint)?);
     }
     let ended = serve(&config, &io, &mut disks, &stop);
+    evolute_daemon::notify::stopping();
     let stopped = stop_all(disks);
     // The last one: every device has let go of it.
     if let Some(io) = Arc::into_inner(io) {
@@ -258,6 +259,7 @@ fn holder(socket: &Socket) -> String {
 }
 
 fn tell_ready(config: &Config, disks: &[Disk]) -> Result<()> {
+    evolute_daemon::notify::ready();
     let Some(path) = &config.ready_file else { return Ok(()) };
     let served = disks.iter().filter_map(|disk| match &disk.state {
         State::Serving { attached, .. } => Some((&disk.of, attached)),

@@ -3,6 +3,7 @@
 //! tested in `raft/` and by guests.
 
 mod client;
+mod crowd;
 mod followers;
 mod forged;
 mod full;

@@ -38,7 +38,7 @@ pub struct Wanted {
     pub one_backend: bool,
     pub copysets_min: u32,
     pub start_timeout: Duration,
-    pub restarts_max: u32,
+    pub restarts_max: Option<u32>,
 }
 
 #[derive(Debug)]

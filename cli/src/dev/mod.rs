@@ -188,6 +188,10 @@ fn heard(event: &Event, running: &mut Running, output: Output) -> bool {
             running.set_pid(name, *pid);
             true
         }
+        Event::NotStarted { name, why, again_in } => {
+            note(output, &format!("{name} did not start, and is started again in {again_in:?}: {why}"));
+            false
+        }
         Event::GivenUp { name, why } => {
             note(output, &format!("{name} stays down: {why}"));
             running.set_pid(name, 0);

@@ -25,7 +25,11 @@ use crate::failure::Failure;
 /// A daemon that has not ended by then after SIGTERM never will.
 const STOP_MAX: Duration = Duration::from_secs(15);
 const RESTARTS_WITHIN: Duration = Duration::from_secs(60);
-const RESTART_PAUSE: Duration = Duration::from_millis(300);
+/// Before a process is started again: the first time, and at most. One that keeps dying is given twice the time.
+const RESTART_PAUSE_MIN: Duration = Duration::from_millis(100);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Whatever lives for so long has not died for the reason it died for before.
+const LIVES: Duration = Duration::from_secs(30);
 const READY_POLL: Duration = Duration::from_millis(20);
 /// Enough of the log to see the error, not the whole start-up.
 const LOG_LINES_SHOWN: usize = 6;
@@ -40,8 +44,8 @@ pub struct Spec {
     pub log: PathBuf,
     pub ready_file: PathBuf,
     pub ready_within: Duration,
-    /// Within a minute (`RESTARTS_WITHIN`).
-    pub restarts_max: u32,
+    /// Within a minute (`RESTARTS_WITHIN`). None: as often as it dies.
+    pub restarts_max: Option<u32>,
 }
 
 /// News of a process, for whoever supervises all of them.
@@ -55,7 +59,13 @@ pub enum Event {
         name: String,
         pid: u32,
     },
-    /// It died too often, or does not start any more.
+    /// It could not be started; that is tried again.
+    NotStarted {
+        name: String,
+        why: String,
+        again_in: Duration,
+    },
+    /// It died more often than it may.
     GivenUp {
         name: String,
         why: String,
@@ -179,46 +189,55 @@ fn ready_pid(path: &Path) -> Option<u64> {
     content.get("pid")?.as_u64()
 }
 
-/// Ends when asked to stop, or when the process died too often. Says what was not clean about the last end.
+/// Ends when asked to stop, or when the process died more often than it may. Says what was not clean about the last end.
 async fn keep_running(
     spec: Spec,
-    mut child: Child,
+    child: Child,
     events: mpsc::UnboundedSender<Event>,
     mut stop: oneshot::Receiver<()>,
 ) -> Option<String> {
     let mut deaths: VecDeque<Instant> = VecDeque::new();
+    let mut pause = RESTART_PAUSE_MIN;
+    let mut since = Instant::now();
+    let mut running = Some(child);
+    // A supervisor that is gone needs no news.
+    let tell = |event| drop(events.send(event));
     loop {
-        // Both branches are cancel-safe.
-        let ended = tokio::select! {
-            _ = &mut stop => return end(&spec, child).await,
-            ended = child.wait() => ended,
-        };
-        let status = ended.map_or_else(|error| error.to_string(), words);
-        // A supervisor that is gone needs no news.
-        let _ = events.send(Event::Died { name: spec.name.clone(), status });
-        let now = Instant::now();
-        deaths.retain(|death| now - *death < RESTARTS_WITHIN);
-        deaths.push_back(now);
-        let give_up = |why: String| {
-            let _ = events.send(Event::GivenUp { name: spec.name.clone(), why });
-            None
-        };
-        if deaths.len() > spec.restarts_max as usize {
-            let times = deaths.len();
-            return give_up(format!(
-                "it died {times} times within a minute; last words:\n{}",
-                last_lines(&spec.log)
-            ));
+        if let Some(mut child) = running.take() {
+            // Both branches are cancel-safe.
+            let ended = tokio::select! {
+                _ = &mut stop => return end(&spec, child).await,
+                ended = child.wait() => ended,
+            };
+            let status = ended.map_or_else(|error| error.to_string(), words);
+            tell(Event::Died { name: spec.name.clone(), status });
+            let now = Instant::now();
+            if now - since >= LIVES {
+                pause = RESTART_PAUSE_MIN;
+            }
+            deaths.retain(|death| now - *death < RESTARTS_WITHIN);
+            deaths.push_back(now);
+            if spec.restarts_max.is_some_and(|most| deaths.len() > most as usize) {
+                let times = deaths.len();
+                let last = last_lines(&spec.log);
+                let why = format!("it died {times} times within a minute; last words:\n{last}");
+                tell(Event::GivenUp { name: spec.name.clone(), why });
+                return None;
+            }
         }
-        // At once the first time; a process that keeps dying is given a growing pause.
-        let pause = RESTART_PAUSE * u32::try_from(deaths.len() - 1).unwrap_or(u32::MAX).min(10);
         tokio::select! {
             _ = &mut stop => return None,
             () = sleep(pause) => {}
         }
-        child = match spawn(&spec) {
+        pause = (pause * 2).min(RESTART_PAUSE_MAX);
+        since = Instant::now();
+        let not_started = |why: String| Event::NotStarted { name: spec.name.clone(), why, again_in: pause };
+        let mut child = match spawn(&spec) {
             Ok(child) => child,
-            Err(failure) => return give_up(failure.to_string()),
+            Err(failure) => {
+                tell(not_started(failure.to_string()));
+                continue;
+            }
         };
         let started = tokio::select! {
             _ = &mut stop => None,
@@ -226,14 +245,14 @@ async fn keep_running(
         };
         match started {
             None => return end(&spec, child).await,
-            Some(Ok(pid)) => {
-                let _ = events.send(Event::Restarted { name: spec.name.clone(), pid });
-            }
-            Some(Err(_)) => {
+            Some(Ok(pid)) => tell(Event::Restarted { name: spec.name.clone(), pid }),
+            Some(Err(failure)) => {
                 // Dead, or alive and of no use: then it dies here and the next turn counts it.
+                tell(not_started(failure.to_string()));
                 let _ = child.start_kill();
             }
         }
+        running = Some(child);
     }
 }
 

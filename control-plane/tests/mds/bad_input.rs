@@ -9,7 +9,7 @@ use std::time::Duration;
 use evolute_protocol::geometry::{GIB, TIB};
 use evolute_protocol::rpc::{
     AllocateSegmentRequest, AttachRequest, CreateVolumeRequest, DeleteVolumeRequest, DetachRequest,
-    ErrorWord, MapRequest, RegisterRequest, ShowVolumeRequest,
+    ErrorWord, ListVolumesRequest, MapRequest, RegisterRequest, ShowVolumeRequest,
 };
 
 use crate::support::{Mds, Process, first_registration, register, status, three_chunkservers, volumes, word};
@@ -182,4 +182,26 @@ async fn a_directory_in_use_is_refused_and_a_stopped_one_is_free() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("ours");
     assert_eq!(first.child.wait().expect("it ends").code(), Some(0), "a clean stop");
     Process::start(dir.path(), &[]).await;
+}
+
+/// More than those that have not asked for anything may be (256), and fewer than descriptors.
+const STRANGERS: usize = 350;
+
+#[tokio::test]
+async fn callers_that_ask_for_nothing_lock_nobody_out() {
+    let mds = Mds::start().await;
+    let mut before = volumes(mds.address).await;
+    before.list(ListVolumesRequest::default()).await.expect("answered");
+    let mut strangers = Vec::new();
+    for _ in 0..STRANGERS {
+        strangers.push(tokio::net::TcpStream::connect(mds.address).await.expect("connected"));
+    }
+    before.list(ListVolumesRequest::default()).await.expect("who was there is still");
+    let mut late = volumes(mds.address).await;
+    late.list(ListVolumesRequest::default()).await.expect("who comes is let in");
+    // The first of them made room for the last.
+    let mut byte = [0; 1];
+    let ended = tokio::io::AsyncReadExt::read(&mut strangers[0], &mut byte);
+    let ended = tokio::time::timeout(Duration::from_secs(60), ended).await.expect("it was shown out");
+    assert!(matches!(ended, Ok(0) | Err(_)));
 }
