@@ -43,7 +43,6 @@ pub fn callers(listener: TcpListener) -> impl Stream<Item = io::Result<Connectio
 }
 
 /// A request has begun: now it is known what this connection is.
-#[expect(clippy::result_large_err, reason = "tonic's own type of an interceptor")]
 pub fn asks(request: Request<()>, kind: Kind) -> Result<Request<()>, Status> {
     if let Some(Caller(seat)) = request.extensions().get() {
         // A chunkserver that also asks for something else stays one.
