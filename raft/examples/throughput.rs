@@ -132,7 +132,7 @@ async fn node_main(
     let accepting = peers.clone();
     tokio::task::spawn_local(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            accepting.accept(stream);
+            accepting.accept(stream, None);
         }
     });
     let node_ = Node::new(log, peers, Timing::default());

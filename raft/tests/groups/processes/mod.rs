@@ -144,7 +144,7 @@ impl Process {
                     let stream = TcpStream::from_std(stream).expect("a stream");
                     match ignoring.load(Ordering::SeqCst) {
                         true => unheard.push(stream),
-                        false => peers.accept(stream),
+                        false => peers.accept(stream, None),
                     }
                 }
             });
