@@ -147,7 +147,8 @@ Examples:
         /// Lower no vote below this term: the highest that `inspect` shows on any chunkserver of the copyset
         #[arg(long, value_name = "TERM", default_value_t = 0)]
         above: u64,
-        /// A volume's number (`evolute volume show`) that was not deleted, although chunkservers say so
+        /// A volume's number (`evolute volume show`) whose fences nobody came with: a deletion that was none, or an attachment
+        /// far above that of `evolute volume show`
         #[arg(long, value_name = "VOLUME")]
         unfence: Vec<u64>,
     },

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{CopysetId, VolumeId};
+use evolute_protocol::wire::request::Fence;
 use evolute_raft::{LogError, LogOptions, LogOwner, OfflineLog, ProcessId};
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +72,18 @@ pub struct FenceSeen {
     pub incarnation: u32,
 }
 
+impl FenceSeen {
+    fn of(copyset: CopysetId, volume: VolumeId, epoch: Epoch) -> Self {
+        let Epoch { attachment, incarnation } = epoch;
+        Self { copyset: copyset.0, volume: volume.0, attachment, incarnation }
+    }
+
+    fn fence(&self) -> Fence {
+        let epoch = Epoch { attachment: self.attachment, incarnation: self.incarnation };
+        Fence { volume: VolumeId(self.volume), epoch }
+    }
+}
+
 impl Repair {
     pub fn is_empty(&self) -> bool {
         self.votes.is_empty() && self.fences.is_empty()
@@ -98,10 +111,10 @@ impl Repair {
             };
         }
         for fence in &self.fences {
-            let epoch = Epoch { attachment: fence.attachment, incarnation: fence.incarnation };
+            let epoch = fence.fence().epoch;
             let _ = writeln!(
                 out,
-                "copyset {}: volume {} is fenced at {epoch}, which no writer has; its leader takes that back",
+                "copyset {}: volume {} is fenced at {epoch}; its leader takes that back",
                 fence.copyset, fence.volume
             );
         }
@@ -124,13 +137,25 @@ pub fn impossible_fences<'a>(
     state.writers().iter().filter_map(move |(volume, writers)| {
         let epoch = writers.epoch();
         let possible = epoch.is_a_writers() || (epoch == Epoch::DELETED && !has_chunks(*volume));
-        let Epoch { attachment, incarnation } = epoch;
-        (!possible).then_some(FenceSeen { copyset: copyset.0, volume: volume.0, attachment, incarnation })
+        (!possible).then(|| FenceSeen::of(copyset, *volume, epoch))
     })
 }
 
+/// Whatever these volumes are fenced at.
+fn named_fences<'a>(
+    copyset: CopysetId,
+    state: &'a State,
+    volumes: &'a [u64],
+) -> impl Iterator<Item = FenceSeen> + 'a {
+    let named = state
+        .writers()
+        .iter()
+        .filter(|(volume, writers)| volumes.contains(&volume.0) && writers.epoch() != Epoch::default());
+    named.map(move |(volume, writers)| FenceSeen::of(copyset, *volume, writers.epoch()))
+}
+
 /// Looks through the directory of a chunkserver that does not run and, if told to, puts right what cannot be. `above`: no
-/// vote is lowered below this term. `unfence`: volumes that were not deleted, whatever their fences say. Needs a tokio
+/// vote is lowered below this term. `unfence`: volumes whose fences nobody came with, possible or not. Needs a tokio
 /// runtime; waits for the disk.
 pub fn repair(dir: &Path, above: u64, unfence: &[u64], yes: bool) -> Result<Repair, RepairError> {
     let data_dir = DataDir::look(dir)?;
@@ -144,11 +169,13 @@ pub fn repair(dir: &Path, above: u64, unfence: &[u64], yes: bool) -> Result<Repa
     for record in &opened.copysets {
         let (_, Some(state)) = replay(record, &log, &store) else { continue };
         let chunks = store.borrow().chunks_from(record.copyset, None);
-        let has_chunks = |volume: VolumeId| {
-            unfence.contains(&volume.0) || chunks.iter().any(|chunk| chunk.volume == volume)
-        };
-        fences.extend(impossible_fences(record.copyset, &state.borrow(), has_chunks));
+        let has_chunks = |volume: VolumeId| chunks.iter().any(|chunk| chunk.volume == volume);
+        let state = state.borrow();
+        fences.extend(impossible_fences(record.copyset, &state, has_chunks));
+        fences.extend(named_fences(record.copyset, &state, unfence));
     }
+    fences.sort_unstable();
+    fences.dedup();
     let file_bytes = log.file_bytes();
     drop((log, store));
     let seen = votes.iter().map(|vote| VoteSeen {
@@ -216,9 +243,9 @@ impl Unfencing {
         loop {
             self.left.retain(|fence| {
                 let Some(copyset) = registry.get(CopysetId(fence.copyset)) else { return false };
-                let left = copyset.unfence(VolumeId(fence.volume));
+                let left = copyset.unfence(fence.fence());
                 if !left {
-                    tracing::info!(copyset = %copyset.id(), volume = fence.volume, "an impossible fence is taken back");
+                    tracing::info!(copyset = %copyset.id(), volume = fence.volume, "a fence that nobody came with is taken back");
                 }
                 left
             });

@@ -34,8 +34,8 @@ pub enum Change {
     Fence(Fence),
     /// The volume was deleted: forget its chunks, refuse all its writers for ever.
     DropVolume(VolumeId),
-    /// The volume's fence is one that nobody can have come with: as if it had never been fenced here.
-    Unfence(VolumeId),
+    /// Nobody came with this fence: if it is the one that holds, it is as if the volume had never been fenced here.
+    Unfence(Fence),
 }
 
 impl Change {
@@ -45,7 +45,8 @@ impl Change {
             Self::Discard(discard) => discard.chunk.volume,
             Self::WriteZeroes(zeroes) => zeroes.chunk.volume,
             Self::Fence(fence) => fence.volume,
-            Self::DropVolume(volume) | Self::Unfence(volume) => *volume,
+            Self::Unfence(fence) => fence.volume,
+            Self::DropVolume(volume) => *volume,
         }
     }
 }
@@ -110,9 +111,10 @@ impl CommandBuilder {
                 fields.put_u8(DROP_VOLUME);
                 fields.put_u64_le(volume.0);
             }
-            Change::Unfence(volume) => {
+            Change::Unfence(fence) => {
                 fields.put_u8(UNFENCE);
-                fields.put_u64_le(volume.0);
+                fields.put_u64_le(fence.volume.0);
+                fields.put_u64_le(fence.epoch.to_u64());
             }
         }
     }
@@ -171,7 +173,11 @@ pub fn decode(command: Command) -> Result<SmallVec<[Change; 4]>, CommandError> {
                 Change::Fence(Fence { volume, epoch })
             }
             DROP_VOLUME => Change::DropVolume(VolumeId(get_u64(&mut fields)?)),
-            UNFENCE => Change::Unfence(VolumeId(get_u64(&mut fields)?)),
+            UNFENCE => {
+                let (volume, epoch) =
+                    (VolumeId(get_u64(&mut fields)?), Epoch::from_u64(get_u64(&mut fields)?));
+                Change::Unfence(Fence { volume, epoch })
+            }
             _ => return Err(CommandError::Malformed),
         });
     }
@@ -235,7 +241,7 @@ mod tests {
             Change::WriteZeroes(WriteZeroes { chunk, tag, range, unmap: true }),
             Change::Write(write),
             Change::DropVolume(VolumeId(5)),
-            Change::Unfence(VolumeId(5)),
+            Change::Unfence(Fence { volume: VolumeId(5), epoch }),
         ]
     }
 

@@ -129,14 +129,14 @@ impl Writers {
             Change::WriteZeroes(zeroes) => self.admit(&zeroes.tag),
             Change::Fence(fence) => self.fence(fence.epoch),
             Change::DropVolume(_) => self.fence(Epoch::DELETED),
-            Change::Unfence(_) => self.unfence(),
+            Change::Unfence(fence) => self.unfence(fence.epoch),
         }
     }
 
-    /// Takes back a fence that no writer can have come with. The next writer begins anew; every one that was refused by that
-    /// fence has stopped for ever. Any other fence stays.
-    fn unfence(&mut self) -> Verdict {
-        if self.epoch.is_a_writers() {
+    /// Takes back a fence that nobody came with. The next writer begins anew; every one that was refused by that fence has
+    /// stopped for ever. Any other fence stays.
+    fn unfence(&mut self, epoch: Epoch) -> Verdict {
+        if self.epoch != epoch {
             return Verdict::Already;
         }
         self.epoch = Epoch::default();
@@ -280,6 +280,18 @@ mod tests {
         writers.admit(&tag(FIRST, 1, 1));
         assert_eq!(writers.fence(FIRST), Verdict::Apply);
         assert_eq!(writers.admit(&tag(FIRST, 1, 1)), Verdict::Already);
+    }
+
+    #[test]
+    fn only_the_fence_that_is_named_is_taken_back() {
+        let mut writers = fenced(SECOND);
+        writers.admit(&tag(SECOND, 1, 1));
+        assert_eq!(writers.unfence(FIRST), Verdict::Already);
+        assert_eq!(writers.judge_epoch(SECOND), Verdict::Apply);
+        assert_eq!(writers.unfence(SECOND), Verdict::Apply);
+        assert_eq!(writers.admit(&tag(SECOND, 2, 1)), Verdict::NotFenced);
+        assert_eq!(writers.fence(FIRST), Verdict::Apply);
+        assert_eq!(writers.admit(&tag(FIRST, 1, 1)), Verdict::Apply);
     }
 
     #[test]

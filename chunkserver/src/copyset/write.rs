@@ -87,10 +87,12 @@ impl Copyset {
     fn early_verdict(&self, change: &Change) -> (Verdict, u64) {
         let state = self.state.borrow();
         let writers = state.writers().get(&change.volume());
+        // After its fence was taken back it is as one that is not known.
+        let known = writers.map(Writers::epoch).filter(|epoch| *epoch != Epoch::default());
         let verdict = match (change, writers) {
             (Change::DropVolume(_) | Change::Unfence(_), _) => Verdict::Apply,
-            (Change::Fence(fence), _) if !fence.epoch.may_follow(writers.map(Writers::epoch)) => {
-                self.disbelieve(fence, writers.map(Writers::epoch));
+            (Change::Fence(fence), _) if !fence.epoch.may_follow(known) => {
+                self.disbelieve(fence, known);
                 Verdict::OutOfBounds
             }
             (Change::Fence(_), None) => Verdict::Apply,
@@ -199,14 +201,21 @@ impl Copyset {
         self.propose_alone(Change::DropVolume(volume), volume, "the volume is not dropped yet");
     }
 
-    /// Takes back the fence of a volume that nobody can have come with, if this replica leads. True: it is still here, ask
-    /// again.
-    pub fn unfence(self: &Rc<Self>, volume: VolumeId) -> bool {
-        let beyond = self.state.borrow().writers().get(&volume).is_some_and(|w| !w.epoch().is_a_writers());
-        if beyond && self.group.leadership().is_some() {
-            self.propose_alone(Change::Unfence(volume), volume, "the fence is not taken back yet");
+    /// Takes back a fence that nobody came with, if this replica leads. True: it still holds here, ask again.
+    pub fn unfence(self: &Rc<Self>, fence: Fence) -> bool {
+        let state = self.state.borrow();
+        let epoch = state.writers().get(&fence.volume).map(Writers::epoch);
+        let holds = epoch == Some(fence.epoch);
+        // After a start the fence may still be in the log, to be applied again.
+        let applied = state.applied().map(|at| at.index);
+        drop(state);
+        if !holds && applied < self.group.last_logged().map(|at| at.index) {
+            return true;
         }
-        beyond
+        if holds && self.group.leadership().is_some() {
+            self.propose_alone(Change::Unfence(fence), fence.volume, "the fence is not taken back yet");
+        }
+        holds
     }
 
     fn propose_alone(&self, change: Change, volume: VolumeId, not_yet: &'static str) {

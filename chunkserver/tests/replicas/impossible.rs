@@ -150,6 +150,29 @@ fn a_volume_that_a_forged_fence_ended_is_repaired_by_the_command() {
     }
 }
 
+/// The fence is one that a writer could have, and none has: the operator names the volume.
+#[test]
+fn a_possible_fence_that_nobody_came_with_is_taken_back_by_name() {
+    let mut cluster = Cluster::start(3);
+    let mut client = cluster.client(1);
+    client.fence(VOLUME, FIRST);
+    client.write(0, block(1), 1);
+    client.fence(VOLUME, Epoch { attachment: 1 << 20, incarnation: 0 });
+    (1..=3).rev().for_each(|n| cluster.stop(n));
+    for n in 1..=3 {
+        let looked = run("repair", cluster.dir(n), &[]);
+        assert!(looked.status.success(), "it may be anybody's: {looked:?}");
+        assert!(run("repair", cluster.dir(n), &["--unfence", "5", "--yes"]).status.success());
+    }
+    (1..=3).for_each(|n| cluster.start_again(n));
+    cluster.lead(2, 12);
+    let mut client = cluster.client(2);
+    client.until(|client| matches!(client.try_fence(VOLUME, SECOND), Reply::Done(_)));
+    client.fence(VOLUME, SECOND);
+    assert_eq!(client.read(0, 4096), block(1));
+    client.write(4096, block(2), 1);
+}
+
 /// A volume that was deleted stays so, whatever is run; one that was not and has nothing here is named by hand.
 #[test]
 fn a_deleted_volume_is_no_forgery() {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use evolute_protocol::bounds::{INDEX_MAX, TERM_MAX};
 use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::chunkservers_server;
 use evolute_protocol::rpc::{
@@ -34,6 +35,21 @@ const ORDERS_IN_FLIGHT: usize = 8;
 /// Random bytes that name a process. Longer ones would only be kept in memory.
 const INSTANCE_BYTES: std::ops::RangeInclusive<usize> = 1..=64;
 const VERSION_BYTES_MAX: usize = 64;
+
+/// Numbers that nobody can have reached: whoever reports them would be believed before all others, for ever.
+fn check_report(report: &Report) -> Result<(), String> {
+    let beyond = |what: &str, number: u64, max: u64| match number <= max {
+        true => Ok(()),
+        false => Err(format!("a report with {what} {number}, which nobody can have reached")),
+    };
+    report.replicas.iter().try_for_each(|replica| {
+        beyond("term", replica.term, TERM_MAX)?;
+        for index in [replica.last_index, replica.committed_index, replica.applied_index] {
+            beyond("index", index, INDEX_MAX)?;
+        }
+        Ok(())
+    })
+}
 
 #[tonic::async_trait]
 impl chunkservers_server::Chunkservers for Chunkservers {
@@ -291,6 +307,7 @@ impl HeartbeatStream<'_> {
         if report.chunkserver != self.id.0 || report.instance != self.instance {
             return Err(invalid(format!("a report of somebody else in the stream of {}", self.id)));
         }
+        check_report(&report).map_err(invalid)?;
         if let Some(caller) = &self.caller {
             caller.was_of_use();
         }

@@ -265,25 +265,29 @@ impl Reports {
     }
 }
 
+/// An exabyte: those of all chunkservers are added up without a look. Some file systems say more than they have.
+const BYTES_MAX: u64 = 1 << 60;
+
 impl From<Report> for Received {
     fn from(report: Report) -> Self {
         let plain = |c: &char| !c.is_control();
         Self {
-            capacity_bytes: report.capacity_bytes,
-            used_bytes: report.used_bytes,
-            free_bytes: report.free_bytes,
+            capacity_bytes: report.capacity_bytes.min(BYTES_MAX),
+            used_bytes: report.used_bytes.min(BYTES_MAX),
+            free_bytes: report.free_bytes.min(BYTES_MAX),
             replicas: report
                 .replicas
                 .into_iter()
                 .map(|mut replica| {
                     replica.failed = replica.failed.chars().filter(plain).take(TROUBLE_CHARS_MAX).collect();
+                    replica.data_bytes = replica.data_bytes.min(BYTES_MAX);
                     (CopysetId(replica.copyset), replica)
                 })
                 .collect(),
             volumes: report
                 .volumes
                 .into_iter()
-                .map(|used| (VolumeId(used.volume), CopysetId(used.copyset), used.used_bytes))
+                .map(|used| (VolumeId(used.volume), CopysetId(used.copyset), used.used_bytes.min(BYTES_MAX)))
                 .collect(),
             trouble: report.trouble.chars().filter(plain).take(TROUBLE_CHARS_MAX).collect(),
             integrity: Integrity {

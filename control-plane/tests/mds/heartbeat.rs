@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use evolute_protocol::bounds::INDEX_MAX;
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
-use evolute_protocol::rpc::{CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, Health, Report, order};
+use evolute_protocol::rpc::{
+    CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, Health, ReplicaReport, Report, VolumeUse, order,
+};
 use tokio_stream::StreamExt;
 
 use crate::support::{
@@ -217,4 +220,52 @@ async fn everybody_is_told_whose_disk_is_full_and_what_a_write_usually_takes() {
     // Without being asked.
     says.send(Report { full: false, ..one }).await.expect("room");
     until([(1, false, false), (2, false, true)]).await;
+}
+
+/// A term that nobody reached would be believed before every other; a size that nothing has is taken for a lot.
+#[tokio::test]
+async fn a_report_of_what_nobody_can_have_reached_is_refused() {
+    let mds = Mds::start().await;
+    let chunkservers = three_chunkservers(mds.address).await;
+    six_healthy_copysets(mds.address).await;
+    let request = first_registration("z4");
+    let stranger = register(mds.address, request.clone()).await.expect("registered");
+    let report = |replica: ReplicaReport| Report {
+        chunkserver: stranger.chunkserver,
+        token: stranger.token.clone(),
+        instance: request.instance.clone(),
+        capacity_bytes: u64::MAX,
+        used_bytes: u64::MAX,
+        free_bytes: u64::MAX,
+        volumes: vec![VolumeUse { volume: 1, copyset: 1, used_bytes: u64::MAX }],
+        replicas: vec![ReplicaReport { copyset: 1, replica: 1, data_bytes: u64::MAX, ..replica }],
+        ..Report::default()
+    };
+    for edge in [INDEX_MAX + 1, 1 << 63, u64::MAX] {
+        for replica in [
+            ReplicaReport { term: edge, ..ReplicaReport::default() },
+            ReplicaReport { last_index: edge, ..ReplicaReport::default() },
+            ReplicaReport { committed_index: edge, ..ReplicaReport::default() },
+            ReplicaReport { applied_index: edge, ..ReplicaReport::default() },
+        ] {
+            let mut client = ChunkserversClient::new(channel(mds.address).await);
+            let reports = tokio_stream::iter([report(replica)]).chain(tokio_stream::pending());
+            let mut orders = client.heartbeat(reports).await.expect("a stream").into_inner();
+            let refused = loop {
+                match orders.message().await {
+                    Ok(orders) => assert!(orders.is_some(), "an end without a reason"),
+                    Err(status) => break status,
+                }
+            };
+            assert_eq!(ErrorWord::of(&refused), Some(ErrorWord::Invalid), "{refused}");
+        }
+    }
+    let mut client = ChunkserversClient::new(channel(mds.address).await);
+    let reports = tokio_stream::iter([report(ReplicaReport::default())]).chain(tokio_stream::pending());
+    let _speaks = client.heartbeat(reports).await.expect("a stream");
+    until("it is heard", || async {
+        status(mds.address).await.chunkservers.iter().filter(|it| it.online).count() == 4
+    })
+    .await;
+    drop(chunkservers);
 }
