@@ -127,16 +127,16 @@ impl Repair {
     }
 }
 
-/// Fences of a replica that cannot be. `has_chunks`: whether it stores any of a volume; of one that was deleted it has
-/// none.
+/// Fences of a replica that cannot be. `has_data`: whether anything of a volume can be read; of one that was deleted
+/// nothing can.
 pub fn impossible_fences<'a>(
     copyset: CopysetId,
     state: &'a State,
-    has_chunks: impl Fn(VolumeId) -> bool + 'a,
+    has_data: impl Fn(VolumeId) -> bool + 'a,
 ) -> impl Iterator<Item = FenceSeen> + 'a {
     state.writers().iter().filter_map(move |(volume, writers)| {
         let epoch = writers.epoch();
-        let possible = epoch.is_a_writers() || (epoch == Epoch::DELETED && !has_chunks(*volume));
+        let possible = epoch.is_a_writers() || (epoch == Epoch::DELETED && !has_data(*volume));
         (!possible).then(|| FenceSeen::of(copyset, *volume, epoch))
     })
 }
@@ -168,10 +168,9 @@ pub fn repair(dir: &Path, above: u64, unfence: &[u64], yes: bool) -> Result<Repa
     let mut fences = Vec::new();
     for record in &opened.copysets {
         let (_, Some(state)) = replay(record, &log, &store) else { continue };
-        let chunks = store.borrow().chunks_from(record.copyset, None);
-        let has_chunks = |volume: VolumeId| chunks.iter().any(|chunk| chunk.volume == volume);
         let state = state.borrow();
-        fences.extend(impossible_fences(record.copyset, &state, has_chunks));
+        // Whether a volume that looks deleted was deleted, an operator knows.
+        fences.extend(impossible_fences(record.copyset, &state, |_| false));
         fences.extend(named_fences(record.copyset, &state, unfence));
     }
     fences.sort_unstable();

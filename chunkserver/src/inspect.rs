@@ -149,8 +149,8 @@ impl Inspection {
             for fence in &seen.impossible_fences {
                 let _ = writeln!(
                     out,
-                    "  IMPOSSIBLE FENCE: volume {} at {}.{}: run `evolute-chunkserver repair`",
-                    fence.volume, fence.attachment, fence.incarnation
+                    "  IMPOSSIBLE FENCE: volume {} at {}.{}; if it was not deleted, run `evolute-chunkserver repair --unfence {}`",
+                    fence.volume, fence.attachment, fence.incarnation, fence.volume
                 );
             }
             for chunk in seen.chunks.iter().filter(|chunk| !chunk.unreadable.is_empty()) {
@@ -184,13 +184,16 @@ pub async fn inspect(dir: &Path, export: Option<&Path>) -> Result<Inspection, In
     for record in &opened.copysets {
         let (mut seen, state) = replay(record, &log, &store);
         let chunks = store.borrow().chunks_from(record.copyset, None);
-        if let Some(state) = state {
-            let has_chunks = |volume| chunks.iter().any(|chunk| chunk.volume == volume);
-            let fences = impossible_fences(record.copyset, &state.borrow(), has_chunks).collect();
-            seen.impossible_fences = fences;
-        }
         for chunk in chunks {
             seen.chunks.push(read_through(&store, chunk, export.as_mut()).await?);
+        }
+        if let Some(state) = state {
+            let has_data = |volume: VolumeId| {
+                let mut of = seen.chunks.iter().filter(|chunk| chunk.volume == volume.0);
+                of.any(|chunk| chunk.blocks > 0 || !chunk.unreadable.is_empty())
+            };
+            let fences = impossible_fences(record.copyset, &state.borrow(), has_data).collect();
+            seen.impossible_fences = fences;
         }
         replicas.push(seen);
     }

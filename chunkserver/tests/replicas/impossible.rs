@@ -129,10 +129,11 @@ fn a_volume_that_a_forged_fence_ended_is_repaired_by_the_command() {
     (1..=3).rev().for_each(|n| cluster.stop(n));
     for n in 1..=3 {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
-        let looked = runtime.block_on(async { repair(cluster.dir(n), 0, &[], false) }).expect("looked at");
+        let looked =
+            runtime.block_on(async { repair(cluster.dir(n), 0, &[VOLUME.0], false) }).expect("looked at");
         assert_eq!((looked.fences.len(), looked.fences[0].volume), (1, VOLUME.0));
         assert!(!looked.is_done());
-        assert!(run("repair", cluster.dir(n), &["--yes"]).status.success());
+        assert!(run("repair", cluster.dir(n), &["--unfence", "5", "--yes"]).status.success());
     }
     (1..=3).for_each(|n| cluster.start_again(n));
     cluster.lead(3, 13);
@@ -184,6 +185,9 @@ fn a_deleted_volume_is_no_forgery() {
     let deleted = Reply::Refused(Refusal::Fenced { current: Epoch::DELETED });
     client.until(|client| client.try_read(0, 512) == deleted);
     (1..=3).rev().for_each(|n| cluster.stop(n));
+    for n in 1..=3 {
+        assert!(run("inspect", cluster.dir(n), &[]).status.success(), "{n}");
+    }
     let looked = run("repair", cluster.dir(1), &[]);
     assert!(looked.status.success() && says(&looked).contains("nothing to repair"), "{looked:?}");
     assert_eq!(run("repair", cluster.dir(1), &["--unfence", "5"]).status.code(), Some(3));
