@@ -4,12 +4,13 @@
 //! in. Without a control plane, or with a wrong one, this chunkserver serves on; it keeps calling.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
 use evolute_protocol::rpc::{
-    ChunkserverAddress, ErrorWord, MemberReport, Order, Orders, RegisterRequest, RegisterResponse,
+    ChunkserverAddress, ErrorWord, Inventory, MemberReport, Order, Orders, RegisterRequest, RegisterResponse,
     ReplicaReport, Report, Role, order,
 };
 use evolute_raft::GroupStatus;
@@ -24,6 +25,7 @@ use crate::chunk_store::Identity;
 use crate::copyset::chunkserver_of;
 use crate::copyset::members::MemberChange;
 use crate::copyset::state::Created;
+use crate::mds_memory::{self, MdsMemory};
 use crate::others::{Told, Trouble};
 use crate::shard::{ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
@@ -52,6 +54,8 @@ pub struct Introduction {
     /// New at every start of the process.
     pub instance: Vec<u8>,
     pub heartbeat_interval_s: Option<u64>,
+    /// What it has obeyed.
+    pub memory: Arc<MdsMemory>,
 }
 
 /// The control plane will never take us as we are: this process must not serve.
@@ -120,6 +124,7 @@ async fn register(
         capacity_bytes: who.capacity_bytes,
         instance: who.instance.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        mds_seen: Some(who.memory.obeyed()),
     };
     let mut client = ChunkserversClient::new(channel(mds));
     match tokio::time::timeout(REGISTER_TIMEOUT, client.register(request)).await {
@@ -130,8 +135,8 @@ async fn register(
 
 /// A refusal that trying again does not change.
 fn for_ever(status: &Status) -> Option<ErrorWord> {
-    use ErrorWord::{Busy, NotLeader};
-    ErrorWord::of(status).filter(|word| !matches!(word, Busy | NotLeader))
+    use ErrorWord::{Busy, MdsPutBack, NotLeader};
+    ErrorWord::of(status).filter(|word| !matches!(word, Busy | MdsPutBack | NotLeader))
 }
 
 /// What was said about each control plane that does not take us, so that a line is logged for a change and not for
@@ -207,12 +212,65 @@ pub async fn run(
                     if let (Verdict::End, Some(word)) = (Verdict::of(word, taken), word) {
                         return Refused { word, message: status.message().to_owned() };
                     }
+                    if word == Some(ErrorWord::MdsPutBack) {
+                        recall(mds, who, identity, shard).await;
+                    }
                     complaints.say(mds, &status);
                 }
             }
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY_LAST);
+    }
+}
+
+/// Tells an MDS that was put back from an older copy everything that is here. It asks again if that is lost.
+async fn recall(mds: &str, who: &Introduction, identity: &Identity, shard: &ShardHandle) {
+    let Some(copysets) = shard.recall().await else { return };
+    let inventory = Inventory {
+        chunkserver: identity.chunkserver.0,
+        token: identity.token.to_vec(),
+        cluster_id: identity.cluster.0.to_vec(),
+        address: who.address.clone(),
+        zone: who.zone.clone(),
+        server: who.server.clone(),
+        capacity_bytes: who.capacity_bytes,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        seen: Some(who.memory.obeyed()),
+        copysets,
+    };
+    let mut client = ChunkserversClient::new(channel(mds));
+    match tokio::time::timeout(REGISTER_TIMEOUT, client.recall(inventory)).await {
+        Ok(Ok(_)) => tracing::warn!(mds, "an MDS that was put back from an older copy was told what is here"),
+        Ok(Err(status)) => tracing::warn!(mds, reason = reason(&status), "an MDS was not told what is here"),
+        Err(_) => tracing::warn!(mds, "an MDS did not take what it was told of what is here"),
+    }
+}
+
+/// May these orders be carried out? Of a newer state they are once that is stored.
+async fn may_obey(mds: &str, memory: &Arc<MdsMemory>, orders: &Orders) -> bool {
+    match memory.judge(orders.mds_state.as_ref()) {
+        mds_memory::Orders::Obeyed => true,
+        mds_memory::Orders::Refused => {
+            if !orders.orders.is_empty() {
+                tracing::warn!(
+                    mds,
+                    "this MDS is older than one that was obeyed before: its orders are not carried out"
+                );
+            }
+            false
+        }
+        mds_memory::Orders::Newer => {
+            let (memory, state) = (Arc::clone(memory), orders.mds_state.clone().unwrap_or_default());
+            let stored = tokio::task::spawn_blocking(move || memory.store(&state)).await;
+            let error = match stored {
+                Ok(Ok(())) => return true,
+                Ok(Err(error)) => error.to_string(),
+                Err(error) => error.to_string(),
+            };
+            tracing::warn!(mds, error, "cannot store which MDS is obeyed: its orders are not carried out");
+            false
+        }
     }
 }
 
@@ -243,12 +301,22 @@ async fn stream(
                 None => return Ok(()),
                 Some(orders) => {
                     let orders = orders?;
+                    if orders.recall {
+                        recall(mds, who, identity, shard).await;
+                    }
+                    let before = who.memory.obeyed().reign;
+                    if !may_obey(mds, &who.memory, &orders).await {
+                        continue;
+                    }
                     shard.send(ToShard::Hear(told(&orders)));
                     addresses.learn(orders.addresses.into_iter().map(|a| (a.chunkserver, a.address)).collect());
                     for order in orders.orders {
                         obey(shard, order);
                     }
-                    continue;
+                    // Whoever leads anew waits for hearing that it is remembered.
+                    if who.memory.obeyed().reign == before {
+                        continue;
+                    }
                 }
             },
             _ = beat.tick() => {}
@@ -329,6 +397,7 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
             }))
             .collect(),
         volumes: report.volumes,
+        mds_seen: Some(who.memory.obeyed()),
         trouble: report.trouble,
         write_latency_us_p50: micros(report.latency.p50),
         write_latency_us_p99: micros(report.latency.p99),
@@ -379,7 +448,7 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
     }
 }
 
-fn role(role: evolute_raft::Role) -> Role {
+pub(crate) fn role(role: evolute_raft::Role) -> Role {
     match role {
         evolute_raft::Role::Leader => Role::Leader,
         evolute_raft::Role::Follower => Role::Follower,

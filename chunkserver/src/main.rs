@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::heartbeat::{self, Introduction};
 use evolute_chunkserver::impossible::repair;
 use evolute_chunkserver::inspect::inspect;
+use evolute_chunkserver::mds_memory::MdsMemory;
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
 use evolute_daemon::Stop;
@@ -98,6 +100,7 @@ async fn serve(config: Config) -> Result<()> {
         Some(address) => address.clone(),
         None => listener.local_addr()?.to_string(),
     };
+    let memory = MdsMemory::open(data_dir.path()).context("cannot open mds-obeyed in the data directory")?;
     let who = Introduction {
         mds: config.mds.clone(),
         address: address.clone(),
@@ -106,6 +109,7 @@ async fn serve(config: Config) -> Result<()> {
         capacity_bytes: capacity(data_dir.path(), config.capacity_bytes)?,
         instance: instance()?,
         heartbeat_interval_s: config.heartbeat_interval_s,
+        memory: Arc::new(memory),
     };
     let identity = tokio::select! {
         identity = identity(&data_dir, &who) => identity?,

@@ -15,7 +15,7 @@ use std::time::Duration;
 use evolute_daemon::in_one_line;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{CopysetId, ReplicaId, VolumeId};
-use evolute_protocol::rpc::VolumeUse;
+use evolute_protocol::rpc::{CopysetInventory, VolumeUse};
 use evolute_raft::{
     Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
 };
@@ -33,6 +33,7 @@ use crate::copyset::{Copyset, apply};
 use crate::impossible::Unfencing;
 use crate::neighbours::Caller;
 use crate::others::{Others, Told};
+use crate::recall;
 use crate::scrub::{Progress, ScrubOptions, Scrubber};
 use crate::server::{self, Server};
 use crate::slow_disk;
@@ -99,6 +100,8 @@ pub enum ToShard {
     /// What the control plane says of the others' disks.
     Hear(Told),
     Report(oneshot::Sender<ShardReport>),
+    /// Everything that is here, for a control plane that forgot some of it.
+    Recall(oneshot::Sender<Vec<CopysetInventory>>),
     /// Close everything; the thread ends.
     Stop,
 }
@@ -157,6 +160,13 @@ impl ShardHandle {
         let (answer, report) = oneshot::channel();
         self.send(ToShard::Report(answer));
         report.await.ok()
+    }
+
+    /// Everything that is here; `None` once the shard stopped.
+    pub async fn recall(&self) -> Option<Vec<CopysetInventory>> {
+        let (answer, everything) = oneshot::channel();
+        self.send(ToShard::Recall(answer));
+        everything.await.ok()
     }
 
     /// Waits for something worth a report at once: a leader changed, a replica began. Cancel-safe.
@@ -397,6 +407,9 @@ impl Shard {
                 // Whoever asked may have given up.
                 let _ = answer.send(self.report());
             }
+            ToShard::Recall(answer) => {
+                let _ = answer.send(self.recall());
+            }
             ToShard::Stop => return true,
         }
         false
@@ -479,6 +492,10 @@ impl Shard {
         if was != (found.slow.is_some(), found.full) {
             self.changed.notify_one();
         }
+    }
+
+    fn recall(&self) -> Vec<CopysetInventory> {
+        self.registry.all().iter().map(|copyset| recall::copyset(copyset, &self.store.borrow())).collect()
     }
 
     fn report(&self) -> ShardReport {

@@ -140,6 +140,17 @@ pub enum ClusterCommand {
     /// Control plane, chunkservers, copysets with their health and why, repairs under way, volumes
     #[command(after_help = "Example: evolute cluster status --json")]
     Status,
+    /// Let a control plane go on that was put back from an older copy, or that waits for chunkservers which stay away
+    #[command(after_help = "Without --yes it only says what is so and what going on would mean.
+
+Examples:
+  evolute cluster accept-mds
+  evolute cluster accept-mds --yes")]
+    AcceptMds {
+        /// Do it
+        #[arg(long)]
+        yes: bool,
+    },
 }
 
 /// Copy a raw disk image into a volume; holes and zeroes are skipped

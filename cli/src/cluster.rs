@@ -20,6 +20,30 @@ pub async fn status(mds: &mut Mds, output: Output) -> Result<(), Failure> {
     Ok(())
 }
 
+/// What keeps the MDS from leading, and whether it was told to go on. The shape is in docs/cli.md.
+#[derive(Debug, Serialize)]
+struct AcceptView {
+    is_needed: bool,
+    accepted: bool,
+    lines: Vec<String>,
+}
+
+pub async fn accept_mds(mds: &mut Mds, output: Output, yes: bool) -> Result<(), Failure> {
+    let answer = mds.accept_mds(yes).await?;
+    let view =
+        AcceptView { is_needed: answer.is_needed, accepted: yes && answer.is_needed, lines: answer.lines };
+    output.answer(&view, || {
+        let mut words: String = view.lines.iter().map(|line| format!("- {line}\n")).collect();
+        words += match (view.is_needed, yes) {
+            (false, _) => "the MDS leads as it should: nothing is to be accepted\n",
+            (true, false) => "nothing was changed; to go on: evolute cluster accept-mds --yes\n",
+            (true, true) => "accepted: the MDS goes on\n",
+        };
+        words
+    });
+    Ok(())
+}
+
 /// The status as `--json` shows it. The shape is in docs/cli.md.
 #[derive(Debug, Serialize)]
 pub struct StatusView {

@@ -57,7 +57,7 @@ impl Failure {
                 ErrorWord::NotFound => 3,
                 ErrorWord::Exists => 4,
                 ErrorWord::AttachedElsewhere | ErrorWord::FencedOut => 5,
-                ErrorWord::NotLeader | ErrorWord::Busy => 6,
+                ErrorWord::NotLeader | ErrorWord::Busy | ErrorWord::MdsPutBack => 6,
                 ErrorWord::NoPlacement => 7,
                 ErrorWord::WrongToken | ErrorWord::DuplicateChunkserver | ErrorWord::WrongCluster => 1,
             },
@@ -112,6 +112,9 @@ impl Failure {
                     "somebody attached the volume meanwhile; `evolute volume show` names them"
                 }
                 ErrorWord::NotLeader | ErrorWord::Busy => "try again in a few seconds",
+                ErrorWord::MdsPutBack => {
+                    "`evolute cluster status` says what is missing; `evolute cluster accept-mds` what going on would mean"
+                }
                 ErrorWord::Invalid => "see `evolute help volume`",
                 ErrorWord::WrongCluster => "check --mds: this is another cluster",
                 ErrorWord::WrongToken | ErrorWord::DuplicateChunkserver => return None,

@@ -46,6 +46,9 @@ async fn run(args: Args, output: Output) -> Result<(), Failure> {
             chunkserver::unretire(&mut mds()?, output, id).await
         }
         Command::Cluster(ClusterCommand::Status) => cluster::status(&mut mds()?, output).await,
+        Command::Cluster(ClusterCommand::AcceptMds { yes }) => {
+            cluster::accept_mds(&mut mds()?, output, yes).await
+        }
         Command::Dev(wanted) => dev::run(output, wanted).await,
     }
 }

@@ -9,8 +9,8 @@ use std::time::Duration;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
-    ClusterStatus, CreateVolumeRequest, DeleteVolumeRequest, ErrorWord, ListVolumesRequest, RetireRequest,
-    RetireResponse, ShowVolumeRequest, StatusRequest, Volume,
+    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, CreateVolumeRequest, DeleteVolumeRequest, ErrorWord,
+    ListVolumesRequest, RetireRequest, RetireResponse, ShowVolumeRequest, StatusRequest, Volume,
 };
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::transport::{Channel, Endpoint};
@@ -117,6 +117,14 @@ impl Mds {
         self.call("retire a chunkserver", Repeat::Harmless, |channel| async move {
             let client = ClusterClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             { client }.retire(request).await
+        })
+        .await
+    }
+
+    /// Said twice it changes nothing.
+    pub async fn accept_mds(&mut self, go_on: bool) -> Result<AcceptMdsResponse, Failure> {
+        self.call("accept an MDS", Repeat::Harmless, |channel| async move {
+            ClusterClient::new(channel).accept_mds(AcceptMdsRequest { go_on }).await
         })
         .await
     }

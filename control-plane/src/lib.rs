@@ -18,6 +18,7 @@
 //!
 //! Start at [`mds::Server`], [`state::State::apply`], [`scheduler::plan`].
 
+pub mod adopt;
 mod api;
 pub mod config;
 pub mod health;
@@ -27,5 +28,6 @@ pub mod placement;
 mod port;
 pub mod raft;
 pub mod scheduler;
+pub mod standing;
 pub mod state;
 mod steward;

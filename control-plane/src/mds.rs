@@ -10,14 +10,17 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use evolute_daemon::door::Kind;
 use evolute_protocol::id::ClusterId;
+use evolute_protocol::rpc::ErrorWord;
 use evolute_protocol::rpc::chunkservers_server::ChunkserversServer;
 use evolute_protocol::rpc::cluster_server::ClusterServer;
 use evolute_protocol::rpc::volumes_server::VolumesServer;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tonic::Status;
 use tonic::service::interceptor::InterceptedService;
 
+use crate::adopt;
 use crate::api;
 use crate::config::{Config, Limits};
 use crate::heartbeat::orders::Transfers;
@@ -25,7 +28,9 @@ use crate::heartbeat::progress::Progress;
 use crate::heartbeat::reports::Reports;
 use crate::port;
 use crate::raft::data_dir::{Absent, DataDir, DataDirError};
-use crate::raft::{Replicated, StartError};
+use crate::raft::{NoOutcome, Replicated, StartError};
+use crate::standing::{Now, Standing};
+use crate::state::Command;
 use crate::steward;
 
 /// A peer that answers no ping for this long is gone, though its connection was never closed.
@@ -43,6 +48,9 @@ const HEADER_BYTES_MAX: u32 = 16 << 10;
 /// How long connections get to end once this MDS stops.
 const CLOSING_PATIENCE: Duration = Duration::from_secs(2);
 
+/// As long as a proposal waits: see `raft`. Less than callers wait.
+const MAY_GIVE_PATIENCE: Duration = Duration::from_secs(10);
+
 /// What all requests work on.
 pub struct Mds {
     pub replicated: Replicated,
@@ -51,6 +59,7 @@ pub struct Mds {
     reports: Mutex<Reports>,
     transfers: Mutex<Transfers>,
     progress: Mutex<Progress>,
+    standing: Mutex<Standing>,
     /// Counts what the reports and the transfers brought.
     news: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
@@ -70,6 +79,73 @@ impl Mds {
     /// As [`Mds::reports`], after them and before the progress.
     pub fn transfers(&self) -> MutexGuard<'_, Transfers> {
         self.transfers.lock().expect("a panic ends the process")
+    }
+
+    /// As [`Mds::reports`]; held with no other.
+    pub fn standing(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().expect("a panic ends the process")
+    }
+
+    /// Waits, within the bound of every request, until this MDS may give what is never given twice.
+    pub async fn may_give(&self) -> Result<(), Status> {
+        let (mut news, mut version) = (self.news(), self.replicated.version());
+        let deadline = tokio::time::Instant::now() + MAY_GIVE_PATIENCE;
+        loop {
+            news.mark_unchanged();
+            version.mark_unchanged();
+            let refused = match self.replicated.read(|state| self.standing().look(state)).await? {
+                Now::Confirmed => return Ok(()),
+                Now::Waiting { missing } => ErrorWord::Busy.status(format!(
+                    "this MDS started lately and gives nothing before more than half of its chunkservers are back: {} \
+                     missing, the first is {}; if they stay away: evolute cluster accept-mds",
+                    missing.len(),
+                    missing.first().map(ToString::to_string).unwrap_or_default()
+                )),
+                Now::Telling => ErrorWord::Busy.status("this MDS started lately and introduces itself to its chunkservers"),
+                Now::Held { why } => ErrorWord::MdsPutBack.status(format!(
+                    "this MDS was put back from an older copy ({why}): it gives nothing before it knows again what they \
+                     have. See `evolute cluster status`; evolute cluster accept-mds makes it go on"
+                )),
+            };
+            let changed = async {
+                tokio::select! { _ = news.changed() => {} _ = version.changed() => {} }
+            };
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                return Err(refused);
+            }
+        }
+    }
+
+    /// Learns back what the chunkservers said they have; an error says what that waits for.
+    pub async fn adopt(&self, accepted: bool) -> Result<Result<(), String>, NoOutcome> {
+        let planned = self
+            .replicated
+            .read(|state| {
+                let after_index = self.replicated.applied_index();
+                let standing = self.standing();
+                adopt::plan(state, standing.inventories(), rand::random(), after_index, unix_ms(), accepted)
+            })
+            .await?;
+        let learnt = match planned {
+            Ok(learnt) => learnt,
+            Err(why) => return Ok(Err(why)),
+        };
+        tracing::warn!(
+            chunkservers = learnt.chunkservers.len(),
+            copysets = learnt.copysets.len(),
+            volumes = learnt.volumes.len(),
+            segments = learnt.segments.len(),
+            dropped = learnt.dropped.len(),
+            accepted,
+            "this MDS was put back from an older copy; its chunkservers told it what it forgot"
+        );
+        let outcome = self.replicated.propose(Command::Adopt(learnt)).await?;
+        if let Err(refused) = outcome {
+            return Ok(Err(refused.message));
+        }
+        self.standing().adopted();
+        self.tell();
+        Ok(Ok(()))
     }
 
     /// Reports or transfers changed: orders may be due, schedulers may have something to do.
@@ -134,6 +210,7 @@ impl Server {
             reports: Mutex::new(Reports::new(config.report_interval, Instant::now())),
             transfers: Mutex::default(),
             progress: Mutex::default(),
+            standing: Mutex::default(),
             news: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
         });

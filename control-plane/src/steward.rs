@@ -9,6 +9,7 @@ use crate::mds::Mds;
 use crate::raft::NoOutcome;
 use crate::scheduler::leaders::LEFT_ALONE_INTERVALS;
 use crate::scheduler::{self, Decision};
+use crate::standing::Now;
 
 /// Nothing but time passed: chunkservers go offline and settle without a message.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
@@ -32,7 +33,30 @@ pub async fn run(mds: Arc<Mds>) {
     }
 }
 
+/// An MDS that was put back learns what it forgot by itself once everybody has said what it has: nothing that is known to
+/// anybody is lost by that. With somebody missing, a person decides.
+async fn recover(mds: &Mds) -> Result<(), NoOutcome> {
+    let unheard = mds.replicated.read(|state| mds.standing().unheard(state)).await?;
+    if unheard.is_empty()
+        && let Err(why) = mds.adopt(false).await?
+    {
+        tracing::info!(why, "what the chunkservers have does not fit together yet");
+        mds.standing().ask_again();
+        tokio::time::sleep(LOOK_AGAIN / 2).await;
+        mds.tell();
+    }
+    Ok(())
+}
+
 async fn turn(mds: &Mds) -> Result<(), NoOutcome> {
+    let (now, put_back) =
+        mds.replicated.read(|state| (mds.standing().look(state), state.is_put_back())).await?;
+    match now {
+        Now::Held { .. } => return recover(mds).await,
+        // Nothing is created, moved or removed before a person has looked at what came back.
+        Now::Confirmed if !put_back => {}
+        _ => return Ok(()),
+    }
     let decisions = mds
         .replicated
         .read(|state| {

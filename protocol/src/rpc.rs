@@ -13,13 +13,14 @@ mod generated {
     tonic::include_proto!("evolute.v1");
 }
 pub use generated::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment, ChangeMembers, ChunkserverAddress,
-    ChunkserverStatus, ClusterStatus, CopysetRoute, CopysetStatus, CreateReplica, CreateVolumeRequest,
-    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, DropVolume, Health,
-    ListVolumesRequest, ListVolumesResponse, MapRequest, MdsStatus, MemberReport, Order, Orders,
-    RegisterRequest, RegisterResponse, RemoveReplica, RepairReason, RepairStage, RepairStatus, ReplicaReport,
-    ReplicaRoute, ReplicaStatus, Report, RetireRequest, RetireResponse, Role, Segment, ShowVolumeRequest,
-    StatusRequest, TransferLeader, Volume, VolumeMap, VolumeUse, chunkservers_client, chunkservers_server,
+    AcceptMdsRequest, AcceptMdsResponse, AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment,
+    ChangeMembers, ChunkserverAddress, ChunkserverStatus, ClusterStatus, CopysetInventory, CopysetRoute,
+    CopysetStatus, CreateReplica, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse,
+    DetachRequest, DetachResponse, DropVolume, Health, Inventory, ListVolumesRequest, ListVolumesResponse,
+    MapRequest, MdsState, MdsStatus, MemberReport, Order, Orders, RecallResponse, RegisterRequest,
+    RegisterResponse, RemoveReplica, RepairReason, RepairStage, RepairStatus, ReplicaReport, ReplicaRoute,
+    ReplicaStatus, Report, RetireRequest, RetireResponse, Role, Segment, ShowVolumeRequest, StatusRequest,
+    TransferLeader, Volume, VolumeInventory, VolumeMap, VolumeUse, chunkservers_client, chunkservers_server,
     cluster_client, cluster_server, order, volumes_client, volumes_server,
 };
 
@@ -51,10 +52,13 @@ pub enum ErrorWord {
     DuplicateChunkserver,
     /// The caller belongs to another cluster.
     WrongCluster,
+    /// This MDS was put back from a copy that is older than what its chunkservers have obeyed. Wait; a person may have to
+    /// say that it is to go on.
+    MdsPutBack,
 }
 
 impl ErrorWord {
-    const ALL: [(Self, &'static str, Code); 11] = [
+    const ALL: [(Self, &'static str, Code); 12] = [
         (Self::NotLeader, "not-leader", Code::Unavailable),
         (Self::Busy, "busy", Code::Unavailable),
         (Self::NotFound, "not-found", Code::NotFound),
@@ -66,6 +70,7 @@ impl ErrorWord {
         (Self::WrongToken, "wrong-token", Code::PermissionDenied),
         (Self::DuplicateChunkserver, "duplicate-chunkserver", Code::AlreadyExists),
         (Self::WrongCluster, "wrong-cluster", Code::PermissionDenied),
+        (Self::MdsPutBack, "mds-put-back", Code::Unavailable),
     ];
 
     pub fn as_str(self) -> &'static str {

@@ -9,7 +9,8 @@ use evolute_protocol::bounds::{INDEX_MAX, TERM_MAX};
 use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::chunkservers_server;
 use evolute_protocol::rpc::{
-    ChunkserverAddress, ErrorWord, Order, Orders, RegisterRequest, RegisterResponse, Report,
+    ChunkserverAddress, ErrorWord, Inventory, MdsState, Order, Orders, RecallResponse, RegisterRequest,
+    RegisterResponse, Report,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::Stream;
@@ -17,10 +18,12 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Chunkservers, invalid, unexpected};
+use crate::adopt::seen_of;
 use crate::heartbeat::orders::orders;
 use crate::heartbeat::reports::{Reports, StreamNumber};
 use crate::mds::{Mds, unix_ms};
 use crate::port::Caller;
+use crate::standing::Now;
 use crate::state::command::{RegisterChunkserver, UpdateChunkserver};
 use crate::state::topology::{DEFAULT_POOL, check_address, check_place_name};
 use crate::state::{Chunkserver, Command, Done, State};
@@ -35,6 +38,8 @@ const ORDERS_IN_FLIGHT: usize = 8;
 /// Random bytes that name a process. Longer ones would only be kept in memory.
 const INSTANCE_BYTES: std::ops::RangeInclusive<usize> = 1..=64;
 const VERSION_BYTES_MAX: usize = 64;
+/// Between two times at which a chunkserver is told that this MDS went on.
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Numbers that nobody can have reached: whoever reports them would be believed before all others, for ever.
 fn check_report(report: &Report) -> Result<(), String> {
@@ -80,6 +85,31 @@ impl chunkservers_server::Chunkservers for Chunkservers {
         }))
     }
 
+    async fn recall(&self, request: Request<Inventory>) -> Result<Response<RecallResponse>, Status> {
+        let (mds, inventory) = (&self.0, request.into_inner());
+        let (id, cluster) = (ChunkserverId(inventory.chunkserver), mds.replicated.cluster());
+        if inventory.cluster_id != cluster.0 {
+            return Err(ErrorWord::WrongCluster.status(format!("this is cluster {cluster}")));
+        }
+        check_address(&inventory.address).map_err(invalid)?;
+        check_place_name("zone", &inventory.zone).map_err(invalid)?;
+        check_place_name("server", &inventory.server).map_err(invalid)?;
+        mds.replicated
+            .read(|state| match state.chunkservers().get(&id) {
+                Some(known) if !same_secret(&known.token, &inventory.token) => {
+                    Err(ErrorWord::WrongToken.status(format!("that is not the token of {id}")))
+                }
+                None if id.0 <= state.chunkservers_given() => {
+                    Err(ErrorWord::NotFound.status(format!("this cluster has no {id}")))
+                }
+                _ => Ok(()),
+            })
+            .await??;
+        mds.standing().take_inventory(id, inventory);
+        mds.tell();
+        Ok(Response::new(RecallResponse {}))
+    }
+
     type HeartbeatStream = Pin<Box<dyn Stream<Item = Result<Orders, Status>> + Send>>;
 
     /// Answers at once, and refuses (if so) in the stream: a client may want the answer before it sends its first
@@ -120,6 +150,7 @@ fn check_shape(request: &RegisterRequest) -> Result<(), String> {
 }
 
 async fn register_new(mds: &Mds, request: &RegisterRequest) -> Result<(ChunkserverId, Bytes), Status> {
+    mds.may_give().await?;
     let token: [u8; 32] = rand::random();
     let command = RegisterChunkserver {
         token: Bytes::copy_from_slice(&token),
@@ -158,7 +189,7 @@ async fn register_again(
     let (token, same) = loop {
         news.mark_unchanged();
         let answer = mds.replicated.read(|state| {
-            let known = prove(mds, state, id, &request.token, &request.instance)?;
+            let known = prove(mds, state, id, &request.token, &request.instance, request.mds_seen.as_ref())?;
             if known.zone != request.zone {
                 return Err(invalid(format!(
                     "{id} is in zone {}, its copysets were placed by that: it cannot move to zone {}",
@@ -196,8 +227,16 @@ fn prove<'a>(
     id: ChunkserverId,
     token: &[u8],
     instance: &[u8],
+    seen: Option<&MdsState>,
 ) -> Result<&'a Chunkserver, Status> {
     let Some(known) = state.chunkservers().get(&id) else {
+        // A number alone proves nothing. One that comes with a reign that is not ours was given in it.
+        let foreign = seen.and_then(seen_of).is_some_and(|seen| !state.has_been(&seen));
+        if foreign && id.0 > state.chunkservers_given() {
+            mds.standing().forgot(id);
+            return Err(ErrorWord::MdsPutBack
+                .status(format!("this MDS was put back from an older copy: it does not know {id}")));
+        }
         return Err(ErrorWord::NotFound.status(format!("this cluster has no {id}")));
     };
     if !same_secret(&known.token, token) {
@@ -231,7 +270,9 @@ async fn serve(
     if !INSTANCE_BYTES.contains(&instance.len()) {
         return Err(invalid("an instance has 1 to 64 random bytes"));
     }
-    mds.replicated.read(|state| prove(mds, state, id, &first.token, &instance).map(|_| ())).await??;
+    mds.replicated
+        .read(|state| prove(mds, state, id, &first.token, &instance, first.mds_seen.as_ref()).map(|_| ()))
+        .await??;
     let number = mds.reports().open_stream(id, instance.clone(), Instant::now());
     tracing::info!(chunkserver = %id, "connected");
     let mut stream = HeartbeatStream {
@@ -240,6 +281,9 @@ async fn serve(
         instance,
         number,
         said: Vec::new(),
+        told: None,
+        tell_at: None,
+        asked: false,
         addresses: None,
         usual_write_us: None,
         reported: false,
@@ -247,6 +291,7 @@ async fn serve(
     };
     let over = stream.run(first, &mut reports, to).await;
     mds.reports().close_stream(id, number, Instant::now());
+    mds.standing().left(id);
     mds.tell();
     tracing::info!(chunkserver = %id, "disconnected");
     over
@@ -259,6 +304,12 @@ struct HeartbeatStream<'a> {
     number: StreamNumber,
     /// Orders given since the last report.
     said: Vec<Order>,
+    /// Where this MDS is, as last told, and when.
+    told: Option<(MdsState, Instant)>,
+    /// When it is to be told again: it went on since.
+    tell_at: Option<Instant>,
+    /// It was asked what it has, since its last report.
+    asked: bool,
     /// The addresses as last sent.
     addresses: Option<Vec<ChunkserverAddress>>,
     /// What is usual among the others, as last sent.
@@ -279,19 +330,20 @@ impl HeartbeatStream<'_> {
     ) -> Result<(), Status> {
         let mut version = self.mds.replicated.version();
         let mut news = self.mds.news();
-        self.take(first)?;
+        self.take(first).await?;
         loop {
             version.mark_unchanged();
             news.mark_unchanged();
             self.give(to).await?;
             tokio::select! {
                 report = reports.message() => match report {
-                    Ok(Some(report)) => self.take(report)?,
+                    Ok(Some(report)) => self.take(report).await?,
                     // Its process stopped, or died, or the connection did.
                     Ok(None) | Err(_) => return Ok(()),
                 },
                 _ = version.changed() => {}
                 _ = news.changed() => {}
+                () = until(self.tell_at) => {}
                 () = self.mds.stopping() => {
                     return Err(ErrorWord::NotLeader.status("this MDS is stopping"));
                 }
@@ -303,7 +355,7 @@ impl HeartbeatStream<'_> {
         }
     }
 
-    fn take(&mut self, report: Report) -> Result<(), Status> {
+    async fn take(&mut self, report: Report) -> Result<(), Status> {
         if report.chunkserver != self.id.0 || report.instance != self.instance {
             return Err(invalid(format!("a report of somebody else in the stream of {}", self.id)));
         }
@@ -313,7 +365,10 @@ impl HeartbeatStream<'_> {
         }
         // What was said and is not done by now is said again.
         self.said.clear();
-        self.reported = true;
+        (self.reported, self.asked) = (true, false);
+        let seen = report.mds_seen.clone();
+        let mds = self.mds;
+        mds.replicated.read(|state| mds.standing().introduce(self.id, seen.as_ref(), state)).await?;
         self.mds.reports().take(self.id, self.number, report, Instant::now());
         self.mds.tell();
         Ok(())
@@ -321,21 +376,25 @@ impl HeartbeatStream<'_> {
 
     /// Says what has not been said since the last report.
     async fn give(&mut self, to: &mpsc::Sender<Result<Orders, Status>>) -> Result<(), Status> {
-        let (orders, addresses, usual, interval) = self
+        let (orders, addresses, usual, interval, standing) = self
             .mds
             .replicated
             .read(|state| {
                 let reports = self.mds.reports();
                 let now = Instant::now();
                 let orders = orders(self.id, state, &reports, &self.mds.transfers(), now);
+                let standing = self.stand(state);
+                let orders = if standing.obeyed { orders } else { Vec::new() };
                 let usual = reports.usual_write_us(self.id, now);
-                (orders, addresses(state, &reports), usual, reports.interval())
+                (orders, addresses(state, &reports), usual, reports.interval(), standing)
             })
             .await?;
         let new: Vec<Order> = orders.into_iter().filter(|order| !self.said.contains(order)).collect();
         let moved = self.addresses.as_ref() != Some(&addresses);
         let unusual = std::mem::take(&mut self.reported) && self.usual_write_us != usual;
-        if new.is_empty() && !moved && !unusual {
+        let ask = standing.asks && !self.asked;
+        let tell = self.is_to_be_told(standing.state.as_ref());
+        if new.is_empty() && !moved && !unusual && !ask && !tell {
             return Ok(());
         }
         let message = Orders {
@@ -343,18 +402,76 @@ impl HeartbeatStream<'_> {
             addresses: addresses.clone(),
             report_interval_ms: milliseconds(interval),
             usual_write_latency_us: usual.unwrap_or(0),
+            mds_state: standing.state.clone(),
+            recall: standing.asks,
         };
         match to.try_send(Ok(message)) {
             Ok(()) => {
                 self.said.extend(new);
                 self.addresses = Some(addresses);
                 self.usual_write_us = usual;
+                self.told = standing.state.map(|state| (state, Instant::now()));
+                self.tell_at = None;
+                self.asked = standing.asks;
                 Ok(())
             }
             // It does not read. Its next report brings us back here.
             Err(TrySendError::Full(_)) => Ok(()),
             Err(TrySendError::Closed(_)) => Ok(()),
         }
+    }
+}
+
+/// What this MDS may say to a chunkserver.
+struct Stand {
+    obeyed: bool,
+    /// None: it has no standing to be remembered.
+    state: Option<MdsState>,
+    asks: bool,
+}
+
+impl HeartbeatStream<'_> {
+    fn stand(&self, state: &State) -> Stand {
+        let mut standing = self.mds.standing();
+        let now = standing.look(state);
+        let reign = state.reign().filter(|_| matches!(now, Now::Telling | Now::Confirmed));
+        Stand {
+            obeyed: now == Now::Confirmed && !state.is_put_back(),
+            state: reign.map(|reign| MdsState {
+                reign: reign.id.to_vec(),
+                ordinal: reign.ordinal,
+                applied_index: self.mds.replicated.applied_index(),
+                chunkserver: state.chunkservers_given(),
+                copyset: state.copysets_given(),
+                replica: state.replicas_given(),
+                volume: state.volumes_given(),
+                attachment: state.volumes().values().map(|volume| volume.attachment).max().unwrap_or(0),
+            }),
+            asks: standing.wants_inventory(self.id),
+        }
+    }
+
+    /// A new reign at once; where it is in one a few times a second at most: each is a write on a chunkserver's disk.
+    fn is_to_be_told(&mut self, state: Option<&MdsState>) -> bool {
+        let Some(state) = state else { return false };
+        let Some((told, at)) = &self.told else { return true };
+        if told == state {
+            return false;
+        }
+        let due = *at + TELL_EVERY;
+        if told.reign != state.reign || Instant::now() >= due {
+            return true;
+        }
+        self.tell_at = Some(due);
+        false
+    }
+}
+
+/// For ever, if there is no time to wait for. Cancel-safe.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

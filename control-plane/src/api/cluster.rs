@@ -4,15 +4,20 @@ use std::time::Instant;
 
 use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::cluster_server;
-use evolute_protocol::rpc::{ClusterStatus, MdsStatus, RetireRequest, RetireResponse, StatusRequest};
+use evolute_protocol::rpc::{
+    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, ErrorWord, Health, MdsStatus, RetireRequest,
+    RetireResponse, StatusRequest,
+};
 use tonic::{Request, Response, Status};
 
 use super::{Cluster, volumes};
 use crate::health;
+use crate::mds::Mds;
 use crate::raft::NoOutcome;
 use crate::scheduler::obstacles;
-use crate::state::Command;
-use crate::state::command::RetireChunkserver;
+use crate::standing::Now;
+use crate::state::command::{Accept, RetireChunkserver};
+use crate::state::{Command, State};
 
 #[tonic::async_trait]
 impl cluster_server::Cluster for Cluster {
@@ -30,7 +35,17 @@ impl cluster_server::Cluster for Cluster {
             .replicated
             .read(|state| {
                 let (reports, now) = (mds.reports(), Instant::now());
-                let health = health::judge(state, &reports, &mds.limits, now);
+                let mut health = health::judge(state, &reports, &mds.limits, now);
+                let standing = standing_in_words(mds, state);
+                if !standing.is_empty() {
+                    health.reasons.splice(0..0, standing);
+                    let amiss = mds.standing().is_held() || state.is_put_back();
+                    health.health = match health.health {
+                        Health::Ok | Health::Unknown if amiss => Health::Degraded,
+                        Health::Ok => Health::Unknown,
+                        worse => worse,
+                    };
+                }
                 ClusterStatus {
                     cluster_id: mds.replicated.cluster().0.to_vec(),
                     mds: vec![myself],
@@ -44,6 +59,39 @@ impl cluster_server::Cluster for Cluster {
             })
             .await?;
         Ok(Response::new(status))
+    }
+
+    async fn accept_mds(
+        &self,
+        request: Request<AcceptMdsRequest>,
+    ) -> Result<Response<AcceptMdsResponse>, Status> {
+        let mds = &self.0;
+        let look = |state: &State| {
+            let now = mds.standing().look(state);
+            (now, state.is_put_back(), standing_in_words(mds, state))
+        };
+        let (now, put_back, mut lines) = mds.replicated.read(look).await?;
+        let is_needed = now != Now::Confirmed || put_back;
+        if is_needed {
+            lines.extend(going_on_means(&now));
+        }
+        if is_needed && request.into_inner().go_on {
+            tracing::warn!(?now, "a person says that this MDS is to go on");
+            match now {
+                Now::Held { .. } => {
+                    if let Err(why) = mds.adopt(true).await? {
+                        return Err(ErrorWord::Busy.status(format!("not yet: {why}; try again")));
+                    }
+                }
+                Now::Waiting { .. } | Now::Telling => mds.standing().go_on(),
+                Now::Confirmed => {}
+            }
+            if put_back {
+                mds.carry_out(Command::Accept(Accept {})).await?;
+            }
+            mds.tell();
+        }
+        Ok(Response::new(AcceptMdsResponse { is_needed, lines }))
     }
 
     async fn retire(&self, request: Request<RetireRequest>) -> Result<Response<RetireResponse>, Status> {
@@ -68,4 +116,51 @@ impl cluster_server::Cluster for Cluster {
             .await?;
         Ok(Response::new(answer))
     }
+}
+
+/// What keeps this MDS from leading, or was to be looked at by a person; one sentence each, and none if all is well.
+fn standing_in_words(mds: &Mds, state: &State) -> Vec<String> {
+    let mut standing = mds.standing();
+    let mut words = Vec::new();
+    match standing.look(state) {
+        Now::Confirmed => {}
+        Now::Telling => words.push("this MDS started lately and introduces itself to its chunkservers".to_owned()),
+        Now::Waiting { missing } => words.push(format!(
+            "this MDS started lately and gives nothing before more than half of its chunkservers are back; {} are missing",
+            missing.len()
+        )),
+        Now::Held { why } => {
+            words.push(format!(
+                "this MDS was put back from a copy that is older than what its chunkservers have obeyed ({why}): it does \
+                 not lead; put the newer directory back, or type: evolute cluster accept-mds"
+            ));
+            let unheard = standing.unheard(state);
+            words.extend(unheard.iter().map(|id| format!("{id} has not said what it has")));
+        }
+    }
+    if state.is_put_back() {
+        words.push(
+            "this MDS was put back from an older copy and has learnt from its chunkservers what it forgot; nothing is \
+             created, moved or repaired before somebody has looked at the volumes (those whose names are lost are called \
+             recovered-N) and types: evolute cluster accept-mds"
+                .to_owned(),
+        );
+    }
+    words
+}
+
+fn going_on_means(now: &Now) -> Vec<String> {
+    let text: &[&str] = match now {
+        Now::Waiting { .. } | Now::Telling => &[
+            "going on means: numbers are given although fewer than half of the chunkservers could say whether this MDS is \
+             older than what they have obeyed",
+        ],
+        Now::Held { .. } => &[
+            "going on means: the MDS takes over what the chunkservers that were heard have, and gives numbers above all \
+             that they remember",
+            "what only those know that were not heard is lost to it: their newest segments may read as zeroes",
+        ],
+        Now::Confirmed => &["going on means: copysets are created, balanced and repaired again"],
+    };
+    text.iter().map(|&text| text.to_owned()).collect()
 }

@@ -22,6 +22,7 @@ use crate::placement::room::best;
 use crate::placement::segment;
 use crate::placement::volume::{Candidate, choose};
 use crate::state::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach};
+use crate::state::reign::FORGOTTEN_HOLDER;
 use crate::state::volume::{WIDTH_MAX, check_holder, check_name, check_size, no_volume_named};
 use crate::state::{self, Command, Copyset, Done, State};
 
@@ -37,6 +38,7 @@ impl volumes_server::Volumes for Volumes {
                 return Err(invalid(format!("a volume spreads over 1 to {WIDTH_MAX} copysets, not {width}")));
             }
         };
+        mds.may_give().await?;
         let copysets =
             mds.replicated.read(|state| place_volume(state, &mds.reports(), width, Instant::now())).await??;
         let command = CreateVolume {
@@ -70,6 +72,7 @@ impl volumes_server::Volumes for Volumes {
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
         let DeleteVolumeRequest { name, force } = request.into_inner();
         check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
+        self.0.may_give().await?;
         self.0.carry_out(Command::DeleteVolume(DeleteVolume { name, force })).await?;
         Ok(Response::new(DeleteVolumeResponse {}))
     }
@@ -78,6 +81,17 @@ impl volumes_server::Volumes for Volumes {
         let (mds, AttachRequest { name, holder, takeover }) = (&self.0, request.into_inner());
         check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
         check_holder(&holder).map_err(invalid)?;
+        mds.may_give().await?;
+        let unknown = mds.replicated.read(|state| {
+            let attached = state.volume_named(&name)?.1.attached.as_ref()?;
+            Some(state.is_put_back() && attached.holder == FORGOTTEN_HOLDER)
+        });
+        if unknown.await? == Some(true) && !takeover {
+            return Err(ErrorWord::MdsPutBack.status(format!(
+                "somebody attached {name} before this MDS was put back from an older copy, and may have it still: nobody \
+                 else gets it unasked before: evolute cluster accept-mds"
+            )));
+        }
         let command = Attach { name, holder, takeover, at_unix_ms: unix_ms() };
         let (id, attachment) = match mds.carry_out(Command::Attach(command)).await? {
             Done::Attached { volume, attachment } => (volume, attachment),
@@ -99,6 +113,7 @@ impl volumes_server::Volumes for Volumes {
     ) -> Result<Response<Segment>, Status> {
         let (mds, request) = (&self.0, request.into_inner());
         let (id, index) = (VolumeId(request.volume_id), SegmentIndex(request.segment));
+        mds.may_give().await?;
         let placed = mds
             .replicated
             .read(|state| place_segment(state, &mds.reports(), id, request.attachment, index, Instant::now()))
@@ -122,7 +137,13 @@ impl volumes_server::Volumes for Volumes {
     }
 
     async fn map(&self, request: Request<MapRequest>) -> Result<Response<VolumeMap>, Status> {
-        Ok(Response::new(map(&self.0, VolumeId(request.into_inner().volume_id)).await?))
+        let (mds, id) = (&self.0, VolumeId(request.into_inner().volume_id));
+        let known = mds.replicated.read(|state| state.volumes().contains_key(&id)).await?;
+        if !known {
+            // It may only be forgotten: whoever holds it must not take it for deleted.
+            mds.may_give().await?;
+        }
+        Ok(Response::new(map(mds, id).await?))
     }
 }
 

@@ -63,6 +63,7 @@ impl StateMachine for Machine {
             Applying::Membership(bytes) => membership = Some(bytes),
             Applying::Blank => {}
         }
+        self.shared.applied.store(at.index, std::sync::atomic::Ordering::Release);
         changes.sort_unstable();
         changes.dedup();
         let records: Vec<_> = changes.iter().map(|&key| (key, state.record(key))).collect();

@@ -22,6 +22,7 @@ mod store;
 use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -34,7 +35,7 @@ use tokio::sync::{oneshot, watch};
 use self::data_dir::{DataDir, DataDirError};
 use self::machine::{Machine, NOT_APPLIED, Stored};
 use self::store::{Store, StoreError};
-use crate::state::command::InitCluster;
+use crate::state::command::{BeginReign, InitCluster};
 use crate::state::{Command, Done, Outcome, State, outcome};
 
 /// The only group of an MDS process.
@@ -54,13 +55,21 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 /// What the raft thread and everybody else share.
 pub struct Shared {
     state: RwLock<State>,
+    /// The index of the last entry that the state is made of; changed under the state's lock.
+    applied: AtomicU64,
     version: watch::Sender<u64>,
     failure: watch::Sender<Option<String>>,
 }
 
 impl Shared {
-    fn new(state: State) -> Self {
-        Self { state: RwLock::new(state), version: watch::Sender::new(0), failure: watch::Sender::new(None) }
+    fn new(state: State, applied: u64) -> Self {
+        let applied = AtomicU64::new(applied);
+        Self {
+            state: RwLock::new(state),
+            applied,
+            version: watch::Sender::new(0),
+            failure: watch::Sender::new(None),
+        }
     }
 
     fn state(&self) -> RwLockReadGuard<'_, State> {
@@ -163,7 +172,7 @@ impl Replicated {
     /// Opens what the data directory holds, starts the raft thread, and waits until this replica leads.
     pub async fn start(mut dir: DataDir) -> Result<Self, StartError> {
         let (store, state, restored) = Store::open(&dir)?;
-        let shared = Arc::new(Shared::new(state));
+        let shared = Arc::new(Shared::new(state, restored.applied.map_or(0, |at| at.index)));
         let cluster = dir.cluster();
         let (stop, stopped) = oneshot::channel();
         let (started, starting) = oneshot::channel();
@@ -217,7 +226,12 @@ impl Replicated {
         if state != self.cluster {
             return Err(StartError::Mixed { directory: self.cluster, state });
         }
-        Ok(())
+        let reign: [u8; 16] = rand::random();
+        let begin = BeginReign { reign: Bytes::copy_from_slice(&reign), after_index: self.applied_index() };
+        match self.propose(Command::BeginReign(begin)).await {
+            Ok(Ok(Done::Plain)) => Ok(()),
+            other => Err(StartError::Ended(format!("beginning to lead gave {other:?}"))),
+        }
     }
 
     pub fn cluster(&self) -> ClusterId {
@@ -249,6 +263,11 @@ impl Replicated {
     /// Leads, and has applied an entry of its own term.
     pub async fn leads(&self) -> bool {
         self.shared.failure().is_none() && self.handle.leads_term().await.is_some()
+    }
+
+    /// The last entry that the state is made of. Asked inside [`Replicated::read`]: exactly that.
+    pub fn applied_index(&self) -> u64 {
+        self.shared.applied.load(Ordering::Acquire)
     }
 
     /// Where the group stands; none once it has stopped.

@@ -48,6 +48,12 @@ pub enum Command {
     CancelReplace(CancelReplace),
     #[prost(message, tag = "16")]
     ReplaceUndone(ReplaceUndone),
+    #[prost(message, tag = "40")]
+    BeginReign(BeginReign),
+    #[prost(message, tag = "41")]
+    Adopt(Adopt),
+    #[prost(message, tag = "42")]
+    Accept(Accept),
 }
 
 /// The cluster gets its name. The first one wins; the outcome says which that was.
@@ -248,9 +254,124 @@ pub struct ReplaceUndone {
     pub new_replica: u64,
 }
 
+/// A process begins to lead.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BeginReign {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub reign: Bytes,
+    /// The last index of the log before it.
+    #[prost(uint64, tag = "2")]
+    pub after_index: u64,
+}
+
+/// A person has looked at what an older copy has learnt back.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct Accept {}
+
+/// What chunkservers remember and this state does not: it was put back from an older copy. A new reign begins with it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Adopt {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub reign: Bytes,
+    #[prost(uint64, tag = "2")]
+    pub after_index: u64,
+    /// The reigns that are forgotten, and how far chunkservers have seen them.
+    #[prost(message, repeated, tag = "3")]
+    pub seen: Vec<SeenReign>,
+    /// No number up to these is given again.
+    #[prost(uint32, tag = "4")]
+    pub chunkserver: u32,
+    #[prost(uint32, tag = "5")]
+    pub copyset: u32,
+    #[prost(uint64, tag = "6")]
+    pub replica: u64,
+    #[prost(uint64, tag = "7")]
+    pub volume: u64,
+    /// Of any volume.
+    #[prost(uint32, tag = "8")]
+    pub attachment: u32,
+    #[prost(message, repeated, tag = "9")]
+    pub chunkservers: Vec<AdoptedChunkserver>,
+    #[prost(message, repeated, tag = "10")]
+    pub copysets: Vec<AdoptedCopyset>,
+    #[prost(message, repeated, tag = "11")]
+    pub volumes: Vec<AdoptedVolume>,
+    #[prost(message, repeated, tag = "12")]
+    pub segments: Vec<AdoptedSegment>,
+    /// Volumes of which a copyset knows that they were deleted.
+    #[prost(uint64, repeated, tag = "13")]
+    pub dropped: Vec<u64>,
+    /// By a person. Otherwise nothing is created, moved or removed until one has looked.
+    #[prost(bool, tag = "14")]
+    pub accepted: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct SeenReign {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub reign: Bytes,
+    #[prost(uint64, tag = "2")]
+    pub ordinal: u64,
+    #[prost(uint64, tag = "3")]
+    pub index: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AdoptedChunkserver {
+    #[prost(uint32, tag = "1")]
+    pub chunkserver: u32,
+    #[prost(message, optional, tag = "2")]
+    pub as_registered: Option<RegisterChunkserver>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AdoptedCopyset {
+    #[prost(uint32, tag = "1")]
+    pub copyset: u32,
+    #[prost(string, tag = "2")]
+    pub pool: String,
+    #[prost(message, repeated, tag = "3")]
+    pub replicas: Vec<AdoptedReplica>,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct AdoptedReplica {
+    #[prost(uint64, tag = "1")]
+    pub replica: u64,
+    #[prost(uint32, tag = "2")]
+    pub chunkserver: u32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AdoptedVolume {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    /// Name and size are of use only when the volume itself was forgotten.
+    #[prost(string, tag = "2")]
+    pub name: String,
+    #[prost(uint64, tag = "3")]
+    pub size_bytes: u64,
+    #[prost(uint32, repeated, tag = "4")]
+    pub copysets: Vec<u32>,
+    #[prost(uint32, tag = "5")]
+    pub attachment: u32,
+    #[prost(uint64, tag = "6")]
+    pub at_unix_ms: u64,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AdoptedSegment {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    #[prost(uint32, tag = "2")]
+    pub segment: u32,
+    #[prost(uint32, repeated, tag = "3")]
+    pub chunk_copysets: Vec<u32>,
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct Entry {
-    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 40, 41, 42")]
     command: Option<Command>,
 }
 

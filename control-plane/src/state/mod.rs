@@ -21,6 +21,7 @@ pub mod command;
 pub mod copyset;
 pub mod outcome;
 pub mod record;
+pub mod reign;
 pub mod replace;
 pub mod topology;
 pub mod volume;
@@ -51,6 +52,12 @@ pub struct State {
     names: BTreeMap<String, VolumeId>,
     /// Deleted volumes, with the copysets that have not committed their end yet.
     dropping: BTreeMap<VolumeId, BTreeSet<CopysetId>>,
+    /// The newest ones, in the order in which they are known here; the last one is this process's.
+    reigns: Vec<reign::Reign>,
+    /// No volume is attached with this number or a lower one: some were forgotten.
+    attachment_floor: u32,
+    /// It was put back from an older copy, and no person has looked at what came back.
+    put_back: bool,
 }
 
 /// The last number given of each kind; 0: none yet.
@@ -83,6 +90,9 @@ impl State {
             Command::ReplaceDone(c) => self.replace_done(c, &mut changes),
             Command::CancelReplace(c) => self.cancel_replace(c, &mut changes),
             Command::ReplaceUndone(c) => self.replace_undone(c, &mut changes),
+            Command::BeginReign(c) => self.begin_reign(c, &mut changes),
+            Command::Adopt(c) => self.adopt(c, &mut changes),
+            Command::Accept(_) => self.accept(&mut changes),
         };
         assert!(outcome.is_ok() || changes.is_empty(), "a refused command changed {changes:?}");
         (outcome, changes)
@@ -94,6 +104,11 @@ impl State {
 
     pub fn chunkservers(&self) -> &BTreeMap<ChunkserverId, Chunkserver> {
         &self.chunkservers
+    }
+
+    /// The last chunkserver number given.
+    pub fn chunkservers_given(&self) -> u32 {
+        self.given.chunkserver
     }
 
     pub fn copysets(&self) -> &BTreeMap<CopysetId, Copyset> {

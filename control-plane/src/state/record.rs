@@ -9,6 +9,7 @@ use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId, Segme
 use prost::Message;
 
 use super::copyset::{Copyset, Pending, Replica};
+use super::reign::Reign;
 use super::replace::Reason;
 use super::topology::Chunkserver;
 use super::volume::{Attached, Volume};
@@ -19,6 +20,8 @@ use super::{Given, State};
 pub enum Key {
     /// The cluster's id and the last numbers given. Always there once a command was applied.
     Cluster,
+    /// The reigns of this MDS.
+    Reigns,
     Chunkserver(ChunkserverId),
     Copyset(CopysetId),
     Volume(VolumeId),
@@ -27,6 +30,7 @@ pub enum Key {
 }
 
 const CLUSTER: u8 = b'a';
+const REIGNS: u8 = b'b';
 const CHUNKSERVER: u8 = b'c';
 const COPYSET: u8 = b'k';
 const VOLUME: u8 = b'v';
@@ -53,6 +57,7 @@ impl Key {
         let mut bytes = Vec::with_capacity(13);
         match self {
             Key::Cluster => bytes.push(CLUSTER),
+            Key::Reigns => bytes.push(REIGNS),
             Key::Chunkserver(id) => {
                 bytes.push(CHUNKSERVER);
                 bytes.extend(id.0.to_be_bytes());
@@ -85,6 +90,7 @@ impl Key {
         let eight = |at: &[u8]| at.try_into().map(u64::from_be_bytes).map_err(|_| damaged());
         Ok(match (kind, rest.len()) {
             (CLUSTER, 0) => Key::Cluster,
+            (REIGNS, 0) => Key::Reigns,
             (CHUNKSERVER, 4) => Key::Chunkserver(ChunkserverId(four(rest)?)),
             (COPYSET, 4) => Key::Copyset(CopysetId(four(rest)?)),
             (VOLUME, 8) => Key::Volume(VolumeId(eight(rest)?)),
@@ -107,6 +113,27 @@ struct ClusterRecord {
     replicas_given: u64,
     #[prost(uint64, tag = "5")]
     volumes_given: u64,
+    #[prost(uint32, tag = "40")]
+    attachment_floor: u32,
+    #[prost(bool, tag = "41")]
+    put_back: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ReignsRecord {
+    #[prost(message, repeated, tag = "1")]
+    reigns: Vec<ReignRecord>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ReignRecord {
+    #[prost(bytes = "bytes", tag = "1")]
+    id: Bytes,
+    #[prost(uint64, tag = "2")]
+    ordinal: u64,
+    /// Absent: it goes on.
+    #[prost(uint64, optional, tag = "3")]
+    end: Option<u64>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -211,8 +238,19 @@ impl State {
                 copysets_given: self.given.copyset,
                 replicas_given: self.given.replica,
                 volumes_given: self.given.volume,
+                attachment_floor: self.attachment_floor,
+                put_back: self.put_back,
             }
             .encode_to_vec(),
+            Key::Reigns if self.reigns.is_empty() => return None,
+            Key::Reigns => {
+                let reign = |reign: &Reign| ReignRecord {
+                    id: reign.id.clone(),
+                    ordinal: reign.ordinal,
+                    end: reign.end,
+                };
+                ReignsRecord { reigns: self.reigns.iter().map(reign).collect() }.encode_to_vec()
+            }
             Key::Chunkserver(id) => {
                 let chunkserver = self.chunkservers.get(&id)?.clone();
                 ChunkserverRecord {
@@ -277,7 +315,8 @@ impl State {
             .volumes
             .iter()
             .flat_map(|(&volume, v)| v.segments.keys().map(move |&segment| Key::Segment(volume, segment)));
-        std::iter::once(Key::Cluster)
+        [Key::Cluster, Key::Reigns]
+            .into_iter()
             .chain(self.chunkservers.keys().copied().map(Key::Chunkserver))
             .chain(self.copysets.keys().copied().map(Key::Copyset))
             .chain(self.volumes.keys().copied().map(Key::Volume))
@@ -299,12 +338,19 @@ impl State {
                     16 => Some(ClusterId(record.cluster[..].try_into().expect("16 bytes"))),
                     _ => return Err(impossible("a cluster id of a wrong length")),
                 };
+                (self.attachment_floor, self.put_back) = (record.attachment_floor, record.put_back);
                 self.given = Given {
                     chunkserver: record.chunkservers_given,
                     copyset: record.copysets_given,
                     replica: record.replicas_given,
                     volume: record.volumes_given,
                 };
+            }
+            Key::Reigns => {
+                let record = ReignsRecord::decode(value).map_err(unreadable)?;
+                let reign =
+                    |reign: ReignRecord| Reign { id: reign.id, ordinal: reign.ordinal, end: reign.end };
+                self.reigns = record.reigns.into_iter().map(reign).collect();
             }
             Key::Chunkserver(id) => {
                 let record = ChunkserverRecord::decode(value).map_err(unreadable)?;

@@ -20,7 +20,7 @@ pub const PLACE_NAME_BYTES_MAX: usize = 64;
 pub const ADDRESS_BYTES_MAX: usize = 260;
 
 /// A chunkserver as the cluster knows it, whether it runs or not.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Chunkserver {
     pub address: String,
     pub zone: String,

@@ -15,6 +15,7 @@ use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
 
 use super::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach, VolumeDropped};
 use super::outcome::{Done, Outcome, Refused, Why, refuse};
+use super::reign::FORGOTTEN_HOLDER;
 use super::{Changes, Key, State};
 
 pub const NAME_BYTES_MAX: usize = 128;
@@ -190,17 +191,20 @@ impl State {
         let volume = self.volumes.get_mut(&id).expect("a name points to a volume");
         if let Some(attached) = &volume.attached
             && attached.holder != command.holder
+            && attached.holder != FORGOTTEN_HOLDER
             && !command.takeover
         {
             return refuse(Why::AttachedElsewhere, is_attached(&command.name, attached));
         }
-        if volume.attachment >= ATTACHMENT_MAX {
+        // Above what a state that was put back has forgotten, whichever volume it was given for.
+        let last = volume.attachment.max(self.attachment_floor);
+        if last >= ATTACHMENT_MAX {
             return refuse(
                 Why::Invalid,
                 format!("volume {} has used up its attachment numbers", command.name),
             );
         }
-        volume.attachment += 1;
+        volume.attachment = last + 1;
         volume.attached =
             Some(Attached { holder: command.holder.clone(), since_unix_ms: command.at_unix_ms });
         changes.push(Key::Volume(id));

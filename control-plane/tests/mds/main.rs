@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod heartbeat;
+mod put_back;
 mod registration;
 mod repair;
 mod restart;

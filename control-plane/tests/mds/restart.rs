@@ -8,7 +8,7 @@ use evolute_protocol::rpc::{
     ListVolumesRequest, MapRequest,
 };
 
-use crate::support::{Chunkserver, Mds, Process, status, three_chunkservers, until, volumes, word};
+use crate::support::{Chunkserver, Mds, Process, accept, status, three_chunkservers, until, volumes, word};
 
 /// kill -9 at any moment: every volume, attachment and segment that was answered is there again, every chunkserver is
 /// known by the token it has, and no number is given twice.
@@ -47,6 +47,8 @@ async fn a_killed_mds_forgets_nothing_it_answered() {
         process.kill();
         asking.await.expect("refused or answered");
         process = Process::start(dir.path(), &[]).await;
+        // Its chunkservers stay away.
+        accept(process.address).await;
         let mut client = volumes(process.address).await;
         let delete = DeleteVolumeRequest { name: "half".into(), force: false };
         match client.delete(delete).await {

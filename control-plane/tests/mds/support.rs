@@ -14,6 +14,7 @@ use evolute_protocol::geometry::{GIB, TIB};
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
+use evolute_protocol::rpc::{AcceptMdsRequest, CopysetInventory, Inventory, MdsState, VolumeInventory};
 use evolute_protocol::rpc::{
     ChangeMembers, ClusterStatus, CreateReplica, ErrorWord, MemberReport, Order, RegisterRequest,
     RegisterResponse, ReplicaReport, Report, Role, StatusRequest, VolumeUse, order,
@@ -106,6 +107,10 @@ pub struct Identity {
     pub cluster: Vec<u8>,
     pub zone: String,
     pub replicas: BTreeMap<u32, ReplicaReport>,
+    /// The newest state of an MDS that it has obeyed.
+    pub obeyed: MdsState,
+    /// What it says it has when it is asked: of each copyset.
+    pub volumes: Vec<VolumeInventory>,
 }
 
 pub fn instance() -> Vec<u8> {
@@ -129,6 +134,7 @@ pub fn registration(identity: &Identity) -> RegisterRequest {
         chunkserver: identity.id,
         token: identity.token.clone(),
         cluster_id: identity.cluster.clone(),
+        mds_seen: Some(identity.obeyed.clone()),
         ..first_registration(&identity.zone)
     }
 }
@@ -165,6 +171,7 @@ pub struct Seen {
     pub replicas: BTreeMap<u32, ReplicaReport>,
     pub free_bytes: u64,
     pub volumes: Vec<VolumeUse>,
+    pub obeyed: MdsState,
     pub lazy: bool,
     pub ended: Option<Option<ErrorWord>>,
     /// Learners do not catch up.
@@ -172,25 +179,61 @@ pub struct Seen {
     mds: Option<SocketAddr>,
 }
 
+/// Replicas, what was obeyed, and the volumes it says it has.
+type Kept = (BTreeMap<u32, ReplicaReport>, MdsState, Vec<VolumeInventory>);
+
+impl Identity {
+    fn inventory(&self, seen: &Seen) -> Inventory {
+        let copyset = |replica: &ReplicaReport| CopysetInventory {
+            copyset: replica.copyset,
+            replica: replica.replica,
+            role: replica.role,
+            term: replica.term,
+            members: replica.members.clone(),
+            volumes: self.volumes.clone(),
+        };
+        let registered = registration(self);
+        Inventory {
+            chunkserver: self.id,
+            token: self.token.clone(),
+            cluster_id: self.cluster.clone(),
+            address: registered.address,
+            zone: registered.zone,
+            server: registered.server,
+            capacity_bytes: registered.capacity_bytes,
+            version: registered.version,
+            seen: Some(seen.obeyed.clone()),
+            copysets: seen.replicas.values().map(copyset).collect(),
+        }
+    }
+}
+
+/// A person says that this MDS is to go on.
+pub async fn accept(address: SocketAddr) {
+    let request = AcceptMdsRequest { go_on: true };
+    ClusterClient::new(channel(address).await).accept_mds(request).await.expect("accepted");
+}
+
 impl Chunkserver {
     pub async fn start(mds: SocketAddr, zone: &str) -> Self {
-        Self::run(mds, first_registration(zone), BTreeMap::new(), false).await
+        Self::run(mds, first_registration(zone), Kept::default(), false).await
     }
 
     /// One that carries out no order.
     pub async fn start_lazy(mds: SocketAddr, zone: &str) -> Self {
-        Self::run(mds, first_registration(zone), BTreeMap::new(), true).await
+        Self::run(mds, first_registration(zone), Kept::default(), true).await
     }
 
     /// The same disk, a new process.
     pub async fn start_again(mds: SocketAddr, identity: &Identity) -> Self {
-        Self::run(mds, registration(identity), identity.replicas.clone(), false).await
+        let kept = (identity.replicas.clone(), identity.obeyed.clone(), identity.volumes.clone());
+        Self::run(mds, registration(identity), kept, false).await
     }
 
     async fn run(
         mds: SocketAddr,
         request: RegisterRequest,
-        replicas: BTreeMap<u32, ReplicaReport>,
+        (replicas, obeyed, volumes): Kept,
         lazy: bool,
     ) -> Self {
         let (zone, instance) = (request.zone.clone(), request.instance.clone());
@@ -201,9 +244,12 @@ impl Chunkserver {
             cluster: answer.cluster_id,
             zone,
             replicas,
+            obeyed,
+            volumes,
         };
         let seen = Seen {
             replicas: identity.replicas.clone(),
+            obeyed: identity.obeyed.clone(),
             free_bytes: TIB - GIB,
             lazy,
             mds: Some(mds),
@@ -212,6 +258,7 @@ impl Chunkserver {
         let seen = Arc::new(Mutex::new(seen));
         let (reports, outgoing) = mpsc::channel(64);
         let mut client = ChunkserversClient::new(channel(mds).await);
+        let recalling = client.clone();
         let mut orders =
             client.heartbeat(ReceiverStream::new(outgoing)).await.expect("a stream").into_inner();
         let this_identity = identity.clone();
@@ -225,7 +272,16 @@ impl Chunkserver {
                             seen.addresses =
                                 orders.addresses.into_iter().map(|a| (a.chunkserver, a.address)).collect();
                             seen.orders.extend(orders.orders.iter().cloned());
-                            let again = !seen.lazy && !orders.orders.is_empty();
+                            let mut again = !seen.lazy && !orders.orders.is_empty();
+                            if let Some(state) = orders.mds_state {
+                                again |= state.reign != seen.obeyed.reign;
+                                seen.obeyed = state;
+                            }
+                            if orders.recall {
+                                let inventory = this_identity.inventory(&seen);
+                                let mut client = recalling.clone();
+                                tokio::spawn(async move { client.recall(inventory).await });
+                            }
                             if !seen.lazy {
                                 orders
                                     .orders
@@ -278,8 +334,8 @@ impl Chunkserver {
         }
         self.stream.abort();
         let _ = self.stream.await;
-        let replicas = self.seen.lock().expect("lock").replicas.clone();
-        Identity { replicas, ..self.identity }
+        let seen = self.seen.lock().expect("lock");
+        Identity { replicas: seen.replicas.clone(), obeyed: seen.obeyed.clone(), ..self.identity.clone() }
     }
 
     pub fn replicas(&self) -> usize {
@@ -313,6 +369,7 @@ impl Seen {
             free_bytes: self.free_bytes,
             replicas: self.replicas.values().cloned().collect(),
             volumes: self.volumes.clone(),
+            mds_seen: Some(self.obeyed.clone()),
             ..Report::default()
         }
     }

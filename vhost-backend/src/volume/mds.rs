@@ -102,7 +102,7 @@ impl Mds {
                 Some(ErrorWord::NotLeader) | None => {
                     self.current.set((at + 1) % self.clients.len());
                 }
-                Some(ErrorWord::Busy) => {}
+                Some(ErrorWord::Busy | ErrorWord::MdsPutBack) => {}
                 Some(word) => {
                     self.answers();
                     return Err(Refusal { word, message: status.message().to_owned() });
