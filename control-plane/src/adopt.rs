@@ -146,7 +146,8 @@ fn members(
     replicas: &[&CopysetInventory],
 ) -> Result<Option<AdoptedCopyset>, String> {
     let record = state.copysets().get(&id);
-    let leaders = replicas.iter().filter(|replica| replica.role() == Role::Leader);
+    let leaders =
+        replicas.iter().filter(|replica| replica.role() == Role::Leader && !replica.members.is_empty());
     let Some(leader) = leaders.max_by_key(|replica| replica.term) else {
         let known = |replica: &&CopysetInventory| {
             record.is_some_and(|record| record.everyone().any(|known| known.id.0 == replica.replica))

@@ -47,8 +47,7 @@ fn attach(name: &str, takeover: bool) -> AttachRequest {
     AttachRequest { name: name.into(), holder: format!("host of {name}"), takeover }
 }
 
-/// Everything of a lifetime: volumes, attachments and segments that the copy does not have, and a chunkserver that it
-/// has never heard of.
+/// Volumes, attachments and segments that the copy does not have.
 #[tokio::test]
 async fn what_the_copy_forgot_is_learnt_back_and_no_number_is_given_twice() {
     let mut mds = Mds::start().await;
@@ -64,8 +63,7 @@ async fn what_the_copy_forgot_is_learnt_back_and_no_number_is_given_twice() {
     copy(&dir, &old);
 
     mds.start_again().await;
-    let mut chunkservers = again(&mds, &disks).await;
-    chunkservers.push(Chunkserver::start(mds.address, "z4").await);
+    let chunkservers = again(&mds, &disks).await;
     let mut client = volumes(mds.address).await;
     assert_eq!(client.attach(attach("kept", false)).await.expect("attached").into_inner().attachment, 1);
     let forgotten = client.create(create("forgotten")).await.expect("created").into_inner();
