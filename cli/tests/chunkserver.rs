@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 
 use evolute_protocol::rpc::cluster_server::{Cluster, ClusterServer};
 use evolute_protocol::rpc::{
-    ChunkserverStatus, ClusterStatus, CopysetStatus, ErrorWord, Health, RepairReason, RepairStage,
-    RepairStatus, ReplicaStatus, RetireRequest, RetireResponse, StatusRequest,
+    AcceptMdsRequest, AcceptMdsResponse, ChunkserverStatus, ClusterStatus, CopysetStatus, ErrorWord, Health,
+    RepairReason, RepairStage, RepairStatus, ReplicaStatus, RetireRequest, RetireResponse, StatusRequest,
 };
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -75,6 +75,10 @@ impl Cluster for FakeMds {
             four.left = four.left.saturating_sub(1);
         }
         Ok(Response::new(answer))
+    }
+
+    async fn accept_mds(&self, _: Request<AcceptMdsRequest>) -> Result<Response<AcceptMdsResponse>, Status> {
+        Ok(Response::new(AcceptMdsResponse { is_needed: true, lines: vec!["because".to_owned()] }))
     }
 
     async fn retire(&self, request: Request<RetireRequest>) -> Result<Response<RetireResponse>, Status> {

@@ -133,7 +133,6 @@ fn forgotten_chunkserver(id: ChunkserverId, inventory: &Inventory, at_unix_ms: u
             capacity_bytes: inventory.capacity_bytes,
             version: inventory.version.clone(),
             at_unix_ms,
-            ..RegisterChunkserver::default()
         }),
     }
 }

@@ -177,7 +177,6 @@ impl State {
             registered_by: register.instance.clone(),
             registered_unix_ms: register.at_unix_ms,
             retiring: false,
-            ..Chunkserver::default()
         });
         changes.push(Key::Chunkserver(id));
     }
