@@ -11,7 +11,7 @@ use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
 use evolute_protocol::rpc::chunkservers_client::ChunkserversClient;
 use evolute_protocol::rpc::{
     ChunkserverAddress, ErrorWord, Inventory, MemberReport, Order, Orders, RegisterRequest, RegisterResponse,
-    ReplicaReport, Report, Role, order,
+    ReplicaReport, Report, Role, Start, StartDecision, order,
 };
 use evolute_raft::GroupStatus;
 use tokio::sync::mpsc;
@@ -21,13 +21,13 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use crate::addresses::Addresses;
-use crate::chunk_store::Identity;
+use crate::chunk_store::{self, Identity, Starts};
 use crate::copyset::chunkserver_of;
 use crate::copyset::members::MemberChange;
 use crate::copyset::state::Created;
 use crate::mds_memory::{self, MdsMemory};
 use crate::others::{Told, Trouble};
-use crate::shard::{ReplicaOfReport, ShardHandle, ShardReport, ToShard};
+use crate::shard::{Judgement, ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
 /// A control plane that does not answer within this is asked elsewhere.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -94,7 +94,7 @@ pub async fn first_registration(who: &Introduction) -> Result<RegisterResponse, 
     let (mut pause, mut complaints) = (RETRY_FIRST, Complaints::default());
     loop {
         for mds in &who.mds {
-            let status = match register(mds, who, None).await {
+            let status = match register(mds, who, None, &Starts::default(), StartDecision::None).await {
                 Ok(response) => return Ok(response),
                 Err(status) => status,
             };
@@ -113,6 +113,8 @@ async fn register(
     mds: &str,
     who: &Introduction,
     identity: Option<&Identity>,
+    starts: &Starts,
+    decided: StartDecision,
 ) -> Result<RegisterResponse, Status> {
     let request = RegisterRequest {
         chunkserver: identity.map_or(0, |id| id.chunkserver.0),
@@ -125,12 +127,18 @@ async fn register(
         instance: who.instance.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         mds_seen: Some(who.memory.obeyed()),
+        starts: starts.all.iter().map(started).collect(),
+        decided: decided.into(),
     };
     let mut client = ChunkserversClient::new(channel(mds));
     match tokio::time::timeout(REGISTER_TIMEOUT, client.register(request)).await {
         Ok(answer) => Ok(answer?.into_inner()),
         Err(_) => Err(Status::unavailable("no answer")),
     }
+}
+
+fn started(start: &chunk_store::Start) -> Start {
+    Start { number: start.number, instance: start.instance.to_vec() }
 }
 
 /// A refusal that trying again does not change.
@@ -190,18 +198,33 @@ pub async fn run(
     addresses: &Addresses,
 ) -> Refused {
     let (mut pause, mut complaints, mut taken) = (RETRY_FIRST, Complaints::default(), false);
+    let mut decided = StartDecision::None;
     loop {
         for mds in &who.mds {
-            let over = match register(mds, who, Some(identity)).await {
+            let Some(starts) = shard.starts().await else { return shard_stopped().await };
+            let over = match register(mds, who, Some(identity), &starts, decided).await {
                 Ok(answer) => {
-                    taken = true;
                     complaints.over(mds);
-                    let interval = match (who.heartbeat_interval_s, answer.report_interval_ms) {
-                        (Some(seconds), _) => Duration::from_secs(seconds),
-                        (None, 0) => INTERVAL_UNTOLD,
-                        (None, told) => Duration::from_millis(told),
-                    };
-                    stream(mds, identity, who, shard, addresses, interval).await
+                    match settle(shard, &starts, &answer).await {
+                        Ok(Settled::Newest) => {
+                            taken = true;
+                            decided = StartDecision::None;
+                            let interval = match (who.heartbeat_interval_s, answer.report_interval_ms) {
+                                (Some(seconds), _) => Duration::from_secs(seconds),
+                                (None, 0) => INTERVAL_UNTOLD,
+                                (None, told) => Duration::from_millis(told),
+                            };
+                            stream(mds, identity, who, shard, addresses, interval).await
+                        }
+                        Ok(Settled::Decided(as_told)) => {
+                            decided = as_told;
+                            Ok(())
+                        }
+                        Ok(Settled::NotYet) => {
+                            Err(Status::unavailable("its start is not noted on this disk yet"))
+                        }
+                        Err(refused) => return refused,
+                    }
                 }
                 refused => refused.map(drop),
             };
@@ -210,6 +233,9 @@ pub async fn run(
                 Err(status) => {
                     let word = ErrorWord::of(&status);
                     if let (Verdict::End, Some(word)) = (Verdict::of(word, taken), word) {
+                        if word == ErrorWord::DuplicateChunkserver {
+                            shard.judged(Judgement::Beside).await;
+                        }
                         return Refused { word, message: status.message().to_owned() };
                     }
                     if word == Some(ErrorWord::MdsPutBack) {
@@ -272,6 +298,49 @@ async fn may_obey(mds: &str, memory: &Arc<MdsMemory>, orders: &Orders) -> bool {
             false
         }
     }
+}
+
+/// What became of the control plane's word on this directory's starts.
+enum Settled {
+    /// It is the newest, and its replicas vote.
+    Newest,
+    /// Noted; to be said with the next registration.
+    Decided(StartDecision),
+    /// It could not be noted. Ask again.
+    NotYet,
+}
+
+/// Has the answer to a registration taken note of, durably, before anything else is done about it.
+async fn settle(shard: &ShardHandle, starts: &Starts, answer: &RegisterResponse) -> Result<Settled, Refused> {
+    let (judgement, settled) = if !answer.put_back.is_empty() {
+        if starts.beside {
+            return Err(Refused { word: ErrorWord::DuplicateChunkserver, message: a_copy(&answer.put_back) });
+        }
+        tracing::error!(
+            reason = answer.put_back,
+            "this directory was put back to an older copy: what it holds does not vote any more and is made anew from \
+             the other chunkservers"
+        );
+        (Judgement::PutBack, Settled::Decided(StartDecision::Forgotten))
+    } else if answer.accepted {
+        tracing::warn!("an operator accepted this directory: what it holds counts, whatever it lacks");
+        (Judgement::Accepted, Settled::Decided(StartDecision::Accepted))
+    } else {
+        (Judgement::Newest, Settled::Newest)
+    };
+    Ok(if shard.judged(judgement).await { settled } else { Settled::NotYet })
+}
+
+/// The process is about to end, for its own reasons.
+async fn shard_stopped() -> Refused {
+    std::future::pending().await
+}
+
+fn a_copy(why: &str) -> String {
+    format!(
+        "{why}; and it was started beside the original before, so it is a copy of that: start the original, or put this \
+         directory in its place if that is lost"
+    )
 }
 
 /// One stream, until it ends.
@@ -393,6 +462,7 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
                 copyset: copyset.0,
                 replica: replica.0,
                 failed: why.clone(),
+                put_back: report.put_back.contains(copyset),
                 ..ReplicaReport::default()
             }))
             .collect(),
@@ -441,6 +511,7 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
             .collect(),
         dropped_volumes: replica.dropped.iter().map(|volume| volume.0).collect(),
         data_bytes: replica.data_bytes,
+        put_back: false,
         failed: match status.role {
             evolute_raft::Role::Stopped => "its Raft group has stopped".to_owned(),
             _ => String::new(),

@@ -135,6 +135,7 @@ async fn serve(config: Config) -> Result<()> {
         listener,
         addresses: addresses.clone(),
         timing: Timing::default(),
+        start: Some(Bytes::copy_from_slice(&who.instance)),
     })?;
     // It may have to wait for space. Nothing has been changed before it serves that a crash would not leave as well.
     let serves = tokio::select! {

@@ -4,7 +4,7 @@
 //! by [`ShardHandle`]: orders in, reports out.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::Bytes;
 use evolute_daemon::in_one_line;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{CopysetId, ReplicaId, VolumeId};
@@ -24,9 +25,9 @@ use tokio::task::{JoinHandle as Task, spawn_local};
 
 use crate::addresses::Addresses;
 use crate::checkpoint;
-use crate::chunk_store::{ChunkStore, Identity, Opened, StoreError, StoreOptions, StoreUsage};
+use crate::chunk_store::{ChunkStore, Identity, Opened, Starts, StoreError, StoreOptions, StoreUsage};
 use crate::copyset::members::{self, MemberChange};
-use crate::copyset::registry::{Registry, ReplicaError};
+use crate::copyset::registry::{PUT_BACK, Registry, ReplicaError};
 use crate::copyset::repair::Repairs;
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
@@ -56,6 +57,9 @@ pub struct ShardOptions {
     pub addresses: Addresses,
     /// How long its groups wait for each other.
     pub timing: Timing,
+    /// The random name of this start, when a control plane has to confirm that the directory is not an older copy before
+    /// its replicas vote. `None`: whoever starts it knows.
+    pub start: Option<Bytes>,
 }
 
 /// Why this process cannot serve (any longer). Each is the end of it: the cluster goes on with the other replicas.
@@ -102,8 +106,24 @@ pub enum ToShard {
     Report(oneshot::Sender<ShardReport>),
     /// Everything that is here, for a control plane that forgot some of it.
     Recall(oneshot::Sender<Vec<CopysetInventory>>),
+    Starts(oneshot::Sender<Starts>),
+    /// What the control plane said to this start.
+    Judged(Judgement, oneshot::Sender<()>),
     /// Close everything; the thread ends.
     Stop,
+}
+
+/// What the control plane said of the directory, by its starts. Durable when it is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Judgement {
+    /// It is the newest: its replicas may vote.
+    Newest,
+    /// It was put back to an older copy: what it holds never votes again.
+    PutBack,
+    /// It was, and an operator takes it as it is.
+    Accepted,
+    /// Another process is this chunkserver now.
+    Beside,
 }
 
 /// What the control plane wants to know.
@@ -112,6 +132,8 @@ pub struct ShardReport {
     pub replicas: Vec<ReplicaOfReport>,
     /// Replicas that are here and cannot run, and why not.
     pub failed: Vec<(CopysetId, ReplicaId, String)>,
+    /// Those of them that were put back with the directory.
+    pub put_back: BTreeSet<CopysetId>,
     /// What each volume uses in copysets led here.
     pub volumes: Vec<VolumeUse>,
     /// How long the log's writes took, over the last second in which there were any.
@@ -167,6 +189,20 @@ impl ShardHandle {
         let (answer, everything) = oneshot::channel();
         self.send(ToShard::Recall(answer));
         everything.await.ok()
+    }
+
+    /// The starts of this directory; `None` once the shard stopped.
+    pub async fn starts(&self) -> Option<Starts> {
+        let (answer, starts) = oneshot::channel();
+        self.send(ToShard::Starts(answer));
+        starts.await.ok()
+    }
+
+    /// Has the judgement taken note of; false: the shard stopped, or cannot.
+    pub async fn judged(&self, judgement: Judgement) -> bool {
+        let (answer, done) = oneshot::channel();
+        self.send(ToShard::Judged(judgement, answer));
+        done.await.is_ok()
     }
 
     /// Waits for something worth a report at once: a leader changed, a replica began. Cancel-safe.
@@ -275,6 +311,7 @@ async fn run(
         listener,
         addresses,
         timing,
+        start,
     } = options;
     let me = ProcessId(u64::from(identity.chunkserver.0));
     let owner = LogOwner { cluster: identity.cluster.0, process: me };
@@ -287,6 +324,12 @@ async fn run(
     let peers = Peers::new(me, neighbours);
     let limits = Limits { log_retain_bytes: log_retain_mib * MIB, ..Limits::default() };
     let node = Node::with_limits(log.clone(), peers.clone(), timing, limits);
+    let starts = begin_start(&store.borrow(), start).map_err(ShardError::OpenStore)?;
+    let standings = store.borrow().standings().map_err(ShardError::OpenStore)?;
+    let confirmed = starts.all.is_empty();
+    if !confirmed {
+        node.withhold_votes();
+    }
     let admitting = Rc::clone(&store);
     node.admit(move |bytes| admitting.borrow().admits(bytes));
     let (others, led) = (Rc::<Others>::default(), Rc::<Notify>::default());
@@ -307,6 +350,8 @@ async fn run(
         changing: RefCell::default(),
         repairs,
         scrubbed: Rc::clone(&scrubbed),
+        starts: RefCell::new(starts),
+        confirmed: Cell::new(confirmed),
     });
     for removed in opened.removed {
         if let Err(error) = registry.forget(removed).await {
@@ -314,7 +359,7 @@ async fn run(
         }
     }
     for record in &opened.copysets {
-        let started = registry.resume(record).await;
+        let started = registry.resume(record, standings.get(&record.copyset).copied()).await;
         shard.started(record.copyset, started);
     }
     let listener = tokio::net::TcpListener::from_std(listener).map_err(ShardError::Listen)?;
@@ -363,6 +408,18 @@ struct Shard {
     led: Rc<Notify>,
     repairs: Rc<Repairs>,
     scrubbed: Rc<Progress>,
+    starts: RefCell<Starts>,
+    /// The directory is the newest there is.
+    confirmed: Cell<bool>,
+}
+
+/// This start is durable before anybody hears of it.
+fn begin_start(store: &ChunkStore, start: Option<Bytes>) -> Result<Starts, StoreError> {
+    let Some(start) = start else { return Ok(Starts::default()) };
+    let mut starts = store.starts()?;
+    starts.begin(start);
+    store.put_starts(&starts)?;
+    Ok(starts)
 }
 
 impl Shard {
@@ -410,6 +467,19 @@ impl Shard {
             ToShard::Recall(answer) => {
                 let _ = answer.send(self.recall());
             }
+            ToShard::Starts(answer) => drop(answer.send(self.starts.borrow().clone())),
+            ToShard::Judged(judgement, answer) => {
+                let shard = Rc::clone(self);
+                spawn_local(async move {
+                    match shard.take_note(judgement).await {
+                        Ok(()) => drop(answer.send(())),
+                        Err(error) => {
+                            tracing::error!(%error, "cannot take note of what the control plane said")
+                        }
+                    }
+                    shard.changed.notify_one();
+                });
+            }
             ToShard::Stop => return true,
         }
         false
@@ -430,7 +500,7 @@ impl Shard {
                     }
                     changed.notify_one();
                 });
-                if !copyset.created().joining {
+                if !copyset.created().joining && self.confirmed.get() {
                     spawn_local(initialize(copyset));
                 }
             }
@@ -439,9 +509,46 @@ impl Shard {
         self.changed.notify_one();
     }
 
+    async fn take_note(self: &Rc<Self>, judgement: Judgement) -> Result<(), StoreError> {
+        match judgement {
+            Judgement::Newest => self.confirm()?,
+            Judgement::PutBack => self.registry.mark_put_back().await?,
+            Judgement::Accepted => {
+                for record in self.registry.unmark_put_back()? {
+                    let standing = self.store.borrow().standings()?.remove(&record.copyset);
+                    let started = self.registry.resume(&record, standing).await;
+                    self.trouble.borrow_mut().remove(&record.copyset);
+                    self.started(record.copyset, started);
+                }
+            }
+            Judgement::Beside => {
+                let mut starts = self.starts.borrow_mut();
+                starts.beside = true;
+                self.store.borrow().put_starts(&starts)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn confirm(&self) -> Result<(), StoreError> {
+        let mut starts = self.starts.borrow_mut();
+        if starts.all.len() > 1 || starts.beside {
+            starts.confirm();
+            self.store.borrow().put_starts(&starts)?;
+        }
+        if !self.confirmed.replace(true) {
+            self.registry.give_votes();
+            let all = self.registry.all().into_iter();
+            all.filter(|copyset| !copyset.created().joining).for_each(|it| drop(spawn_local(initialize(it))));
+        }
+        Ok(())
+    }
+
     /// That copyset has one replica less until it is repaired; the others are served.
     fn failed_to_start(&self, copyset: CopysetId, error: &ReplicaError) {
-        if !matches!(error, ReplicaError::Busy(_)) {
+        if let ReplicaError::PutBack { copyset } = error {
+            tracing::warn!(%copyset, "a replica does not run: {PUT_BACK}");
+        } else if !matches!(error, ReplicaError::Busy(_)) {
             let reason = in_one_line(error);
             tracing::error!(reason, "a replica did not start");
             self.trouble.borrow_mut().insert(copyset, reason);
@@ -522,7 +629,9 @@ impl Shard {
             });
         }
         let failed = self.registry.failed().into_iter();
-        let failed = failed.map(|(copyset, (replica, why))| (copyset, replica, why)).collect();
+        let failed: Vec<_> = failed.map(|(copyset, (replica, why))| (copyset, replica, why)).collect();
+        let put_back =
+            failed.iter().filter(|(_, _, why)| why.contains(PUT_BACK)).map(|(id, ..)| *id).collect();
         let mut usage = self.store.borrow().usage();
         // Also when it is the log that found no room.
         usage.full |= self.full.get();
@@ -554,6 +663,7 @@ impl Shard {
             usage,
             replicas,
             failed,
+            put_back,
             volumes,
             latency: self.latency.get(),
             scrubbed_bytes: self.scrubbed.bytes.get(),

@@ -125,6 +125,27 @@ pub enum ChunkserverCommand {
         #[arg(value_parser = chunkserver_id)]
         id: u32,
     },
+    /// It was put back to an older copy of its directory, and nothing newer is left: make that copy count. What was
+    /// written since the copy was made is lost
+    #[command(after_help = "Example: evolute chunkserver accept 4")]
+    Accept(Decide),
+    /// It does not come back: make its replicas anew elsewhere at once, instead of after --repair-after-s. If it comes
+    /// back all the same, what has not moved yet stays with it
+    #[command(after_help = "Example: evolute chunkserver declare-dead 4")]
+    DeclareDead(Decide),
+    /// Take one that holds nothing and does not run off the list. Its number is never given again
+    #[command(after_help = "Example: evolute chunkserver remove 4")]
+    Remove(Decide),
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Decide {
+    /// Its number, as in `evolute chunkserver list`
+    #[arg(value_parser = chunkserver_id)]
+    pub id: u32,
+    /// Do not ask
+    #[arg(long)]
+    pub yes: bool,
 }
 
 /// `4`, or `chunkserver-4` as messages write it.

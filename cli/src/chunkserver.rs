@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use evolute_protocol::rpc::{ChunkserverStatus, ClusterStatus, ErrorWord};
+use evolute_protocol::rpc::{ChunkserverStatus, ClusterStatus, Decision, ErrorWord};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::args::Decide;
 use crate::failure::Failure;
 use crate::mds::Mds;
 use crate::output::{Output, ago, span, table, unix_ms_now};
@@ -25,6 +26,8 @@ pub struct ChunkserverView {
     server: String,
     online: bool,
     retiring: bool,
+    dead: bool,
+    put_back_replicas: u32,
     last_report_ms_ago: u64,
     capacity_bytes: u64,
     used_bytes: u64,
@@ -56,6 +59,8 @@ impl From<ChunkserverStatus> for ChunkserverView {
             server: c.server,
             online: c.online,
             retiring: c.retiring,
+            dead: c.dead,
+            put_back_replicas: c.put_back_replicas,
             last_report_ms_ago: c.last_report_ms_ago,
             capacity_bytes: c.capacity_bytes,
             used_bytes: c.used_bytes,
@@ -86,6 +91,13 @@ impl ChunkserverView {
             (true, _) => states.extend(self.trouble.clone()),
             (false, u64::MAX) => states.push("offline, not heard by this control plane".to_owned()),
             (false, silent) => states.push(format!("offline, last heard {}", ago(silent))),
+        }
+        if self.dead {
+            states.push("declared dead".to_owned());
+        }
+        if self.put_back_replicas > 0 {
+            states
+                .push(format!("put back to an older copy: {} replicas do not vote", self.put_back_replicas));
         }
         match (self.retiring, self.replicas) {
             (true, 0) => states.push("retired, empty".to_owned()),
@@ -296,6 +308,50 @@ pub async fn unretire(mds: &mut Mds, output: Output, id: u32) -> Result<(), Fail
         )
     });
     Ok(())
+}
+
+/// Decisions that cannot be taken back are asked for, by a person or with `--yes`.
+pub async fn decide(mds: &mut Mds, output: Output, said: &Decide, decision: Decision) -> Result<(), Failure> {
+    let id = said.id;
+    let (question, answer) = match decision {
+        Decision::Accept => (
+            format!(
+                "What chunkserver-{id} acknowledged after its copy was made is lost, as far as no other chunkserver has it. \
+                 Disks that are attached and have seen more wait; those attached anew show what the copy holds."
+            ),
+            format!("chunkserver-{id} counts again, as it is"),
+        ),
+        Decision::Dead => (
+            format!(
+                "The replicas of chunkserver-{id} are made anew elsewhere; do so only if it does not come back."
+            ),
+            format!("chunkserver-{id} is declared dead"),
+        ),
+        Decision::Remove | Decision::Unknown => (
+            format!("chunkserver-{id} leaves the list for good; its directory is of no use any more."),
+            format!("chunkserver-{id} is removed"),
+        ),
+    };
+    if !said.yes {
+        confirm(&question)?;
+    }
+    let decided = known(id, mds.decide(id, decision).await)?;
+    output.answer(&json!({"chunkserver": id, "obstacles": decided.obstacles}), || {
+        decided.obstacles.iter().fold(answer, |words, obstacle| format!("{words}\n  - {obstacle}"))
+    });
+    Ok(())
+}
+
+fn confirm(question: &str) -> Result<(), Failure> {
+    eprint!("{question}\nGo on? [y/N] ");
+    let mut line = String::new();
+    let read = std::io::stdin().read_line(&mut line);
+    match (read, line.trim()) {
+        (Ok(_), "y" | "Y" | "yes") => Ok(()),
+        _ => {
+            Err(Failure::Usage { what: "not done".to_owned(), next: Some("say y, or give --yes".to_owned()) })
+        }
+    }
 }
 
 /// The advice for a thing that is not there names volumes; this is none.

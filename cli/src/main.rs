@@ -1,5 +1,6 @@
 //! Reads the command line, runs one command, turns its failure into words and an exit status.
 
+use evolute_protocol::rpc::Decision;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -44,6 +45,15 @@ async fn run(args: Args, output: Output) -> Result<(), Failure> {
         }
         Command::Chunkserver(ChunkserverCommand::Unretire { id }) => {
             chunkserver::unretire(&mut mds()?, output, id).await
+        }
+        Command::Chunkserver(ChunkserverCommand::Accept(said)) => {
+            chunkserver::decide(&mut mds()?, output, &said, Decision::Accept).await
+        }
+        Command::Chunkserver(ChunkserverCommand::DeclareDead(said)) => {
+            chunkserver::decide(&mut mds()?, output, &said, Decision::Dead).await
+        }
+        Command::Chunkserver(ChunkserverCommand::Remove(said)) => {
+            chunkserver::decide(&mut mds()?, output, &said, Decision::Remove).await
         }
         Command::Cluster(ClusterCommand::Status) => cluster::status(&mut mds()?, output).await,
         Command::Cluster(ClusterCommand::AcceptMds { yes }) => {

@@ -9,8 +9,9 @@ use std::time::Duration;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
-    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, CreateVolumeRequest, DeleteVolumeRequest, ErrorWord,
-    ListVolumesRequest, RetireRequest, RetireResponse, ShowVolumeRequest, StatusRequest, Volume,
+    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, CreateVolumeRequest, DecideRequest, DecideResponse,
+    Decision, DeleteVolumeRequest, ErrorWord, ListVolumesRequest, RetireRequest, RetireResponse,
+    ShowVolumeRequest, StatusRequest, Volume,
 };
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::transport::{Channel, Endpoint};
@@ -107,6 +108,16 @@ impl Mds {
         self.call("show the cluster's status", Repeat::Harmless, |channel| async move {
             let client = ClusterClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
             { client }.status(StatusRequest {}).await
+        })
+        .await
+    }
+
+    /// Said twice it changes nothing, but for a removal, which is refused the second time.
+    pub async fn decide(&mut self, chunkserver: u32, decision: Decision) -> Result<DecideResponse, Failure> {
+        let request = DecideRequest { chunkserver, decision: decision.into() };
+        self.call("decide about a chunkserver", Repeat::Harmless, |channel| async move {
+            let client = ClusterClient::new(channel).max_decoding_message_size(MESSAGE_BYTES_MAX);
+            { client }.decide(request).await
         })
         .await
     }

@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use evolute_protocol::rpc::cluster_server::{Cluster, ClusterServer};
 use evolute_protocol::rpc::{
-    AcceptMdsRequest, AcceptMdsResponse, ChunkserverStatus, ClusterStatus, CopysetStatus, ErrorWord, Health,
-    RepairReason, RepairStage, RepairStatus, ReplicaStatus, RetireRequest, RetireResponse, StatusRequest,
+    AcceptMdsRequest, AcceptMdsResponse, ChunkserverStatus, ClusterStatus, CopysetStatus, DecideRequest,
+    DecideResponse, Decision, ErrorWord, Health, RepairReason, RepairStage, RepairStatus, ReplicaStatus,
+    RetireRequest, RetireResponse, StatusRequest,
 };
 use serde_json::Value;
 use tokio::net::TcpListener;
@@ -79,6 +80,20 @@ impl Cluster for FakeMds {
 
     async fn accept_mds(&self, _: Request<AcceptMdsRequest>) -> Result<Response<AcceptMdsResponse>, Status> {
         Ok(Response::new(AcceptMdsResponse { is_needed: true, lines: vec!["because".to_owned()] }))
+    }
+
+    async fn decide(&self, request: Request<DecideRequest>) -> Result<Response<DecideResponse>, Status> {
+        let request = request.into_inner();
+        if request.chunkserver != 4 {
+            return Err(
+                ErrorWord::NotFound.status(format!("there is no chunkserver-{}", request.chunkserver))
+            );
+        }
+        match request.decision() {
+            Decision::Dead => Ok(Response::new(DecideResponse { obstacles: vec![OBSTACLE.to_owned()] })),
+            Decision::Remove => Err(ErrorWord::Invalid.status("chunkserver-4 has replicas of 2 copysets")),
+            Decision::Accept | Decision::Unknown => Ok(Response::new(DecideResponse::default())),
+        }
     }
 
     async fn retire(&self, request: Request<RetireRequest>) -> Result<Response<RetireResponse>, Status> {
@@ -202,4 +217,20 @@ async fn a_number_that_is_none_is_refused_with_advice() {
     for wrong in ["0", "four", "-1"] {
         assert_eq!(tool.run(&["chunkserver", "show", "--", wrong]).await.status.code(), Some(2), "{wrong}");
     }
+}
+
+#[tokio::test]
+async fn decisions_that_cannot_be_taken_back_are_asked_for_and_tell_what_stands_in_the_way() {
+    let tool = Tool::new(2).await;
+    let asked = tool.run(&["chunkserver", "declare-dead", "4"]).await;
+    assert_eq!(asked.status.code(), Some(2), "nobody said yes: {asked:?}");
+    let asked = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(asked.contains("made anew elsewhere") && asked.contains("--yes"), "{asked}");
+    let dead = tool.words(&["chunkserver", "declare-dead", "4", "--yes"]).await;
+    assert!(dead.contains("declared dead") && dead.contains(OBSTACLE), "{dead}");
+    assert!(tool.words(&["chunkserver", "accept", "4", "--yes"]).await.contains("counts again"));
+    let refused = tool.run(&["chunkserver", "remove", "4", "--yes"]).await;
+    assert!(!refused.status.success());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("has replicas of 2 copysets"), "{refused:?}");
+    assert!(!tool.run(&["chunkserver", "accept", "5", "--yes"]).await.status.success());
 }

@@ -221,6 +221,8 @@ impl Sight<'_> {
             version: chunkserver.version.clone(),
             pool: chunkserver.pool.clone(),
             retiring: chunkserver.retiring,
+            dead: chunkserver.dead,
+            put_back_replicas: last.map_or(0, |report| report.put_back()),
             scrubbed_bytes: integrity.scrubbed_bytes,
             last_full_scrub_unix_ms: integrity.last_full_scrub_unix_ms,
             bad_blocks_found: integrity.bad_blocks_found,
@@ -237,7 +239,8 @@ impl Sight<'_> {
     /// Why its replicas stay where they are, though they should not.
     fn not_replaced(&self, id: ChunkserverId, retiring: bool) -> impl Iterator<Item = String> {
         let silent = self.reports.silent_for(id, self.now).unwrap_or(self.reports.listening_for(self.now));
-        let due = retiring || (!self.online(id) && silent >= self.limits.repair_after);
+        let dead = self.state.chunkservers().get(&id).is_some_and(|chunkserver| chunkserver.dead);
+        let due = retiring || (!self.online(id) && (dead || silent >= self.limits.repair_after));
         let obstacles = due.then(|| obstacles::of(id, self.state, self.reports, self.limits, self.now));
         obstacles.into_iter().flatten()
     }
@@ -268,6 +271,20 @@ impl Sight<'_> {
             found.extend(self.not_replaced(id, chunkserver.retiring).map(|why| (Health::Degraded, why)));
             let Some(report) = self.reports.online(id, self.now) else { continue };
             zones.insert(chunkserver.zone.as_str());
+            if report.put_back() > 0 {
+                found.push((
+                    Health::Degraded,
+                    format!(
+                        "{} was put back to an older copy of its directory: the {} replicas it held have forgotten \
+                         what they voted for and acknowledged, do not vote, and are made anew as soon as two others \
+                         of their copyset are there; if nothing newer is left anywhere, \
+                         `evolute chunkserver accept {}` makes this copy count",
+                        self.name(id),
+                        report.put_back(),
+                        id.0
+                    ),
+                ));
+            }
             if !report.trouble.is_empty() {
                 found
                     .push((Health::Degraded, format!("{} is in trouble: {}", self.name(id), report.trouble)));

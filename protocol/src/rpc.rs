@@ -15,13 +15,14 @@ mod generated {
 pub use generated::{
     AcceptMdsRequest, AcceptMdsResponse, AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment,
     ChangeMembers, ChunkserverAddress, ChunkserverStatus, ClusterStatus, CopysetInventory, CopysetRoute,
-    CopysetStatus, CreateReplica, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse,
-    DetachRequest, DetachResponse, DropVolume, Health, Inventory, ListVolumesRequest, ListVolumesResponse,
-    MapRequest, MdsState, MdsStatus, MemberReport, Order, Orders, RecallResponse, RegisterRequest,
-    RegisterResponse, RemoveReplica, RepairReason, RepairStage, RepairStatus, ReplicaReport, ReplicaRoute,
-    ReplicaStatus, Report, RetireRequest, RetireResponse, Role, Segment, ShowVolumeRequest, StatusRequest,
-    TransferLeader, Volume, VolumeInventory, VolumeMap, VolumeUse, chunkservers_client, chunkservers_server,
-    cluster_client, cluster_server, order, volumes_client, volumes_server,
+    CopysetStatus, CreateReplica, CreateVolumeRequest, DecideRequest, DecideResponse, Decision,
+    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, DropVolume, Health, Inventory,
+    ListVolumesRequest, ListVolumesResponse, MapRequest, MdsState, MdsStatus, MemberReport, Order, Orders,
+    RecallResponse, RegisterRequest, RegisterResponse, RemoveReplica, RepairReason, RepairStage,
+    RepairStatus, ReplicaReport, ReplicaRoute, ReplicaStatus, Report, RetireRequest, RetireResponse, Role,
+    Segment, ShowVolumeRequest, Start, StartDecision, StatusRequest, TransferLeader, Volume, VolumeInventory,
+    VolumeMap, VolumeUse, chunkservers_client, chunkservers_server, cluster_client, cluster_server, order,
+    volumes_client, volumes_server,
 };
 
 /// The metadata key under which a refusal carries its [`ErrorWord`].

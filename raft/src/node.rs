@@ -1,6 +1,6 @@
 //! Everything of one thread: its log, its connections to other processes, and the groups that share them.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -142,6 +142,8 @@ pub(crate) struct Inner {
     rate: Rc<Rate>,
     intake: Rc<Intake>,
     pub(crate) groups: RefCell<BTreeMap<GroupId, Group>>,
+    /// See [`Node::withhold_votes`].
+    may_vote: Rc<Cell<bool>>,
 }
 
 impl Node {
@@ -154,7 +156,9 @@ impl Node {
     pub fn with_limits(log: Log, peers: Peers, timing: Timing, limits: Limits) -> Self {
         let rate = Rc::new(Rate::new(limits.snapshot_bytes_per_second));
         let intake = Intake::new(log.clone());
-        let inner = Rc::new(Inner { log, peers, timing, limits, rate, intake, groups: RefCell::default() });
+        let may_vote = Rc::new(Cell::new(true));
+        let groups = RefCell::default();
+        let inner = Rc::new(Inner { log, peers, timing, limits, rate, intake, groups, may_vote });
         let heartbeat = Duration::from_millis(timing.heartbeat_ms);
         tokio::task::spawn_local(hibernate::watch(Rc::downgrade(&inner), heartbeat));
         Self(inner)
@@ -166,6 +170,23 @@ impl Node {
 
     pub fn peers(&self) -> &Peers {
         &self.0.peers
+    }
+
+    /// Until [`Self::give_votes`] no replica of this thread votes or stands for election; it follows, and what it
+    /// acknowledges counts. For an owner who does not know yet whether its storage is the newest there was: one that was
+    /// put back to an older copy has forgotten votes, and entries that a candidate must have. Call it before any group is
+    /// started.
+    pub fn withhold_votes(&self) {
+        self.0.may_vote.set(false);
+    }
+
+    /// The storage is the newest.
+    pub fn give_votes(&self) {
+        if !self.0.may_vote.replace(true) {
+            for raft in self.0.groups.borrow().values().filter_map(|group| group.0.running()) {
+                raft.runtime_config().elect(true);
+            }
+        }
     }
 
     /// From now on entries that other leaders send are taken only while the owner has room for them. `admits` is asked for
@@ -209,6 +230,7 @@ impl Node {
                 retain_bytes: inner.limits.log_retain_bytes,
             },
             inner.intake.clone(),
+            inner.may_vote.clone(),
         );
         state.found(log.clone());
         log.tell(state.clone());
@@ -217,6 +239,7 @@ impl Node {
         let raft = Raft::new(me.0, config, network, log, machine)
             .await
             .map_err(|source| StartError::Raft { source: Box::new(source) })?;
+        raft.runtime_config().elect(inner.may_vote.get());
         state.started(raft);
         let group = Group(state);
         inner.groups.borrow_mut().insert(id, group.clone());

@@ -12,7 +12,7 @@ use crate::log::GroupLog;
 use crate::peer::Receiving;
 use crate::retain::Pins;
 use crate::succession::Succession;
-use crate::types::{LogId, Raft, SnapshotMeta, StoredMembership, Vote, position};
+use crate::types::{LeaderId, LogId, Raft, SnapshotMeta, StoredMembership, Vote, position};
 use crate::{GroupId, Member, Position, ReplicaId};
 
 /// How long a leader that was removed goes on, so that its followers learn that the change is committed.
@@ -62,6 +62,8 @@ pub(crate) struct State {
     pub election_max: Duration,
     /// A member that answered within it is there.
     pub lately: Duration,
+    /// See [`crate::Node::withhold_votes`]. Of all groups of the thread.
+    may_vote: Rc<Cell<bool>>,
 }
 
 /// From where on what is applied here is a state the group has had.
@@ -95,6 +97,7 @@ impl State {
         checkpointed: SnapshotMeta,
         bounds: Bounds,
         intake: Rc<Intake>,
+        may_vote: Rc<Cell<bool>>,
     ) -> Rc<Self> {
         Rc::new(Self {
             id,
@@ -124,6 +127,7 @@ impl State {
             command_bytes_max: bounds.command_bytes_max,
             election_max: bounds.election_max,
             lately: bounds.lately,
+            may_vote,
         })
     }
 
@@ -143,6 +147,17 @@ impl State {
     /// the disk.
     pub fn believes(&self, term: u64) -> Result<(), Beyond> {
         self.ceiling.get().map_or(Ok(()), |ceiling| ceiling.judge(self.term.get(), term))
+    }
+
+    /// Whether this replica votes, and stands for election.
+    pub fn may_vote(&self) -> bool {
+        self.may_vote.get()
+    }
+
+    /// What a replica that does not vote answers a candidate with: the vote it has, which grants nothing.
+    pub fn own_vote(&self) -> Vote {
+        let vote = self.log().and_then(GroupLog::vote);
+        vote.unwrap_or(Vote { leader_id: LeaderId { term: 0, voted_for: 0 }, committed: false })
     }
 
     pub fn running(&self) -> Option<&Raft> {

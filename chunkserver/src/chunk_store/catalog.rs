@@ -2,7 +2,8 @@
 //! checkpoint and at rare events, never one put per write (a put costs more than a whole log append).
 //!
 //! Keys: `i` identity, `n` numbers, `c` + copyset, `k` + volume + chunk, `r` + copyset being removed, `x` + admission
-//! in the trash, `t` + admission + volume + chunk there, `s` the scrubber's position; numbers in keys are big-endian, in values little-endian.
+//! in the trash, `t` + admission + volume + chunk there, `s` the scrubber's position, `p` the starts of this directory,
+//! `l` + copyset its replica's standing (`past.rs`); numbers in keys are big-endian, in values little-endian.
 //! Values begin with their version. Drawn in `docs/chunk-format.md`.
 
 use std::collections::{BTreeMap, HashMap};
@@ -18,6 +19,7 @@ use super::error::StoreError;
 use super::format::{self, CHECKSUM_SECTORS};
 use super::options::{CopysetRecord, Identity, ScrubPosition};
 use super::overlay::Owner;
+use super::past::{Standing, Starts};
 use super::table::{ChunkRecord, Table};
 use super::trash::Trash;
 use crate::disk::Disk;
@@ -170,7 +172,7 @@ impl Catalog {
     /// nothing of an admission that has ended.
     pub fn delete_copyset(&self, copyset: CopysetId, chunks: &[ChunkKey]) -> Result<(), StoreError> {
         let mut inner = self.lock();
-        let mut changes = vec![(copyset_key(copyset), None)];
+        let mut changes = vec![(copyset_key(copyset), None), (standing_key(copyset), None)];
         changes.extend(chunks.iter().map(|chunk| (chunk_key(*chunk), None)));
         self.commit(changes)?;
         inner.admissions.remove(&copyset);
@@ -212,6 +214,7 @@ impl Catalog {
         let Some(admission) = inner.admissions.get(&trash.copyset).copied() else { return Ok(None) };
         let mut changes = vec![
             (copyset_key(trash.copyset), None),
+            (standing_key(trash.copyset), None),
             (removed_key(trash.copyset), Some(vec![VALUE_VERSION])),
             (trash_key(admission), Some(encode_trash(trash))),
         ];
@@ -247,6 +250,34 @@ impl Catalog {
         let key = copyset_key(copyset);
         let value = self.kv.get(&key)?;
         Ok(value.and_then(|value| decode_copyset(&key, &value)).map(|(record, _)| record))
+    }
+
+    /// The starts of this directory; none are known of one that an older program served.
+    pub fn starts(&self) -> Result<Starts, StoreError> {
+        match self.kv.get(&[STARTS])? {
+            Some(raw) => {
+                Starts::decode(&raw).ok_or_else(|| self.fail(unreadable("the record of its starts")))
+            }
+            None => Ok(Starts::default()),
+        }
+    }
+
+    pub fn put_starts(&self, starts: &Starts) -> Result<(), StoreError> {
+        self.commit(vec![(vec![STARTS], Some(starts.encode()))])
+    }
+
+    pub fn standings(&self) -> Result<BTreeMap<CopysetId, Standing>, StoreError> {
+        let (mut standings, mut readable) = (BTreeMap::new(), true);
+        self.kv.scan(STANDING, &mut |key, value| match Standing::decode(key, value) {
+            Some((copyset, standing)) => drop(standings.insert(copyset, standing)),
+            None => readable = false,
+        })?;
+        if readable { Ok(standings) } else { Err(self.fail(unreadable("the standing of a replica"))) }
+    }
+
+    /// All of them in one step.
+    pub fn put_standings(&self, standings: &[(CopysetId, Standing)]) -> Result<(), StoreError> {
+        self.commit(standings.iter().map(|(id, it)| (standing_key(*id), Some(it.encode()))).collect())
     }
 
     pub fn scrub_position(&self) -> Result<ScrubPosition, StoreError> {
@@ -312,6 +343,8 @@ const REMOVED: u8 = b'r';
 const TRASH: u8 = b'x';
 const TRASHED: u8 = b't';
 const SCRUB: u8 = b's';
+const STARTS: u8 = b'p';
+const STANDING: u8 = b'l';
 
 /// Of the values below; the store's own version is in the identity.
 const VALUE_VERSION: u8 = 1;
@@ -370,6 +403,16 @@ fn decode_numbers(mut raw: &[u8]) -> Option<(u64, u64)> {
     let known = raw.try_get_u8().ok()? == VALUE_VERSION;
     let numbers = (raw.try_get_u64_le().ok()?, raw.try_get_u64_le().ok()?);
     (known && raw.is_empty() && numbers.0.max(numbers.1) <= COUNTED_MAX).then_some(numbers)
+}
+
+fn unreadable(what: &str) -> StoreError {
+    damaged(Path::new("meta"), format!("{what} is unreadable"))
+}
+
+fn standing_key(copyset: CopysetId) -> Vec<u8> {
+    let mut key = vec![STANDING];
+    key.put_u32(copyset.0);
+    key
 }
 
 fn copyset_key(copyset: CopysetId) -> Vec<u8> {

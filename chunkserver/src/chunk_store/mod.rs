@@ -31,6 +31,7 @@ mod offline;
 mod options;
 mod overlay;
 mod pace;
+mod past;
 mod read;
 mod recover;
 mod repair;
@@ -66,6 +67,7 @@ pub use options::{
     CheckpointDone, ChunkInfo, CopysetRecord, Identity, Pressure, ReadData, ScrubPosition, StoreOptions,
     StoreUsage,
 };
+pub use past::{Standing, Start, Starts};
 pub use recover::Opened;
 pub use repair::Repair;
 pub use stage::{Extent, StageError, Staging};
@@ -121,6 +123,26 @@ impl ChunkStore {
         let owner = shard.catalog.put_copyset(&record)?;
         shard.admissions.insert(owner.copyset, owner.admission);
         Ok(())
+    }
+
+    /// The starts of this directory until now.
+    pub fn starts(&self) -> Result<Starts, StoreError> {
+        self.shard.borrow().catalog.starts()
+    }
+
+    /// Durable when this returns. For rare events.
+    pub fn put_starts(&self, starts: &Starts) -> Result<(), StoreError> {
+        self.shard.borrow().catalog.put_starts(starts)
+    }
+
+    /// What is known of each replica's past. A read of the key-value store: for rare events.
+    pub fn standings(&self) -> Result<BTreeMap<CopysetId, Standing>, StoreError> {
+        self.shard.borrow().catalog.standings()
+    }
+
+    /// Durable when this returns, all of it or nothing.
+    pub fn put_standings(&self, standings: &[(CopysetId, Standing)]) -> Result<(), StoreError> {
+        self.shard.borrow().catalog.put_standings(standings)
     }
 
     /// A replica ends here: its record is gone when this returns, its chunks read as zeroes and their files go

@@ -1,6 +1,7 @@
 //! Copyset id → running replica: start, find, list, remove.
 //!
-//! A replica begins with its record, before its first vote; it ends with its record too, before its log is forgotten.
+//! A replica begins with its record and then its log, which the record says, before its first vote; it ends with its
+//! record too, before its log is forgotten.
 //! So whatever a crash leaves is told by the store when it is opened: records to be resumed, and notes of replicas
 //! whose log is still to be forgotten.
 
@@ -16,7 +17,7 @@ use super::Copyset;
 use super::apply::Replica;
 use super::repair::Repairs;
 use super::state::{Created, DamagedState, State, created_of, restore};
-use crate::chunk_store::{ChunkStore, CopysetRecord, StoreError};
+use crate::chunk_store::{ChunkStore, CopysetRecord, Standing, StoreError};
 use crate::others::Others;
 
 /// All replicas of this shard.
@@ -41,12 +42,24 @@ pub enum ReplicaError {
     Store { copyset: CopysetId, source: StoreError },
     #[error("{copyset}: its Raft group did not start")]
     Raft { copyset: CopysetId, source: StartError },
+    #[error("{copyset}: its log could not be begun")]
+    Begin { copyset: CopysetId, source: LogError },
+    /// Its votes were in it.
+    #[error("{copyset}: its log is gone, and with it what this replica voted for and acknowledged")]
+    LogGone { copyset: CopysetId },
+    /// Its votes since that copy was made are not known.
+    #[error("{copyset}: {PUT_BACK}")]
+    PutBack { copyset: CopysetId },
     #[error("{copyset}: its log could not be forgotten")]
     Forget { copyset: CopysetId, source: LogError },
     /// It is being started or removed already. Ask again.
     #[error("{0} is busy")]
     Busy(CopysetId),
 }
+
+/// Why a replica of a directory that was put back does not run.
+pub const PUT_BACK: &str =
+    "it was put back to an older copy, which forgot what it voted for and acknowledged since";
 
 impl Registry {
     pub fn new(node: Node, store: Rc<RefCell<ChunkStore>>, repairs: Rc<Repairs>, others: Rc<Others>) -> Self {
@@ -87,13 +100,27 @@ impl Registry {
         let record = state.record(id, &created);
         let stored = self.store.borrow().put_copyset(record);
         stored.map_err(|source| ReplicaError::Store { copyset: id, source })?;
+        self.begin_log(id, created.replica).await?;
         self.start(id, created, state).await
     }
 
+    /// The log is begun before the store says so, so that a crash in between makes no replica look lost.
+    async fn begin_log(&self, id: CopysetId, replica: ReplicaId) -> Result<(), ReplicaError> {
+        let begun = self.node.log().begin(group_id(id), evolute_raft::ReplicaId(replica.0)).await;
+        begun.map_err(|source| ReplicaError::Begin { copyset: id, source })?;
+        let standing = Standing { replica, log_begun: true, put_back: false };
+        let noted = self.store.borrow().put_standings(&[(id, standing)]);
+        noted.map_err(|source| ReplicaError::Store { copyset: id, source })
+    }
+
     /// Starts a replica this disk already has.
-    pub async fn resume(&self, record: &CopysetRecord) -> Result<Rc<Copyset>, ReplicaError> {
+    pub async fn resume(
+        &self,
+        record: &CopysetRecord,
+        standing: Option<Standing>,
+    ) -> Result<Rc<Copyset>, ReplicaError> {
         let started = match restore(record) {
-            Ok((state, created)) => self.start(record.copyset, created, state).await,
+            Ok((state, created)) => self.resume_as(record.copyset, created, state, standing).await,
             Err(error) => Err(error.into()),
         };
         if let (Err(error), Some(created)) = (&started, created_of(record)) {
@@ -101,6 +128,68 @@ impl Registry {
             self.failed.borrow_mut().insert(record.copyset, (created.replica, why));
         }
         started
+    }
+
+    async fn resume_as(
+        &self,
+        copyset: CopysetId,
+        created: Created,
+        state: State,
+        standing: Option<Standing>,
+    ) -> Result<Rc<Copyset>, ReplicaError> {
+        let standing = standing.filter(|standing| standing.replica == created.replica);
+        if standing.is_some_and(|standing| standing.put_back) {
+            return Err(ReplicaError::PutBack { copyset });
+        }
+        if !standing.is_some_and(|standing| standing.log_begun) {
+            // A crash came between its record and its log. Or an older program began it: then what can be told is told
+            // by what is applied.
+            if self.node.log().replica(group_id(copyset)).is_some() || state.applied().is_none() {
+                self.begin_log(copyset, created.replica).await?;
+            }
+        } else if self.node.log().replica(group_id(copyset)).is_none() {
+            return Err(ReplicaError::LogGone { copyset });
+        }
+        self.start(copyset, created, state).await
+    }
+
+    /// This directory was put back to an older copy: no replica that is here now votes again, durably when this returns,
+    /// and none runs. Those that fail otherwise are told apart no more.
+    pub async fn mark_put_back(&self) -> Result<(), StoreError> {
+        let running = self.all();
+        let mut marked: Vec<_> =
+            running.iter().map(|copyset| (copyset.id(), copyset.created().replica)).collect();
+        marked.extend(self.failed.borrow().iter().map(|(id, (replica, _))| (*id, *replica)));
+        let standing = |(id, replica)| (id, Standing { replica, log_begun: true, put_back: true });
+        let standings: Vec<_> = marked.iter().copied().map(standing).collect();
+        self.store.borrow().put_standings(&standings)?;
+        for copyset in running {
+            self.copysets.borrow_mut().remove(&copyset.id());
+            copyset.refuse_waiting();
+            self.node.stop_group(group_id(copyset.id())).await;
+        }
+        let failed = marked.into_iter().map(|(id, replica)| (id, (replica, PUT_BACK.to_owned())));
+        self.failed.borrow_mut().extend(failed);
+        Ok(())
+    }
+
+    /// An operator says that what is here counts. Which replicas are to be resumed.
+    pub fn unmark_put_back(&self) -> Result<Vec<CopysetRecord>, StoreError> {
+        let marked = self.store.borrow().standings()?.into_iter().filter(|(_, standing)| standing.put_back);
+        let standings: Vec<_> =
+            marked.map(|(id, standing)| (id, Standing { put_back: false, ..standing })).collect();
+        self.store.borrow().put_standings(&standings)?;
+        let mut records = Vec::new();
+        for (id, _) in standings {
+            self.failed.borrow_mut().remove(&id);
+            records.extend(self.store.borrow().copyset(id)?);
+        }
+        Ok(records)
+    }
+
+    /// See [`Node::withhold_votes`].
+    pub fn give_votes(&self) {
+        self.node.give_votes();
     }
 
     async fn start(

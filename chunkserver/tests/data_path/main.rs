@@ -67,6 +67,7 @@ impl Running {
         let address = listener.local_addr().expect("bound");
         let identity = Identity { cluster: CLUSTER, chunkserver: me, token: Bytes::from_static(b"token") };
         let options = ShardOptions {
+            start: None,
             data_dir: dir.to_owned(),
             identity,
             store,

@@ -12,7 +12,7 @@ use evolute_chunkserver::copyset::state::Created;
 use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{
-    self, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
+    self, Judgement, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
 };
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId};
 use evolute_raft::Role;
@@ -86,7 +86,7 @@ impl Cluster {
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         let mut cluster = Self { servers, scrub_period_ms, disk, runtime };
         for (n, listener) in (1..).zip(listeners) {
-            cluster.start_with(n, listener);
+            cluster.start_with(n, listener, None);
         }
         for n in 1..=3 {
             cluster.host(n, 10 + u64::from(n), false);
@@ -98,7 +98,7 @@ impl Cluster {
         &self.servers[n as usize - 1]
     }
 
-    fn start_with(&mut self, n: u32, listener: TcpListener) {
+    fn start_with(&mut self, n: u32, listener: TcpListener, start: Option<Bytes>) {
         listener.set_nonblocking(true).expect("a socket");
         let server = self.server(n);
         DataDir::init(server.dir.path()).expect("an empty directory, or its own");
@@ -107,6 +107,7 @@ impl Cluster {
         let all = (1..).zip(&self.servers).map(|(n, server)| (n, server.address.to_string())).collect();
         addresses.learn(all);
         let options = ShardOptions {
+            start,
             data_dir: server.dir.path().to_owned(),
             identity: Identity {
                 cluster: CLUSTER,
@@ -132,7 +133,19 @@ impl Cluster {
 
     pub fn start_again(&mut self, n: u32) {
         let listener = TcpListener::bind(self.server(n).address).expect("the port is free again");
-        self.start_with(n, listener);
+        self.start_with(n, listener, None);
+    }
+
+    /// Its replicas do not vote until the directory is judged.
+    pub fn start_unjudged(&mut self, n: u32, name: &'static str) {
+        let listener = TcpListener::bind(self.server(n).address).expect("the port is free again");
+        self.start_with(n, listener, Some(Bytes::from_static(name.as_bytes())));
+    }
+
+    /// What a control plane says of its directory.
+    pub fn judge(&self, n: u32, judgement: Judgement) {
+        let handle = self.server(n).running.as_ref().expect("running").handle.clone();
+        assert!(self.runtime.block_on(handle.judged(judgement)), "it is taken note of");
     }
 
     pub fn stop(&mut self, n: u32) {

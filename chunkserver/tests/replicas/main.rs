@@ -11,6 +11,7 @@ mod damage;
 mod full;
 mod impossible;
 mod offline;
+mod put_back;
 mod transfer;
 
 use client::{Client, block};

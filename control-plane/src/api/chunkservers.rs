@@ -10,7 +10,7 @@ use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::chunkservers_server;
 use evolute_protocol::rpc::{
     ChunkserverAddress, ErrorWord, Inventory, MdsState, Order, Orders, RecallResponse, RegisterRequest,
-    RegisterResponse, Report,
+    RegisterResponse, Report, Start, StartDecision,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::Stream;
@@ -24,7 +24,7 @@ use crate::heartbeat::reports::{Reports, StreamNumber};
 use crate::mds::{Mds, unix_ms};
 use crate::port::Caller;
 use crate::standing::Now;
-use crate::state::command::{RegisterChunkserver, UpdateChunkserver};
+use crate::state::command::{ChunkserverStarted, RegisterChunkserver, Started, UpdateChunkserver};
 use crate::state::topology::{DEFAULT_POOL, check_address, check_place_name};
 use crate::state::{Chunkserver, Command, Done, State};
 
@@ -38,6 +38,8 @@ const ORDERS_IN_FLIGHT: usize = 8;
 /// Random bytes that name a process. Longer ones would only be kept in memory.
 const INSTANCE_BYTES: std::ops::RangeInclusive<usize> = 1..=64;
 const VERSION_BYTES_MAX: usize = 64;
+/// Starts that no MDS has confirmed, and one that did.
+const STARTS_MAX: usize = 4096;
 /// Between two times at which a chunkserver is told that this MDS went on.
 const TELL_EVERY: Duration = Duration::from_millis(250);
 
@@ -71,8 +73,11 @@ impl chunkservers_server::Chunkservers for Chunkservers {
                 request.address
             )));
         }
-        let (id, token) = match request.chunkserver {
-            0 => register_new(mds, &request).await?,
+        let (id, token, verdict) = match request.chunkserver {
+            0 => {
+                let (id, token) = register_new(mds, &request).await?;
+                (id, token, Verdict::Newest)
+            }
             id => register_again(mds, ChunkserverId(id), &request).await?,
         };
         mds.reports().registered(id, request.instance.into(), Instant::now());
@@ -82,6 +87,11 @@ impl chunkservers_server::Chunkservers for Chunkservers {
             token: token.to_vec(),
             cluster_id: cluster.0.to_vec(),
             report_interval_ms: milliseconds(interval),
+            accepted: verdict == Verdict::Accepted,
+            put_back: match verdict {
+                Verdict::PutBack(why) => why,
+                Verdict::Newest | Verdict::Accepted => String::new(),
+            },
         }))
     }
 
@@ -141,6 +151,12 @@ fn check_shape(request: &RegisterRequest) -> Result<(), String> {
     if request.version.len() > VERSION_BYTES_MAX || request.version.chars().any(char::is_control) {
         return Err(format!("a version has at most {VERSION_BYTES_MAX} bytes of text"));
     }
+    if request.starts.len() > STARTS_MAX
+        || request.starts.iter().any(|start| !INSTANCE_BYTES.contains(&start.instance.len()))
+        || request.starts.last().is_some_and(|start| start.instance != request.instance)
+    {
+        return Err(format!("at most {STARTS_MAX} starts, the last of them this one"));
+    }
     match (request.chunkserver, request.token.is_empty(), request.cluster_id.is_empty()) {
         (0, false, _) => Err("a token without a chunkserver id".to_owned()),
         (1.., true, _) => Err("a chunkserver id without its token".to_owned()),
@@ -176,7 +192,7 @@ async fn register_again(
     mds: &Mds,
     id: ChunkserverId,
     request: &RegisterRequest,
-) -> Result<(ChunkserverId, Bytes), Status> {
+) -> Result<(ChunkserverId, Bytes, Verdict), Status> {
     let update = UpdateChunkserver {
         chunkserver: id.0,
         address: request.address.clone(),
@@ -186,7 +202,7 @@ async fn register_again(
     };
     let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
     let mut news = mds.news();
-    let (token, same) = loop {
+    let (token, same, verdict, note) = loop {
         news.mark_unchanged();
         let answer = mds.replicated.read(|state| {
             let known = prove(mds, state, id, &request.token, &request.instance, request.mds_seen.as_ref())?;
@@ -200,7 +216,12 @@ async fn register_again(
                 && known.server == update.server
                 && known.capacity_bytes == update.capacity_bytes
                 && known.version == update.version;
-            Ok((known.token.clone(), same))
+            let verdict = verdict(id, known, &request.starts, request.decided());
+            let newest = request.starts.last().map(started);
+            let note = known.dead
+                || (verdict == Verdict::Newest && newest.is_some() && known.started != newest)
+                || (known.accepted && request.decided() == StartDecision::Accepted);
+            Ok((known.token.clone(), same, verdict, note))
         });
         match answer.await? {
             // Whoever was killed a moment ago has closed its connection, but perhaps its stream's end has not been seen
@@ -216,8 +237,54 @@ async fn register_again(
     if !same {
         mds.carry_out(Command::UpdateChunkserver(update)).await?;
     }
+    match &verdict {
+        Verdict::Newest if note => {
+            let start = request.starts.last().map(started);
+            let accepted = request.decided() == StartDecision::Accepted;
+            let command = ChunkserverStarted { chunkserver: id.0, start, accepted };
+            mds.carry_out(Command::ChunkserverStarted(command)).await?;
+        }
+        Verdict::Newest | Verdict::Accepted => {}
+        Verdict::PutBack(why) => tracing::warn!(chunkserver = %id, why, "was put back to an older copy"),
+    }
     tracing::info!(chunkserver = %id, address = request.address, "is back");
-    Ok((id, token))
+    Ok((id, token, verdict))
+}
+
+/// What the starts of a directory say about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Verdict {
+    Newest,
+    /// It lacks a start. Why that is sure, as a sentence.
+    PutBack(String),
+    /// It lacks one, and an operator knows.
+    Accepted,
+}
+
+fn started(start: &Start) -> Started {
+    Started { number: start.number, instance: Bytes::copy_from_slice(&start.instance) }
+}
+
+/// A directory in whose past the newest start is that this cluster knows is the newest. One whose past begins later is
+/// newer than what an MDS that was itself put back remembers.
+fn verdict(id: ChunkserverId, known: &Chunkserver, starts: &[Start], decided: StartDecision) -> Verdict {
+    if known.accepted && decided != StartDecision::Accepted {
+        return Verdict::Accepted;
+    }
+    let (Some(newest), Some(first), Some(last)) = (&known.started, starts.first(), starts.last()) else {
+        // An older program, or the first start that is counted.
+        return Verdict::Newest;
+    };
+    let knows = newest.number < first.number || starts.iter().any(|start| started(start) == *newest);
+    if knows || decided != StartDecision::None {
+        return Verdict::Newest;
+    }
+    Verdict::PutBack(format!(
+        "{id} was put back to an older copy of its directory: that copy knows of starts up to number {}, and not of \
+         start {}, which this cluster has seen",
+        last.number.saturating_sub(1),
+        newest.number
+    ))
 }
 
 /// Is this process that chunkserver, and nobody else?
@@ -237,7 +304,11 @@ fn prove<'a>(
             return Err(ErrorWord::MdsPutBack
                 .status(format!("this MDS was put back from an older copy: it does not know {id}")));
         }
-        return Err(ErrorWord::NotFound.status(format!("this cluster has no {id}")));
+        return Err(ErrorWord::NotFound.status(if id.0 <= state.chunkservers_given() {
+            format!("{id} was removed from this cluster; an empty directory makes it a new one")
+        } else {
+            format!("this cluster has no {id}")
+        }));
     };
     if !same_secret(&known.token, token) {
         return Err(ErrorWord::WrongToken.status(format!("that is not the token of {id}")));
@@ -347,6 +418,11 @@ impl HeartbeatStream<'_> {
                 () = self.mds.stopping() => {
                     return Err(ErrorWord::NotLeader.status("this MDS is stopping"));
                 }
+            }
+            let accepted = |state: &State| state.chunkservers().get(&self.id).is_none_or(|it| it.accepted);
+            if self.mds.replicated.read(accepted).await? {
+                return Err(ErrorWord::Busy
+                    .status(format!("something was decided about {}: register again", self.id)));
             }
             if !self.mds.reports().is_newest(self.id, self.number) {
                 return Err(ErrorWord::DuplicateChunkserver

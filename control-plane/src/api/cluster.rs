@@ -5,18 +5,18 @@ use std::time::Instant;
 use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::cluster_server;
 use evolute_protocol::rpc::{
-    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, ErrorWord, Health, MdsStatus, RetireRequest,
-    RetireResponse, StatusRequest,
+    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, DecideRequest, DecideResponse, Decision, ErrorWord,
+    Health, MdsStatus, RetireRequest, RetireResponse, StatusRequest,
 };
 use tonic::{Request, Response, Status};
 
-use super::{Cluster, volumes};
+use super::{Cluster, invalid, volumes};
 use crate::health;
 use crate::mds::Mds;
 use crate::raft::NoOutcome;
 use crate::scheduler::obstacles;
 use crate::standing::Now;
-use crate::state::command::{Accept, RetireChunkserver};
+use crate::state::command::{Accept, DecideChunkserver, Decided, RetireChunkserver};
 use crate::state::{Command, State};
 
 #[tonic::async_trait]
@@ -92,6 +92,47 @@ impl cluster_server::Cluster for Cluster {
             mds.tell();
         }
         Ok(Response::new(AcceptMdsResponse { is_needed, lines }))
+    }
+
+    async fn decide(&self, request: Request<DecideRequest>) -> Result<Response<DecideResponse>, Status> {
+        let (mds, request) = (&self.0, request.into_inner());
+        let id = ChunkserverId(request.chunkserver);
+        let decided = match request.decision() {
+            Decision::Accept => Decided::Accepted,
+            Decision::Dead => Decided::Dead,
+            Decision::Remove => Decided::Removed,
+            Decision::Unknown => return Err(invalid("a decision this version does not know")),
+        };
+        {
+            let (reports, now) = (mds.reports(), Instant::now());
+            let online = reports.is_online(id, now);
+            match decided {
+                Decided::Accepted if reports.online(id, now).is_none_or(|report| report.put_back() == 0) => {
+                    return Err(invalid(format!(
+                        "{id} does not report a replica that was put back: there is nothing to accept"
+                    )));
+                }
+                Decided::Dead if online => {
+                    return Err(invalid(format!(
+                        "{id} reports: it is not dead (`evolute chunkserver retire {}` empties it)",
+                        id.0
+                    )));
+                }
+                Decided::Removed if online => {
+                    return Err(invalid(format!("{id} reports: it has to be stopped before it is removed")));
+                }
+                Decided::Accepted | Decided::Dead | Decided::Removed => {}
+            }
+        }
+        let command = DecideChunkserver { chunkserver: id.0, decided: decided.into() };
+        mds.carry_out(Command::DecideChunkserver(command)).await?;
+        tracing::info!(chunkserver = %id, ?decided, "an operator decided");
+        let obstacles = |state: &State| match decided {
+            Decided::Dead => obstacles::of(id, state, &mds.reports(), &mds.limits, Instant::now()),
+            Decided::Accepted | Decided::Removed => Vec::new(),
+        };
+        let obstacles = mds.replicated.read(obstacles).await?;
+        Ok(Response::new(DecideResponse { obstacles }))
     }
 
     async fn retire(&self, request: Request<RetireRequest>) -> Result<Response<RetireResponse>, Status> {

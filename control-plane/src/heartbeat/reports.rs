@@ -265,6 +265,13 @@ impl Reports {
     }
 }
 
+impl Received {
+    /// How many of its replicas do not vote because its directory was put back to an older copy.
+    pub fn put_back(&self) -> u32 {
+        u32::try_from(self.replicas.values().filter(|replica| replica.put_back).count()).unwrap_or(u32::MAX)
+    }
+}
+
 /// An exabyte: those of all chunkservers are added up without a look. Some file systems say more than they have.
 const BYTES_MAX: u64 = 1 << 60;
 

@@ -19,7 +19,9 @@ pub fn plan(state: &State, reports: &Reports, limits: &Limits, now: Instant) -> 
         .chunkservers()
         .iter()
         .filter(|(id, chunkserver)| {
-            chunkserver.pool == pool && !chunkserver.retiring && reports.is_online(**id, now)
+            // Not on one whose stream just ended: it may be reconnecting, or dead.
+            let there = reports.is_online(**id, now) && reports.connected_for(**id, now).is_some();
+            chunkserver.pool == pool && !chunkserver.retiring && there
         })
         .map(|(&id, chunkserver)| Host {
             id,

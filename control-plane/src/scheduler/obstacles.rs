@@ -41,6 +41,9 @@ fn sentence(id: ChunkserverId, hindrance: &Hindrance, copysets: &BTreeSet<Copyse
         Hindrance::NoMajority => {
             format!("{cannot} until two others of each report and one of them leads")
         }
+        Hindrance::Unsettled { fits, after_s } => {
+            format!("{cannot} yet: {fits} fits once it has been connected for {after_s} s")
+        }
         Hindrance::NoPlace { zones } => {
             format!(
                 "{cannot}: a chunkserver outside of {} is needed that reports, has room and is not in trouble",
@@ -73,6 +76,13 @@ mod tests {
             ]
         );
         groups.join("z3");
+        assert_eq!(
+            obstacles(&groups, 3),
+            [
+                "the replicas of copyset-1, copyset-2, copyset-3 and 13 more on chunkserver-3 cannot be made anew \
+              elsewhere yet: chunkserver-4 fits once it has been connected for 20 s"
+            ]
+        );
         groups.steps(3);
         assert_eq!(obstacles(&groups, 3), [""; 0]);
         groups.limits.repairs_max = 0;

@@ -84,6 +84,7 @@ pub fn condition(
     id: CopysetId,
     copyset: &Copyset,
     replica: &Replica,
+    state: &State,
     reports: &Reports,
     limits: &Limits,
     now: Instant,
@@ -91,10 +92,15 @@ pub fn condition(
     let on = replica.chunkserver;
     let Some(report) = reports.online(on, now) else {
         let silent = reports.silent_for(on, now).unwrap_or_else(|| reports.listening_for(now));
-        return if silent >= limits.repair_after { Condition::Silent(silent) } else { Condition::Away };
+        let dead = state.chunkservers().get(&on).is_none_or(|chunkserver| chunkserver.dead);
+        return if dead || silent >= limits.repair_after {
+            Condition::Silent(silent)
+        } else {
+            Condition::Away
+        };
     };
     let here = report.replicas.get(&id).filter(|here| here.replica == replica.id.0);
-    let settled = reports.connected_for(on, now).is_some_and(|c| c >= reports.interval() * SETTLED_INTERVALS);
+    let settled = reports.connected_for(on, now).is_some_and(|c| c >= settled_after(reports));
     match here {
         Some(here) if !here.failed.is_empty() => Condition::Lost,
         Some(_) => {
@@ -115,6 +121,11 @@ pub fn condition(
 pub enum Hindrance {
     SwitchedOff,
     NoMajority,
+    /// One that could take it has not been there for long enough.
+    Unsettled {
+        fits: ChunkserverId,
+        after_s: u64,
+    },
     /// All that could take it are in the zones of the other two.
     NoPlace {
         zones: BTreeSet<String>,
@@ -140,9 +151,23 @@ pub fn hindrance(
         return Some(Hindrance::NoMajority);
     };
     let (nothing, taken) = (Work::default(), sight.zones_beside(copyset, old.id));
-    let mut able = sight.able(&copyset.pool, &taken, group.says.data_bytes, &nothing);
-    let place = able.any(|(other, _)| other != old.chunkserver);
-    (!place).then(|| Hindrance::NoPlace { zones: taken.iter().map(|&zone| zone.to_owned()).collect() })
+    let bytes = group.says.data_bytes;
+    if sight.able(&copyset.pool, &taken, bytes, &nothing).any(|(other, _)| other != old.chunkserver) {
+        return None;
+    }
+    let fits = |id: &ChunkserverId| {
+        let report = sight.reports.online(*id, now).filter(|_| *id != old.chunkserver);
+        report.is_some_and(|report| sight.takes(*id, report, &copyset.pool, &taken, bytes, &nothing))
+    };
+    Some(match state.chunkservers().keys().copied().find(fits) {
+        Some(fits) => Hindrance::Unsettled { fits, after_s: settled_after(reports).as_secs().max(1) },
+        None => Hindrance::NoPlace { zones: taken.iter().map(|&zone| zone.to_owned()).collect() },
+    })
+}
+
+/// How long a chunkserver must have been connected before it is given replicas.
+fn settled_after(reports: &Reports) -> Duration {
+    reports.interval() * SETTLED_INTERVALS
 }
 
 /// One replica that should be replaced, and can be.
@@ -227,7 +252,7 @@ struct Sight<'a> {
 
 impl<'a> Sight<'a> {
     fn condition(&self, id: CopysetId, copyset: &Copyset, replica: &Replica) -> Condition {
-        condition(id, copyset, replica, self.reports, self.limits, self.now)
+        condition(id, copyset, replica, self.state, self.reports, self.limits, self.now)
     }
 
     fn group(&self, id: CopysetId, copyset: &Copyset) -> Option<Group<'a>> {
@@ -241,7 +266,7 @@ impl<'a> Sight<'a> {
     /// There for long enough to be given something.
     fn settled(&self, id: ChunkserverId) -> Option<&'a Received> {
         let connected = self.reports.connected_for(id, self.now)?;
-        let settled = connected >= self.reports.interval() * SETTLED_INTERVALS;
+        let settled = connected >= settled_after(self.reports);
         self.reports.online(id, self.now).filter(|_| settled)
     }
 
@@ -400,18 +425,30 @@ impl<'a> Sight<'a> {
         bytes: u64,
         work: &Work,
     ) -> impl Iterator<Item = (ChunkserverId, &'a Received)> {
-        self.state.chunkservers().iter().filter_map(move |(&id, chunkserver)| {
+        self.state.chunkservers().keys().filter_map(move |&id| {
             let report = self.settled(id)?;
-            let coming = work.coming.get(&id).copied().unwrap_or(0);
-            let left = report.free_bytes.saturating_sub(coming).checked_sub(bytes);
-            let fits = left.is_some_and(|left| left >= near_full_below(report.capacity_bytes));
-            let able = fits
-                && report.trouble.is_empty()
-                && !chunkserver.retiring
-                && chunkserver.pool == pool
-                && !taken.contains(chunkserver.zone.as_str());
-            able.then_some((id, report))
+            self.takes(id, report, pool, taken, bytes, work).then_some((id, report))
         })
+    }
+
+    /// Whether this one could, however long it has been there.
+    fn takes(
+        &self,
+        id: ChunkserverId,
+        report: &Received,
+        pool: &str,
+        taken: &BTreeSet<&str>,
+        bytes: u64,
+        work: &Work,
+    ) -> bool {
+        let Some(chunkserver) = self.state.chunkservers().get(&id) else { return false };
+        let coming = work.coming.get(&id).copied().unwrap_or(0);
+        let left = report.free_bytes.saturating_sub(coming).checked_sub(bytes);
+        left.is_some_and(|left| left >= near_full_below(report.capacity_bytes))
+            && report.trouble.is_empty()
+            && !chunkserver.retiring
+            && chunkserver.pool == pool
+            && !taken.contains(chunkserver.zone.as_str())
     }
 
     // ---- when nothing else is to do

@@ -54,6 +54,10 @@ pub enum Command {
     Adopt(Adopt),
     #[prost(message, tag = "42")]
     Accept(Accept),
+    #[prost(message, tag = "50")]
+    ChunkserverStarted(ChunkserverStarted),
+    #[prost(message, tag = "51")]
+    DecideChunkserver(DecideChunkserver),
 }
 
 /// The cluster gets its name. The first one wins; the outcome says which that was.
@@ -100,6 +104,47 @@ pub struct UpdateChunkserver {
     pub capacity_bytes: u64,
     #[prost(string, tag = "5")]
     pub version: String,
+}
+
+/// This start of a chunkserver is the newest there is: whatever lacks it later is an older copy.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ChunkserverStarted {
+    #[prost(uint32, tag = "1")]
+    pub chunkserver: u32,
+    #[prost(message, optional, tag = "2")]
+    pub start: Option<Started>,
+    /// It counts again what an operator accepted.
+    #[prost(bool, tag = "3")]
+    pub accepted: bool,
+}
+
+/// One start of a chunkserver's process.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Started {
+    #[prost(uint64, tag = "1")]
+    pub number: u64,
+    #[prost(bytes = "bytes", tag = "2")]
+    pub instance: Bytes,
+}
+
+/// What an operator decided about a chunkserver.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct DecideChunkserver {
+    #[prost(uint32, tag = "1")]
+    pub chunkserver: u32,
+    #[prost(enumeration = "Decided", tag = "2")]
+    pub decided: i32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, prost::Enumeration)]
+#[repr(i32)]
+pub enum Decided {
+    /// The directory it has now is what counts.
+    Accepted = 1,
+    /// It does not come back.
+    Dead = 2,
+    /// It is not of this cluster any more.
+    Removed = 3,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -371,7 +416,10 @@ pub struct AdoptedSegment {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Entry {
-    #[prost(oneof = "Command", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 40, 41, 42")]
+    #[prost(
+        oneof = "Command",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 40, 41, 42, 50, 51"
+    )]
     command: Option<Command>,
 }
 

@@ -89,6 +89,8 @@ impl State {
             Command::BeginReplace(c) => self.begin_replace(c, &mut changes),
             Command::ReplaceDone(c) => self.replace_done(c, &mut changes),
             Command::CancelReplace(c) => self.cancel_replace(c, &mut changes),
+            Command::ChunkserverStarted(c) => self.chunkserver_started(c, &mut changes),
+            Command::DecideChunkserver(c) => self.decide_chunkserver(*c, &mut changes),
             Command::ReplaceUndone(c) => self.replace_undone(c, &mut changes),
             Command::BeginReign(c) => self.begin_reign(c, &mut changes),
             Command::Adopt(c) => self.adopt(c, &mut changes),

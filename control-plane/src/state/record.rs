@@ -8,6 +8,7 @@ use evolute_protocol::geometry::CHUNKS_PER_SEGMENT;
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId, SegmentIndex, VolumeId};
 use prost::Message;
 
+use super::command::Started;
 use super::copyset::{Copyset, Pending, Replica};
 use super::reign::Reign;
 use super::replace::Reason;
@@ -158,6 +159,12 @@ struct ChunkserverRecord {
     registered_unix_ms: u64,
     #[prost(bool, tag = "10")]
     retiring: bool,
+    #[prost(message, optional, tag = "50")]
+    started: Option<Started>,
+    #[prost(bool, tag = "51")]
+    accepted: bool,
+    #[prost(bool, tag = "52")]
+    dead: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -264,6 +271,9 @@ impl State {
                     registered_by: chunkserver.registered_by,
                     registered_unix_ms: chunkserver.registered_unix_ms,
                     retiring: chunkserver.retiring,
+                    started: chunkserver.started,
+                    accepted: chunkserver.accepted,
+                    dead: chunkserver.dead,
                 }
                 .encode_to_vec()
             }
@@ -367,6 +377,9 @@ impl State {
                         registered_by: record.registered_by,
                         registered_unix_ms: record.registered_unix_ms,
                         retiring: record.retiring,
+                        started: record.started,
+                        accepted: record.accepted,
+                        dead: record.dead,
                     },
                 );
             }

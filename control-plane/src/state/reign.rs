@@ -177,6 +177,10 @@ impl State {
             registered_by: register.instance.clone(),
             registered_unix_ms: register.at_unix_ms,
             retiring: false,
+            // Its directory says itself since when it is the newest.
+            started: None,
+            accepted: false,
+            dead: false,
         });
         changes.push(Key::Chunkserver(id));
     }

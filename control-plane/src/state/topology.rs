@@ -6,7 +6,10 @@
 use bytes::Bytes;
 use evolute_protocol::id::{ChunkserverId, ClusterId};
 
-use super::command::{InitCluster, RegisterChunkserver, RetireChunkserver, UpdateChunkserver};
+use super::command::{
+    ChunkserverStarted, DecideChunkserver, Decided, InitCluster, RegisterChunkserver, RetireChunkserver,
+    Started, UpdateChunkserver,
+};
 use super::outcome::{Done, Outcome, Why, refuse};
 use super::{Changes, Key, State};
 
@@ -35,6 +38,12 @@ pub struct Chunkserver {
     pub registered_unix_ms: u64,
     /// Nothing new is placed there, and what is there moves away.
     pub retiring: bool,
+    /// The newest start that is known: a directory that lacks it was put back to an older copy.
+    pub started: Option<Started>,
+    /// An operator takes the directory that it has now for the right one. Until it took note.
+    pub accepted: bool,
+    /// An operator knows that it does not come back. Until it does.
+    pub dead: bool,
 }
 
 /// Zone and server names: what an operator types, and a status line shows.
@@ -119,6 +128,9 @@ impl State {
                 registered_by: command.instance.clone(),
                 registered_unix_ms: command.at_unix_ms,
                 retiring: false,
+                started: None,
+                accepted: false,
+                dead: false,
             },
         );
         changes.extend([Key::Cluster, Key::Chunkserver(id)]);
@@ -138,6 +150,57 @@ impl State {
             chunkserver.retiring = command.retiring;
             changes.push(Key::Chunkserver(id));
         }
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn chunkserver_started(
+        &mut self,
+        command: &ChunkserverStarted,
+        changes: &mut Changes,
+    ) -> Outcome {
+        let id = ChunkserverId(command.chunkserver);
+        let Some(chunkserver) = self.chunkservers.get_mut(&id) else {
+            return refuse(Why::NotFound, format!("there is no {id}"));
+        };
+        if command.start.is_some() {
+            chunkserver.started.clone_from(&command.start);
+        }
+        chunkserver.dead = false;
+        chunkserver.accepted &= !command.accepted;
+        changes.push(Key::Chunkserver(id));
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn decide_chunkserver(
+        &mut self,
+        command: DecideChunkserver,
+        changes: &mut Changes,
+    ) -> Outcome {
+        let id = ChunkserverId(command.chunkserver);
+        let Some(chunkserver) = self.chunkservers.get_mut(&id) else {
+            return refuse(Why::NotFound, format!("there is no {id}"));
+        };
+        match Decided::try_from(command.decided) {
+            Ok(Decided::Accepted) => chunkserver.accepted = true,
+            Ok(Decided::Dead) => chunkserver.dead = true,
+            Ok(Decided::Removed) => {
+                let holds = |copyset: &super::Copyset| copyset.everyone().any(|it| it.chunkserver == id);
+                let held = self.copysets.values().filter(|copyset| holds(copyset)).count();
+                if held > 0 {
+                    return refuse(
+                        Why::Invalid,
+                        format!(
+                            "{id} has replicas of {held} copysets: first they have to be elsewhere \
+                             (`evolute chunkserver retire {0}`, or `declare-dead {0}` if it does not come back)",
+                            id.0
+                        ),
+                    );
+                }
+                self.chunkservers.remove(&id);
+            }
+            Err(_) => return refuse(Why::Invalid, "a decision of a newer version"),
+        }
+        changes.push(Key::Chunkserver(id));
         Ok(Done::Plain)
     }
 

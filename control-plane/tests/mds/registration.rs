@@ -1,6 +1,6 @@
 //! Who may speak for a chunkserver.
 
-use evolute_protocol::rpc::{ErrorWord, RegisterRequest};
+use evolute_protocol::rpc::{ErrorWord, RegisterRequest, Start, StartDecision};
 
 use crate::support::{
     Chunkserver, Mds, first_registration, instance, register, registration, status, until, word,
@@ -100,4 +100,49 @@ async fn everybody_hears_of_a_new_address() {
     let status = status(mds.address).await;
     let known = &status.chunkservers[1];
     assert_eq!((known.server.as_str(), known.capacity_bytes, known.version.as_str()), ("elsewhere", 5, "9"));
+}
+
+/// A directory remembers its starts; a copy of it lacks those that came after it was made.
+#[tokio::test]
+async fn a_directory_that_lacks_a_start_was_put_back() {
+    let mds = Mds::start().await;
+    let disk = Chunkserver::start(mds.address, "z1").await.kill().await;
+    let name = |number: u8| vec![number; 16];
+    let start = |number: u8| Start { number: number.into(), instance: name(number) };
+    let with = |starts: Vec<Start>, decided: StartDecision| RegisterRequest {
+        instance: starts.last().expect("this one").instance.clone(),
+        starts,
+        decided: decided.into(),
+        ..registration(&disk)
+    };
+    let ask = |starts: Vec<Start>, decided| {
+        let request = with(starts, decided);
+        // One process at a time: the one before has not opened a stream, and gives the place up in a while.
+        async move {
+            loop {
+                match register(mds.address, request.clone()).await {
+                    Err(status) if ErrorWord::of(&status) == Some(ErrorWord::DuplicateChunkserver) => {}
+                    answer => break answer.expect("answered"),
+                }
+            }
+        }
+    };
+    let undecided = StartDecision::None;
+    assert_eq!(ask(vec![start(1)], undecided).await.put_back, "", "the first that is counted");
+    assert_eq!(ask(vec![start(1), start(2)], undecided).await.put_back, "");
+    // As before start 2, with another start after it: by number alone it would be as new.
+    let copy = vec![start(1), Start { number: 2, instance: vec![9; 16] }];
+    for _ in 0..2 {
+        let answer = ask(copy.clone(), undecided).await;
+        assert!(answer.put_back.contains("chunkserver-1 was put back to an older copy"), "{answer:?}");
+    }
+    // It took note: from now on this is the directory, and the one before is the older one.
+    assert_eq!(ask(copy.clone(), StartDecision::Forgotten).await.put_back, "");
+    assert_eq!(ask(copy, undecided).await.put_back, "");
+    assert_ne!(ask(vec![start(1), start(2)], undecided).await.put_back, "");
+    // One whose past begins later than what an MDS remembers is newer than the MDS.
+    assert_eq!(ask(vec![start(7), start(8)], undecided).await.put_back, "");
+    // A start that is not this process's is no proof of anything.
+    let forged = RegisterRequest { instance: name(5), ..with(vec![start(8), start(9)], undecided) };
+    assert_eq!(word(register(mds.address, forged).await), ErrorWord::Invalid);
 }

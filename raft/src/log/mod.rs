@@ -280,6 +280,12 @@ impl Log {
         Some(ReplicaId(self.core().groups.get(&group)?.borrow().replica))
     }
 
+    /// Begins the log of a replica, durably, so that whoever owns it can tell one that is lost from one that never was.
+    pub async fn begin(&self, group: GroupId, me: ReplicaId) -> Result<(), LogError> {
+        self.group(group, me).await?;
+        self.synced().await
+    }
+
     /// Why this log is dead, if it is.
     pub fn failed(&self) -> Option<LogError> {
         self.core().dead.clone()

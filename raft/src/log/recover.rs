@@ -52,13 +52,28 @@ struct Found {
     header: Option<FileHeader>,
 }
 
+/// Not `.log`: those are what people delete when a disk is full.
+const SUFFIX: &str = ".raftlog";
+/// Until 0.1.0. Renamed when the log is opened.
+const FORMER_SUFFIX: &str = ".log";
+
 pub fn file_name(dir: &Path, number: u64) -> PathBuf {
-    dir.join(format!("{number:04}.log"))
+    dir.join(format!("{number:04}{SUFFIX}"))
 }
 
 /// The number in a file's name; `None` when it is not one of ours.
 pub fn file_number(path: &Path) -> Option<u64> {
-    path.file_name()?.to_str()?.strip_suffix(".log")?.parse().ok()
+    let name = path.file_name()?.to_str()?;
+    name.strip_suffix(SUFFIX).or_else(|| name.strip_suffix(FORMER_SUFFIX))?.parse().ok()
+}
+
+/// Gives a file of a former release the name it has now, unless there is such a file: then it is read as it is.
+fn renamed(dir: &Path, path: PathBuf) -> Result<PathBuf, LogError> {
+    let now = file_number(&path).map(|number| file_name(dir, number)).filter(|now| *now != path);
+    let Some(now) = now.filter(|now| !now.exists()) else { return Ok(path) };
+    std::fs::rename(&path, &now).map_err(failed("rename", &path))?;
+    std::fs::File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed("sync", dir))?;
+    Ok(now)
 }
 
 pub fn recover(dir: &Path, owner: LogOwner, access: Access) -> Result<Recovered, LogError> {
@@ -84,7 +99,7 @@ fn find(dir: &Path, owner: LogOwner, access: Access) -> Result<Vec<Found>, LogEr
     for entry in std::fs::read_dir(dir).map_err(failed("list", dir))? {
         let path = entry.map_err(failed("list", dir))?.path();
         if file_number(&path).is_some() {
-            paths.push(path);
+            paths.push(if access == Access::Write { renamed(dir, path)? } else { path });
         } else if access == Access::Write && path.extension().is_some_and(|extension| extension == "new") {
             // Its making was interrupted.
             std::fs::remove_file(&path).map_err(failed("remove", &path))?;

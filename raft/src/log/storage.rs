@@ -50,6 +50,13 @@ impl GroupLog {
         self.index.borrow().vote.map(|vote| vote.term)
     }
 
+    pub fn vote(&self) -> Option<Vote> {
+        self.index.borrow().vote.map(|vote| match vote.committed {
+            true => Vote::new_committed(vote.term, vote.voted_for),
+            false => Vote::new(vote.term, vote.voted_for),
+        })
+    }
+
     /// A raft snapshot at this position was being installed when the process ended.
     pub fn installing(&self) -> Option<Position> {
         self.index.borrow().installing
@@ -213,11 +220,7 @@ impl RaftLogReader<Types> for GroupLog {
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {
-        let vote = self.index.borrow().vote;
-        Ok(vote.map(|vote| match vote.committed {
-            true => Vote::new_committed(vote.term, vote.voted_for),
-            false => Vote::new(vote.term, vote.voted_for),
-        }))
+        Ok(self.vote())
     }
 }
 

@@ -256,6 +256,11 @@ impl Serving {
             return Ok(());
         }
         let outbox = self.outbox.clone();
+        if !group.0.may_vote() {
+            let refused = VoteResponse::new(group.0.own_vote(), None, false);
+            outbox.frame(Kind::Voted, frame.group, frame.session, |out| put_vote_response(out, &refused));
+            return Ok(());
+        }
         group.0.vote_stirs();
         if !request.leadership_transfer
             && let Some(leader) = group.0.stands_by()
@@ -315,6 +320,11 @@ impl Serving {
             return Ok(());
         }
         group.0.stir();
+        if !group.0.may_vote() {
+            // Taken note of, no more: whoever handed over stands again in a while.
+            self.outbox.frame(Kind::Transferred, frame.group, frame.session, |_| {});
+            return Ok(());
+        }
         let outbox = self.outbox.clone();
         tokio::task::spawn_local(async move {
             let Some(raft) = group.0.running() else { return };

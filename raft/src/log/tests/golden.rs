@@ -45,7 +45,7 @@ async fn write(log: &Log) -> Model {
 fn version_1_is_still_written_byte_for_byte() {
     let dir = tempfile::tempdir().unwrap();
     run(async { write(&open(dir.path()).await.expect("a log")).await });
-    let written = std::fs::read(dir.path().join("0001.log")).unwrap();
+    let written = std::fs::read(dir.path().join("0001.raftlog")).unwrap();
     assert!(written[USED..].iter().all(|&byte| byte == 0), "more than there was");
     if let Some(at) = (0..USED).find(|&at| written[at] != VERSION_1[at]) {
         panic!("byte {at} is {:#04x} and was {:#04x}", written[at], VERSION_1[at]);
@@ -57,7 +57,7 @@ fn version_1_is_still_read() {
     let dir = tempfile::tempdir().unwrap();
     let mut file = VERSION_1.to_vec();
     file.resize(64 << 10, 0);
-    std::fs::write(dir.path().join("0001.log"), file).unwrap();
+    std::fs::write(dir.path().join("0001.raftlog"), file).unwrap();
     let found = LocalRt::new(1).block_on(async { held(&open(dir.path()).await.expect("a log")).await });
     let other = tempfile::tempdir().unwrap();
     let model = run(async { write(&open(other.path()).await.expect("a log")).await });
@@ -70,7 +70,7 @@ fn version_1_is_still_read() {
 fn write_golden() {
     let dir = tempfile::tempdir().unwrap();
     run(async { write(&open(dir.path()).await.expect("a log")).await });
-    let mut written = std::fs::read(dir.path().join("0001.log")).unwrap();
+    let mut written = std::fs::read(dir.path().join("0001.raftlog")).unwrap();
     let used = written.iter().rposition(|&byte| byte != 0).unwrap().next_multiple_of(4096);
     written.truncate(used);
     std::fs::write("src/log/tests/golden/new.log", written).unwrap();

@@ -200,7 +200,7 @@ fn somebody_else_s_log_is_refused_and_not_touched() {
         assert!(matches!(open(dir.path()).await, Err(LogError::InUse { .. })), "two at a time");
         log.close().await;
     });
-    let bytes = || std::fs::read(dir.path().join("0001.log")).unwrap();
+    let bytes = || std::fs::read(dir.path().join("0001.raftlog")).unwrap();
     let before = bytes();
     for owner in [LogOwner { cluster: [6; 16], ..OWNER }, LogOwner { process: ProcessId(8), ..OWNER }] {
         let opened = run(Log::open(dir.path(), LogOptions { owner, ..options() }));
@@ -208,10 +208,10 @@ fn somebody_else_s_log_is_refused_and_not_touched() {
     }
     let mut newer = before.clone();
     newer[8] = 9;
-    std::fs::write(dir.path().join("0001.log"), &newer).unwrap();
+    std::fs::write(dir.path().join("0001.raftlog"), &newer).unwrap();
     assert!(matches!(run(open(dir.path())), Err(LogError::NewerVersion { found: 9, known: 1, .. })));
     assert_eq!(bytes(), newer);
-    std::fs::write(dir.path().join("0001.log"), &before).unwrap();
+    std::fs::write(dir.path().join("0001.raftlog"), &before).unwrap();
     run(async { assert_eq!(open(dir.path()).await.unwrap().groups().len(), 3) });
 }
 

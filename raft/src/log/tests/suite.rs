@@ -3,6 +3,7 @@
 //! Its tests of a state machine want one that can be asked for a snapshot at any moment and be given another's. Ours
 //! has no data to give; [`Obliging`] fills that in around it, and leaves applying to the real one.
 
+use std::cell::Cell;
 use std::io;
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -111,7 +112,7 @@ impl StoreBuilder<Types, GroupLog, Obliging, tempfile::TempDir> for Builder {
         let second = Duration::from_secs(1);
         let bounds =
             Bounds { command_bytes_max: 4096, election_max: second, lately: second, retain_bytes: u64::MAX };
-        let state = State::new(group, me, None, meta, bounds, intake);
+        let state = State::new(group, me, None, meta, bounds, intake, Rc::new(Cell::new(true)));
         let machine = Machine::new(Box::new(Nothing), state.clone(), no_membership());
         Ok((dir, log, Obliging(machine, state)))
     }
