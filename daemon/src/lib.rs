@@ -11,6 +11,7 @@ mod calendar;
 pub mod door;
 pub mod notify;
 pub mod outlet;
+mod ready_file;
 mod turns;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
@@ -23,13 +24,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use anyhow::Context;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 pub use calendar::utc;
 pub use outlet::Outlet;
+pub use ready_file::{check_ready_file, remove_ready_file, write_ready_file};
 pub use turns::{background, short_turns};
 
 /// The log of this process, and why it ends: stderr.
@@ -166,21 +167,6 @@ pub fn read_config<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     let text = fs::read_to_string(path)
         .with_context(|| format!("cannot read the configuration {}", path.display()))?;
     toml::from_str(&text).with_context(|| format!("the configuration {} is not valid", path.display()))
-}
-
-/// Says to whoever started this program that it serves now: a JSON file that appears whole or not at all.
-pub fn write_ready_file<T: Serialize>(path: &Path, content: &T) -> anyhow::Result<()> {
-    let write = || -> std::io::Result<()> {
-        let mut name = path.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{}", std::process::id()));
-        let unfinished = path.with_file_name(name);
-        let mut file = fs::File::create(&unfinished)?;
-        serde_json::to_writer(&mut file, content)?;
-        file.write_all(b"\n")?;
-        drop(file);
-        fs::rename(&unfinished, path)
-    };
-    write().with_context(|| format!("cannot write the ready file {}", path.display()))
 }
 
 /// The wish to stop: SIGTERM, SIGINT, or SIGHUP. There is nothing that could be read again while a program runs, so a

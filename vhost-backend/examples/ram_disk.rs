@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use bytes::Bytes;
 use evolute_vhost_backend::backing::{Backing, Outcome, Request, Ticket};
-use evolute_vhost_backend::device::{DeviceConfig, Endpoint, StopSignal, run};
+use evolute_vhost_backend::device::{DeviceConfig, Endpoint, SocketAccess, StopSignal, run};
 use smallvec::smallvec;
 use vm_memory::{Bytes as _, FileOffset, MmapRegion, VolatileMemory};
 
@@ -113,6 +113,6 @@ fn main() -> anyhow::Result<()> {
     let disk = move |_waker, _seat| -> Box<dyn Backing> {
         Box::new(RamDisk { bytes, delay, waiting: VecDeque::new(), done: Vec::new() })
     };
-    run(config, Endpoint::listen(Path::new(&socket))?, disk, StopSignal::new()?)?;
+    run(config, Endpoint::listen(Path::new(&socket), SocketAccess::default())?, disk, StopSignal::new()?)?;
     Ok(())
 }

@@ -7,6 +7,7 @@ use clap::Parser;
 use serde::Deserialize;
 
 use crate::connections::DISKS_MAX;
+use crate::device::{SocketAccess, group_of};
 
 /// Serves Evolute volumes to virtual machines as vhost-user-blk devices: one, or several by one process.
 #[derive(Debug, Clone, Default, Parser, Deserialize)]
@@ -37,6 +38,12 @@ pub struct Args {
     #[arg(long, value_name = "FDNUM")]
     #[serde(skip)]
     pub fd: Option<i32>,
+    /// Permissions of the socket: whoever can connect can read and write the disk [default: 0600]
+    #[arg(long, value_name = "OCTAL", conflicts_with = "fd")]
+    pub socket_mode: Option<String>,
+    /// Group of the socket, by name or number, as for a virtual machine monitor of another user with --socket-mode 0660
+    #[arg(long, value_name = "GROUP", conflicts_with = "fd")]
+    pub socket_group: Option<String>,
     /// The volume's name
     #[arg(long, value_name = "NAME")]
     pub volume: Option<String>,
@@ -106,6 +113,7 @@ pub struct Config {
     pub disks: Vec<Disk>,
     /// They were given by `--disk`: the ready file lists them.
     pub lists_disks: bool,
+    pub access: SocketAccess,
     pub mds: Vec<String>,
     pub state_dir: Option<PathBuf>,
     pub takeover: bool,
@@ -129,6 +137,10 @@ pub enum ConfigError {
     Serial(usize),
     #[error("--fd {0} is not a descriptor given to this process")]
     Fd(i32),
+    #[error("--socket-mode must be octal, 0 to 777, such as 0660; not {0:?}")]
+    SocketMode(String),
+    #[error("--socket-group: {0}")]
+    SocketGroup(String),
     #[error("--disk must be VOLUME=SOCKET, not {0:?}")]
     Disk(String),
     #[error("--disk has {0:?} twice")]
@@ -157,6 +169,8 @@ impl Args {
             config: self.config,
             socket_path: if self.fd.is_some() { None } else { self.socket_path.or(file.socket_path) },
             fd: self.fd,
+            socket_mode: self.socket_mode.or(file.socket_mode),
+            socket_group: self.socket_group.or(file.socket_group),
             volume: self.volume.or(file.volume),
             disk: if self.disk.is_empty() { file.disk } else { self.disk },
             mds: if self.mds.is_empty() { file.mds } else { self.mds },
@@ -188,6 +202,7 @@ impl Args {
         Ok(Config {
             disks,
             lists_disks: !self.disk.is_empty(),
+            access: self.access()?,
             mds: self.mds,
             state_dir: self.state_dir,
             takeover: self.takeover,
@@ -197,6 +212,18 @@ impl Args {
             fail_after: self.fail_after_s.filter(|&s| s > 0).map(Duration::from_secs),
             ready_file: self.ready_file,
         })
+    }
+
+    fn access(&self) -> Result<SocketAccess, ConfigError> {
+        let mut access = SocketAccess::default();
+        if let Some(text) = &self.socket_mode {
+            let mode = u32::from_str_radix(text, 8).ok().filter(|&mode| mode <= 0o777);
+            access.mode = mode.ok_or_else(|| ConfigError::SocketMode(text.clone()))?;
+        }
+        if let Some(text) = &self.socket_group {
+            access.group = Some(group_of(text).map_err(ConfigError::SocketGroup)?);
+        }
+        Ok(access)
     }
 
     fn disks(&self) -> Result<Vec<Disk>, ConfigError> {
@@ -258,7 +285,7 @@ fn serial_of(volume: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Args, CAPABILITIES, ConfigError, DISKS_MAX, Socket};
+    use super::{Args, CAPABILITIES, ConfigError, DISKS_MAX, Socket, SocketAccess};
 
     fn args() -> Args {
         Args {
@@ -279,6 +306,12 @@ mod tests {
             (Args { queues: Some(257), ..args() }, ConfigError::Queues(257)),
             (Args { serial: Some("x".repeat(21)), ..args() }, ConfigError::Serial(21)),
             (Args { fd: Some(1), ..args() }, ConfigError::Fd(1)),
+            (Args { socket_mode: Some("1000".into()), ..args() }, ConfigError::SocketMode("1000".into())),
+            (Args { socket_mode: Some("0x6".into()), ..args() }, ConfigError::SocketMode("0x6".into())),
+            (
+                Args { socket_group: Some("nobody here".into()), ..args() },
+                ConfigError::SocketGroup("there is no group \"nobody here\"".into()),
+            ),
         ] {
             assert_eq!(args.check().unwrap_err(), error);
         }
@@ -313,6 +346,17 @@ mod tests {
         let config =
             Args { volume: Some("a-very-long-volume-name-01".into()), ..args() }.check().expect("good");
         assert_eq!(config.disks[0].serial, "-long-volume-name-01");
+    }
+
+    #[test]
+    fn the_sockets_mode_is_octal_and_its_group_a_name_or_a_number() {
+        let access = |mode: &str, group: &str| {
+            let args = Args { socket_mode: Some(mode.into()), socket_group: Some(group.into()), ..args() };
+            args.check().expect("good").access
+        };
+        assert_eq!(args().check().expect("good").access, SocketAccess::default());
+        assert_eq!(access("0660", "root"), SocketAccess { mode: 0o660, group: Some(0) });
+        assert_eq!(access("666", "36"), SocketAccess { mode: 0o666, group: Some(36) });
     }
 
     #[test]

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use evolute_daemon::Stop;
 use evolute_vhost_backend::config::{self, Args, CAPABILITIES, Config, Socket};
-use evolute_vhost_backend::device::{self, DeviceConfig, DeviceError, Endpoint, StopSignal};
+use evolute_vhost_backend::device::{self, DeviceConfig, DeviceError, Endpoint, SocketAccess, StopSignal};
 use evolute_vhost_backend::io_thread::IoLoop;
 use evolute_vhost_backend::volume::control::{
     self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions,
@@ -51,9 +51,11 @@ fn run(args: Args) -> Result<()> {
     evolute_daemon::door::enough_descriptors(DESCRIPTORS_MIN)?;
     let file = args.config.as_deref().map(evolute_daemon::read_config).transpose()?.unwrap_or_default();
     let config = args.or(file).check()?;
+    config.ready_file.as_deref().map(evolute_daemon::check_ready_file).transpose()?;
     let stop = stop_requests()?;
     // The sockets first: a front end that connects now waits for us instead of failing.
-    let endpoints = config.disks.iter().map(endpoint).collect::<Result<Vec<_>>>()?;
+    let endpoints =
+        config.disks.iter().map(|disk| endpoint(disk, config.access)).collect::<Result<Vec<_>>>()?;
     let io = Arc::new(IoLoop::start(config.spin).context("cannot start the I/O thread")?);
     let mut disks = Vec::new();
     for (disk, endpoint) in config.disks.iter().zip(endpoints) {
@@ -231,9 +233,9 @@ fn joined(device: JoinHandle<Result<(), DeviceError>>) -> Result<()> {
     device.join().unwrap_or_else(|panic| resume_unwind(panic)).context("the device ended")
 }
 
-fn endpoint(disk: &config::Disk) -> Result<Endpoint> {
+fn endpoint(disk: &config::Disk, access: SocketAccess) -> Result<Endpoint> {
     match &disk.socket {
-        Socket::Listen(path) => Ok(Endpoint::listen(path)?),
+        Socket::Listen(path) => Ok(Endpoint::listen(path, access)?),
         Socket::Connected(fd) => {
             // SAFETY: fcntl with F_GETFD touches nothing but the descriptor table.
             if unsafe { libc::fcntl(*fd, libc::F_GETFD) } < 0 {

@@ -13,7 +13,7 @@ pub mod process;
 
 use std::path::{Path, PathBuf};
 
-use evolute_daemon::{Stop, write_ready_file};
+use evolute_daemon::{Stop, check_ready_file, remove_ready_file, write_ready_file};
 use tokio::sync::mpsc;
 
 use crate::args::DevArgs;
@@ -27,6 +27,10 @@ pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
     let _last_words = wait_for_no_reader().map_err(Failure::io("starting"))?;
     let mut stop =
         Stop::new().map_err(|error| Failure::Dev { what: format!("{error:#}"), next: String::new() })?;
+    if let Some(path) = &args.ready_file {
+        let next = "name another file".to_owned();
+        check_ready_file(path).map_err(|error| Failure::Dev { what: format!("{error:#}"), next })?;
+    }
     let layout = Layout::open(&args.dir)?;
     let programs = programs(args.bin_dir.as_deref())?;
     let kept = settle(&layout, &args)?;
@@ -73,7 +77,7 @@ pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
     }
     if let Some(path) = &args.ready_file {
         // It would say that a cluster is up.
-        let _ = std::fs::remove_file(path);
+        let _ = remove_ready_file(path);
     }
     note(output, "stopped");
     result

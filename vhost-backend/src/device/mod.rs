@@ -27,6 +27,7 @@ mod crash_tests;
 #[cfg(test)]
 mod fuzz_tests;
 mod inflight;
+mod listening;
 mod memory;
 #[cfg(test)]
 mod pause_tests;
@@ -51,7 +52,8 @@ use command::Commands;
 use config_space::SERIAL_BYTES;
 use request::Geometry;
 
-pub use socket::{Endpoint, Listening, StopSignal};
+pub use listening::{ListenError, Listening, SocketAccess, group_of};
+pub use socket::{Endpoint, StopSignal};
 
 /// What one disk looks like to its guest. None of it changes while the process lives.
 #[derive(Clone, Debug)]
@@ -101,7 +103,7 @@ pub enum DeviceError {
     Listen {
         path: PathBuf,
         #[source]
-        source: io::Error,
+        source: ListenError,
     },
     #[error("{0} queues; 1 to {max} can be offered", max = config_space::QUEUES_MAX)]
     Queues(u16),

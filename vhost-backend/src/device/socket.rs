@@ -6,10 +6,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::linux::fs::MetadataExt;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -20,6 +18,7 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::command::{Command, Commands};
+use super::listening::{Listening, SocketAccess};
 use super::session::Session;
 use super::{DeviceConfig, DeviceError};
 
@@ -39,47 +38,17 @@ pub enum Endpoint {
     Connected(UnixStream),
 }
 
-/// A bound socket, removed again when dropped.
-#[derive(Debug)]
-pub struct Listening {
-    listener: UnixListener,
-    path: PathBuf,
-    inode: u64,
-}
-
 impl Endpoint {
     /// Binds now, so that a front end can connect while the rest still starts. A socket left by a dead predecessor is
-    /// replaced, one that somebody serves is not.
-    pub fn listen(path: &Path) -> Result<Endpoint, DeviceError> {
+    /// replaced; one that somebody serves is not, nor anything that is no socket.
+    pub fn listen(path: &Path, access: SocketAccess) -> Result<Endpoint, DeviceError> {
         let failed = |source| DeviceError::Listen { path: path.to_owned(), source };
-        match UnixStream::connect(path) {
-            Ok(_) => return Err(failed(io::ErrorKind::AddrInUse.into())),
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                std::fs::remove_file(path).map_err(failed)?;
-            }
-            // Mostly: there is none. Anything else, `bind` reports.
-            Err(_) => {}
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        // Whoever can connect can read and write the disk.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        let inode = std::fs::symlink_metadata(path).map_err(failed)?.st_ino();
-        Ok(Endpoint::Listening(Listening { listener, path: path.to_owned(), inode }))
+        Ok(Endpoint::Listening(Listening::at(path, access).map_err(failed)?))
     }
 
     /// Takes over a connected socket (`--fd`).
     pub fn connected(fd: OwnedFd) -> Endpoint {
         Endpoint::Connected(UnixStream::from(fd))
-    }
-}
-
-impl Drop for Listening {
-    fn drop(&mut self) {
-        // A successor may listen at the same path already: its socket is not ours to remove.
-        let ours = std::fs::symlink_metadata(&self.path).is_ok_and(|found| found.st_ino() == self.inode);
-        if ours {
-            let _ = std::fs::remove_file(&self.path);
-        }
     }
 }
 

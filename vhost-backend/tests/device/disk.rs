@@ -9,7 +9,9 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use evolute_vhost_backend::backing::{Backing, Failure, Outcome, Request, Ticket};
 use evolute_vhost_backend::connections::Seat;
-use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, StopSignal, run, serve};
+use evolute_vhost_backend::device::{
+    DeviceConfig, DeviceError, Endpoint, SocketAccess, StopSignal, run, serve,
+};
 use evolute_vhost_backend::io_thread::IoLoop;
 use evolute_vhost_backend::io_thread::WakerHandle;
 
@@ -232,7 +234,7 @@ impl Served {
         disk: &Disk,
         serve: impl FnOnce(Endpoint, MakeBacking, StopSignal) -> Result<(), DeviceError> + Send + 'static,
     ) -> Served {
-        let endpoint = Endpoint::listen(path).expect("a socket");
+        let endpoint = Endpoint::listen(path, SocketAccess::default()).expect("a socket");
         let stop = StopSignal::new().expect("an eventfd");
         let (disk, signal) = (disk.clone(), stop.clone());
         let make_backing = move |waker, _seat| -> Box<dyn Backing> {

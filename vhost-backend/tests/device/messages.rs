@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, StopSignal, run};
+use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, SocketAccess, StopSignal, run};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
@@ -407,12 +407,15 @@ fn a_connected_socket_is_served_until_the_front_end_leaves() {
 #[test]
 fn a_socket_in_use_is_not_taken_and_a_dead_one_is() {
     let (_disk, served) = serve(DeviceConfig::new(CAPACITY));
-    assert!(matches!(Endpoint::listen(&served.path), Err(DeviceError::Listen { .. })));
+    assert!(matches!(
+        Endpoint::listen(&served.path, SocketAccess::default()),
+        Err(DeviceError::Listen { .. })
+    ));
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("dead.sock");
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     assert!(path.exists());
-    let first = Endpoint::listen(&path).expect("a dead one is replaced");
+    let first = Endpoint::listen(&path, SocketAccess::default()).expect("a dead one is replaced");
     // A successor's socket survives the end of its predecessor.
     std::fs::remove_file(&path).unwrap();
     let _second = std::os::unix::net::UnixListener::bind(&path).unwrap();
