@@ -245,7 +245,7 @@ impl<P: Fn(&str)> Cluster<P> {
             };
             let socket = self.layout.socket(&volume.name)?;
             running.push(RunningVolume {
-                lines: Lines::new(&volume.name, &socket),
+                lines: Lines::new(running.len(), &volume.name, &socket),
                 volume: volume.name,
                 size_bytes: volume.size_bytes,
                 socket,
