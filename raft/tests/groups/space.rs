@@ -24,7 +24,7 @@ fn make_room(taken: &[PathBuf]) {
 fn log_files(cluster: &Cluster, at: usize) -> usize {
     let names = std::fs::read_dir(cluster.dirs[at].path()).expect("a directory");
     let names = names.map(|entry| entry.expect("listed").file_name().into_string().expect("ours"));
-    names.filter(|name| name.ends_with(".log")).count()
+    names.filter(|name| name.ends_with(".raftlog")).count()
 }
 
 /// It takes no more entries, and the two others go on. It still hears who leads, votes, and has its place in an election;

@@ -19,7 +19,7 @@ pub fn image(dir: &Path) -> Image {
     let mut image = Image::new();
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "log")
+        if path.extension().is_some_and(|extension| extension == "raftlog")
             // A spare too many may go at any moment.
             && let Ok(bytes) = std::fs::read(&path)
         {
