@@ -380,7 +380,7 @@ impl Shortage {
 
 /// Opens a file, and waits while there is nothing to open it with: that says nothing of the file or its disk.
 ///
-/// After [`OPEN_PATIENCE`] it gives up: then this process is better started anew.
+/// After `OPEN_PATIENCE` it gives up: then this process is better started anew.
 pub fn open<T>(mut open: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let begun = Instant::now();
     let mut told = false;
