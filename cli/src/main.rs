@@ -7,7 +7,7 @@ use clap::Parser;
 use evolute_cli::args::{Args, ChunkserverCommand, ClusterCommand, Command, VolumeCommand};
 use evolute_cli::failure::Failure;
 use evolute_cli::mds::Mds;
-use evolute_cli::output::Output;
+use evolute_cli::output::{self, Output};
 use evolute_cli::{chunkserver, cluster, dev, import, volume};
 
 fn main() -> ExitCode {
@@ -18,10 +18,12 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(source) => return output.failure(&Failure::Io { doing: "starting".to_owned(), source }),
     };
-    match runtime.block_on(run(args, output)) {
+    let status = match runtime.block_on(run(args, output)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => output.failure(&failure),
-    }
+    };
+    output::say_nothing_more();
+    status
 }
 
 async fn run(args: Args, output: Output) -> Result<(), Failure> {

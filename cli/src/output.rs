@@ -63,28 +63,23 @@ impl Output {
     }
 }
 
-/// While it lives, what is said waits for nobody who reads it: for a command that looks after processes meanwhile.
-#[derive(Debug)]
-pub struct Unwaiting(());
-
-/// Standard output and standard error of such a command.
+/// Standard output and standard error of a command that looks after processes and waits for nobody who reads.
 static UNWAITING: OnceLock<[Outlet; 2]> = OnceLock::new();
 /// What was said last gets this long to be written.
 const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 
-/// From now on [`say`] and [`say_error`] wait for nobody.
-pub fn wait_for_no_reader() -> io::Result<Unwaiting> {
+/// From now on [`say`] and [`say_error`] wait for nobody. What is said last is written by [`say_nothing_more`].
+pub fn wait_for_no_reader() -> io::Result<()> {
     let outlet = |fd: BorrowedFd<'_>| Outlet::new(fd.try_clone_to_owned()?, "output");
     let outlets = [outlet(io::stdout().as_fd())?, outlet(io::stderr().as_fd())?];
     let _ = UNWAITING.set(outlets);
-    Ok(Unwaiting(()))
+    Ok(())
 }
 
-impl Drop for Unwaiting {
-    fn drop(&mut self) {
-        for outlet in UNWAITING.get().into_iter().flatten() {
-            outlet.flush(LAST_WORDS_MAX);
-        }
+/// Before the process ends: gives what was said a moment to be written.
+pub fn say_nothing_more() {
+    for outlet in UNWAITING.get().into_iter().flatten() {
+        outlet.flush(LAST_WORDS_MAX);
     }
 }
 

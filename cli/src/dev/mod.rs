@@ -24,7 +24,7 @@ use crate::failure::Failure;
 use crate::output::{Output, say, say_error, wait_for_no_reader};
 
 pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
-    let _last_words = wait_for_no_reader().map_err(Failure::io("starting"))?;
+    wait_for_no_reader().map_err(Failure::io("starting"))?;
     let mut stop =
         Stop::new().map_err(|error| Failure::Dev { what: format!("{error:#}"), next: String::new() })?;
     if let Some(path) = &args.ready_file {
