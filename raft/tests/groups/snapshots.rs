@@ -295,6 +295,25 @@ fn the_log_kept_for_a_member_that_is_away_is_bounded_and_it_comes_back_by_a_snap
     assert_eq!(count(&cluster.process(away).watch.installed), 1);
 }
 
+/// It stands for election with the vote of the one that lags, and needs it again to commit anything.
+#[test]
+fn a_leader_brings_up_the_only_member_that_is_left_before_it_serves() {
+    let mut cluster = Cluster::with_limits(3, RETAIN);
+    fill(&cluster, &[0, 1, 2], 0..5);
+    cluster.equal(&[0, 1, 2]);
+    let away = (cluster.leader() + 1) % 3;
+    let rest: Vec<usize> = (0..3).filter(|&at| at != away).collect();
+    cluster.kill(away);
+    long_absence(&cluster, &rest);
+    bounded(&cluster, &rest);
+    rest.iter().for_each(|&at| cluster.kill(at));
+    cluster.restart(rest[0]);
+    cluster.restart(away);
+    cluster.equal(&[rest[0], away]);
+    assert_eq!(count(&cluster.process(away).watch.installed), 1);
+    fill(&cluster, &[rest[0], away], 200..210);
+}
+
 fn bounded(cluster: &Cluster, these: &[usize]) {
     eventually("the log is bounded", || {
         these.iter().for_each(|&at| cluster.process(at).checkpoint());

@@ -213,16 +213,22 @@ impl Sending {
                 Ok(())
             }
             Ok(None) => {
-                // What the frames hold is what this replica had applied, or what a former life of it had: both are
-                // behind the first entry of its own term.
-                while self.state.serves().is_none() {
-                    tokio::time::sleep(RETRY).await;
-                }
-                self.consistent_from = self.state.applied.get().map(|at| at.index);
+                self.consistent_from = self.consistent_from_now();
                 Ok(())
             }
             Err(error) => Err(Stop::Refused(format!("the owner cannot go on: {error}"))),
         }
+    }
+
+    /// What the frames hold is what this replica had applied, or what a former life of it had: both are behind the first
+    /// entry of its own term. Until that is applied its log bounds them, because a leader's has everything that was ever
+    /// committed. Not to be waited for: it may take the receiver to commit it.
+    fn consistent_from_now(&self) -> Option<u64> {
+        let at = match self.state.serves() {
+            Some(_) => self.state.applied.get(),
+            None => self.state.log().and_then(|log| log.bounds().1),
+        };
+        at.map(|at| at.index)
     }
 
     /// The vote with which it was taken, once it was.
