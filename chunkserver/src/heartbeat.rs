@@ -13,7 +13,7 @@ use evolute_protocol::rpc::{
     ChunkserverAddress, ErrorWord, Inventory, MemberReport, Order, Orders, RegisterRequest, RegisterResponse,
     ReplicaReport, Report, Role, Start, StartDecision, order,
 };
-use evolute_raft::GroupStatus;
+use evolute_raft::{GroupStatus, MemberStatus};
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -458,11 +458,11 @@ fn encode(identity: &Identity, who: &Introduction, report: ShardReport) -> Repor
             .replicas
             .iter()
             .map(encode_replica)
-            .chain(report.failed.iter().map(|(copyset, replica, why)| ReplicaReport {
+            .chain(report.failed.iter().map(|(copyset, failed)| ReplicaReport {
                 copyset: copyset.0,
-                replica: replica.0,
-                failed: why.clone(),
-                put_back: report.put_back.contains(copyset),
+                replica: failed.replica.0,
+                failed: failed.why.clone(),
+                put_back: failed.put_back,
                 ..ReplicaReport::default()
             }))
             .collect(),
@@ -499,16 +499,7 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
         last_index: status.last.unwrap_or(0),
         committed_index: status.committed.map_or(0, |at| at.index),
         applied_index: status.applied.map_or(0, |at| at.index),
-        members: status
-            .members
-            .iter()
-            .map(|m| MemberReport {
-                replica: m.member.replica.0,
-                chunkserver: chunkserver_of(m.member).0,
-                matched_index: m.matched.unwrap_or(0),
-                voter: m.voter,
-            })
-            .collect(),
+        members: status.members.iter().map(member).collect(),
         dropped_volumes: replica.dropped.iter().map(|volume| volume.0).collect(),
         data_bytes: replica.data_bytes,
         put_back: false,
@@ -516,6 +507,15 @@ fn encode_replica(replica: &ReplicaOfReport) -> ReplicaReport {
             evolute_raft::Role::Stopped => "its Raft group has stopped".to_owned(),
             _ => String::new(),
         },
+    }
+}
+
+pub(crate) fn member(of: &MemberStatus) -> MemberReport {
+    MemberReport {
+        replica: of.member.replica.0,
+        chunkserver: chunkserver_of(of.member).0,
+        matched_index: of.matched.unwrap_or(0),
+        voter: of.voter,
     }
 }
 

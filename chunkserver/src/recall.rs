@@ -6,8 +6,8 @@ use evolute_protocol::id::VolumeId;
 use evolute_protocol::rpc::{CopysetInventory, MemberReport, VolumeInventory};
 
 use crate::chunk_store::ChunkStore;
-use crate::copyset::{Copyset, chunkserver_of};
-use crate::heartbeat::role;
+use crate::copyset::Copyset;
+use crate::heartbeat::{member, role};
 
 /// Members, fences and chunks of one replica, as of what it has applied.
 pub fn copyset(copyset: &Copyset, store: &ChunkStore) -> CopysetInventory {
@@ -29,16 +29,7 @@ pub fn copyset(copyset: &Copyset, store: &ChunkStore) -> CopysetInventory {
         replica: status.me.replica.0,
         role: role(status.role).into(),
         term: status.term,
-        members: status
-            .members
-            .iter()
-            .map(|m| MemberReport {
-                replica: m.member.replica.0,
-                chunkserver: chunkserver_of(m.member).0,
-                matched_index: 0,
-                voter: m.voter,
-            })
-            .collect(),
+        members: status.members.iter().map(|of| MemberReport { matched_index: 0, ..member(of) }).collect(),
         volumes: volumes.into_values().collect(),
     }
 }

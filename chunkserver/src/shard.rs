@@ -4,7 +4,7 @@
 //! by [`ShardHandle`]: orders in, reports out.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -27,7 +27,7 @@ use crate::addresses::Addresses;
 use crate::checkpoint;
 use crate::chunk_store::{ChunkStore, Identity, Opened, Starts, StoreError, StoreOptions, StoreUsage};
 use crate::copyset::members::{self, MemberChange};
-use crate::copyset::registry::{PUT_BACK, Registry, ReplicaError};
+use crate::copyset::registry::{Failed, PUT_BACK, Registry, ReplicaError};
 use crate::copyset::repair::Repairs;
 use crate::copyset::state::Created;
 use crate::copyset::{Copyset, apply};
@@ -131,9 +131,7 @@ pub struct ShardReport {
     pub usage: StoreUsage,
     pub replicas: Vec<ReplicaOfReport>,
     /// Replicas that are here and cannot run, and why not.
-    pub failed: Vec<(CopysetId, ReplicaId, String)>,
-    /// Those of them that were put back with the directory.
-    pub put_back: BTreeSet<CopysetId>,
+    pub failed: BTreeMap<CopysetId, Failed>,
     /// What each volume uses in copysets led here.
     pub volumes: Vec<VolumeUse>,
     /// How long the log's writes took, over the last second in which there were any.
@@ -514,9 +512,8 @@ impl Shard {
             Judgement::Newest => self.confirm()?,
             Judgement::PutBack => self.registry.mark_put_back().await?,
             Judgement::Accepted => {
-                for record in self.registry.unmark_put_back()? {
-                    let standing = self.store.borrow().standings()?.remove(&record.copyset);
-                    let started = self.registry.resume(&record, standing).await;
+                for (record, standing) in self.registry.unmark_put_back()? {
+                    let started = self.registry.resume(&record, Some(standing)).await;
                     self.trouble.borrow_mut().remove(&record.copyset);
                     self.started(record.copyset, started);
                 }
@@ -628,10 +625,6 @@ impl Shard {
                 data_bytes,
             });
         }
-        let failed = self.registry.failed().into_iter();
-        let failed: Vec<_> = failed.map(|(copyset, (replica, why))| (copyset, replica, why)).collect();
-        let put_back =
-            failed.iter().filter(|(_, _, why)| why.contains(PUT_BACK)).map(|(id, ..)| *id).collect();
         let mut usage = self.store.borrow().usage();
         // Also when it is the log that found no room.
         usage.full |= self.full.get();
@@ -662,8 +655,7 @@ impl Shard {
         ShardReport {
             usage,
             replicas,
-            failed,
-            put_back,
+            failed: self.registry.failed(),
             volumes,
             latency: self.latency.get(),
             scrubbed_bytes: self.scrubbed.bytes.get(),

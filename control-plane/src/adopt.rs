@@ -60,7 +60,7 @@ pub fn plan(
         copyset: state.copysets_given(),
         replica: state.replicas_given(),
         volume: state.volumes_given(),
-        attachment: state.volumes().values().map(|volume| volume.attachment).max().unwrap_or(0),
+        attachment: state.attachments_given(),
         ..Adopt::default()
     };
     let mut seen: BTreeMap<Bytes, SeenReign> = BTreeMap::new();

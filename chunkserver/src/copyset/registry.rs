@@ -28,7 +28,7 @@ pub struct Registry {
     others: Rc<Others>,
     copysets: RefCell<BTreeMap<CopysetId, Rc<Copyset>>>,
     /// Those that are here and cannot run, and why not.
-    failed: RefCell<BTreeMap<CopysetId, (ReplicaId, String)>>,
+    failed: RefCell<BTreeMap<CopysetId, Failed>>,
     /// Being started or removed.
     busy: RefCell<BTreeSet<CopysetId>>,
 }
@@ -57,6 +57,15 @@ pub enum ReplicaError {
     Busy(CopysetId),
 }
 
+/// A replica that is here and cannot run.
+#[derive(Debug, Clone)]
+pub struct Failed {
+    pub replica: ReplicaId,
+    pub why: String,
+    /// Its directory was put back to an older copy.
+    pub put_back: bool,
+}
+
 /// Why a replica of a directory that was put back does not run.
 pub const PUT_BACK: &str =
     "it was put back to an older copy, which forgot what it voted for and acknowledged since";
@@ -83,7 +92,7 @@ impl Registry {
     }
 
     /// Replicas that are here and cannot run, and why not.
-    pub fn failed(&self) -> BTreeMap<CopysetId, (ReplicaId, String)> {
+    pub fn failed(&self) -> BTreeMap<CopysetId, Failed> {
         self.failed.borrow().clone()
     }
 
@@ -124,8 +133,12 @@ impl Registry {
             Err(error) => Err(error.into()),
         };
         if let (Err(error), Some(created)) = (&started, created_of(record)) {
-            let why = evolute_daemon::in_one_line(error);
-            self.failed.borrow_mut().insert(record.copyset, (created.replica, why));
+            let failed = Failed {
+                replica: created.replica,
+                why: evolute_daemon::in_one_line(error),
+                put_back: matches!(error, ReplicaError::PutBack { .. }),
+            };
+            self.failed.borrow_mut().insert(record.copyset, failed);
         }
         started
     }
@@ -159,7 +172,7 @@ impl Registry {
         let running = self.all();
         let mut marked: Vec<_> =
             running.iter().map(|copyset| (copyset.id(), copyset.created().replica)).collect();
-        marked.extend(self.failed.borrow().iter().map(|(id, (replica, _))| (*id, *replica)));
+        marked.extend(self.failed.borrow().iter().map(|(id, failed)| (*id, failed.replica)));
         let standing = |(id, replica)| (id, Standing { replica, log_begun: true, put_back: true });
         let standings: Vec<_> = marked.iter().copied().map(standing).collect();
         self.store.borrow().put_standings(&standings)?;
@@ -168,23 +181,24 @@ impl Registry {
             copyset.refuse_waiting();
             self.node.stop_group(group_id(copyset.id())).await;
         }
-        let failed = marked.into_iter().map(|(id, replica)| (id, (replica, PUT_BACK.to_owned())));
+        let failed = |(id, replica)| (id, Failed { replica, why: PUT_BACK.to_owned(), put_back: true });
+        let failed = marked.into_iter().map(failed);
         self.failed.borrow_mut().extend(failed);
         Ok(())
     }
 
-    /// An operator says that what is here counts. Which replicas are to be resumed.
-    pub fn unmark_put_back(&self) -> Result<Vec<CopysetRecord>, StoreError> {
+    /// An operator says that what is here counts. Which replicas are to be resumed, and how they stand now.
+    pub fn unmark_put_back(&self) -> Result<Vec<(CopysetRecord, Standing)>, StoreError> {
         let marked = self.store.borrow().standings()?.into_iter().filter(|(_, standing)| standing.put_back);
         let standings: Vec<_> =
             marked.map(|(id, standing)| (id, Standing { put_back: false, ..standing })).collect();
         self.store.borrow().put_standings(&standings)?;
-        let mut records = Vec::new();
-        for (id, _) in standings {
+        let mut resumed = Vec::new();
+        for (id, standing) in standings {
             self.failed.borrow_mut().remove(&id);
-            records.extend(self.store.borrow().copyset(id)?);
+            resumed.extend(self.store.borrow().copyset(id)?.map(|record| (record, standing)));
         }
-        Ok(records)
+        Ok(resumed)
     }
 
     /// See [`Node::withhold_votes`].
@@ -218,7 +232,7 @@ impl Registry {
     pub async fn remove(&self, id: CopysetId, replica: ReplicaId) -> Result<(), ReplicaError> {
         let _busy = Busy::begin(&self.busy, id)?;
         let running = self.get(id).map(|copyset| copyset.created().replica);
-        let failed = self.failed.borrow().get(&id).map(|(replica, _)| *replica);
+        let failed = self.failed.borrow().get(&id).map(|failed| failed.replica);
         if running.or(failed) != Some(replica) {
             return Ok(());
         }

@@ -88,11 +88,11 @@ impl Copyset {
         let state = self.state.borrow();
         let writers = state.writers().get(&change.volume());
         // After its fence was taken back it is as one that is not known.
-        let known = writers.map(Writers::epoch).filter(|epoch| *epoch != Epoch::default());
+        let known = || writers.map(Writers::epoch).filter(|epoch| *epoch != Epoch::default());
         let verdict = match (change, writers) {
             (Change::DropVolume(_) | Change::Unfence(_), _) => Verdict::Apply,
-            (Change::Fence(fence), _) if !fence.epoch.may_follow(known) => {
-                self.disbelieve(fence, known);
+            (Change::Fence(fence), _) if !fence.epoch.may_follow(known()) => {
+                self.disbelieve(fence, known());
                 Verdict::OutOfBounds
             }
             (Change::Fence(_), None) => Verdict::Apply,

@@ -521,7 +521,7 @@ impl HeartbeatStream<'_> {
                 copyset: state.copysets_given(),
                 replica: state.replicas_given(),
                 volume: state.volumes_given(),
-                attachment: state.volumes().values().map(|volume| volume.attachment).max().unwrap_or(0),
+                attachment: state.attachments_given(),
             }),
             asks: standing.wants_inventory(self.id),
         }

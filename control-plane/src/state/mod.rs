@@ -132,6 +132,11 @@ impl State {
         self.given.volume
     }
 
+    /// The highest attachment number given for any volume that there is.
+    pub fn attachments_given(&self) -> u32 {
+        self.volumes.values().map(|volume| volume.attachment).max().unwrap_or(0)
+    }
+
     pub fn volumes(&self) -> &BTreeMap<VolumeId, Volume> {
         &self.volumes
     }
