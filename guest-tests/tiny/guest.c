@@ -7,7 +7,8 @@
  *   read SECTOR VALUE          how many of the 512 values differ
  *   hold SECTOR OTHER          writes 0xaaaa and does not wait; writes 0xcccc at OTHER, waits for that, and reuses its buffer
  *   held                       waits until the first is answered
- *   load COUNT DEPTH           random reads and writes of 256 blocks, each read compared with the last answered write
+ *   load DEPTH                 random reads and writes of 256 blocks until the next line comes, each read compared with the
+ *                              last answered write
  *   check                      compares all blocks that load wrote
  */
 typedef unsigned char u8;
@@ -37,10 +38,11 @@ static void say_number(u64 value)
 static void tell(const char *name, u64 value) { say(name); say(" "); say_number(value); say("\n"); }
 
 static char line[80];
+static int is_told(void) { return in8(COM1 + 5) & 1; }
 static void hear(void)
 {
         for (int len = 0;;) {
-                while (!(in8(COM1 + 5) & 1)) __asm__ volatile("pause");
+                while (!is_told()) __asm__ volatile("pause");
                 char c = in8(COM1);
                 if (c == '\n') { line[len] = 0; return; }
                 if (len < 79) line[len++] = c;
@@ -181,10 +183,9 @@ static u8 in_use[BLOCKS];
 static u64 random_state = 88172645463325252UL;
 static u64 random(void) { random_state ^= random_state << 13; random_state ^= random_state >> 7; random_state ^= random_state << 17; return random_state; }
 
-static void load(u64 count, u64 depth, int check)
+static void load(u64 depth, int check)
 {
-        u64 issued = 0, done = 0, wrong = 0, errors = 0;
-        if (check) count = BLOCKS, depth = 1;
+        u64 count = check ? BLOCKS : ~0UL, issued = 0, done = 0, wrong = 0, errors = 0;
         if (depth > REQUESTS) depth = REQUESTS;
         while (done < count) {
                 for (int n = 0; n < (int)depth && issued < count; n++) {
@@ -202,6 +203,7 @@ static void load(u64 count, u64 depth, int check)
                 int n = answered();
                 if (n < 0) continue;
                 done++;
+                if (!check && issued < count && is_told()) count = issued;
                 in_use[requests[n].block] = 0;
                 errors += requests[n].status != 0;
                 if (requests[n].kind) {
@@ -209,6 +211,7 @@ static void load(u64 count, u64 depth, int check)
                         fill(n, 0xbad);
                 } else wrong += differ(n, requests[n].value) != 0;
         }
+        if (!check) hear();
         tell("done", done);
         tell("wrong", wrong);
         tell("errors", errors);
@@ -243,8 +246,8 @@ void guest(void)
                 } else if (is("held")) {
                         wait_for(14);
                         tell("status", requests[14].status);
-                } else if (is("load")) load(argument(1), argument(2), 0);
-                else if (is("check")) load(0, 0, 1);
+                } else if (is("load")) load(argument(1), 0);
+                else if (is("check")) load(1, 1);
                 else say("WRONG: no such command\n");
                 say("ok\n");
         }
