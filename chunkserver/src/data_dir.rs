@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use evolute_daemon::shell::quoted_path;
 use rustix::fs::{FlockOperation, flock};
 
 /// Why the directory cannot be used.
@@ -16,7 +17,8 @@ pub enum DataDirError {
     InUse(PathBuf),
     #[error(
         "the data directory {dir} is empty: is its disk mounted? If it is to hold a new chunkserver, run: \
-         evolute-chunkserver init --data-dir {dir}"
+         evolute-chunkserver init --data-dir {}",
+        quoted_path(dir)
     )]
     Empty { dir: PathBuf },
     #[error("there is no data directory {dir}, and --existing forbids to make one: is its disk mounted?")]
@@ -160,11 +162,11 @@ mod tests {
     /// A mount point without its disk is empty, too; so is a new file system.
     #[test]
     fn an_empty_directory_becomes_ours_only_when_that_was_asked_for() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = tempfile::Builder::new().prefix("a b").tempdir().expect("temp dir");
         for _ in 0..2 {
             let error = take(dir.path()).expect_err("empty");
             assert!(matches!(error, DataDirError::Empty { .. }), "{error}");
-            assert!(error.to_string().contains("evolute-chunkserver init --data-dir"), "{error}");
+            assert!(error.to_string().contains("evolute-chunkserver init --data-dir '/"), "{error}");
             std::fs::create_dir_all(dir.path().join("lost+found")).expect("made");
         }
         assert_eq!(std::fs::read_dir(dir.path()).expect("list").count(), 1, "not even a lock file");

@@ -1,5 +1,5 @@
 //! How Evolute's programs start, tell that they are ready, and stop: the lines every `main.rs` would repeat; which of
-//! their threads go first, and how they print a date.
+//! their threads go first, how they print a date, and a command for a person to type ([`shell`]).
 //!
 //! A program's `main` does, in this order: parse its arguments (clap), [`start`], [`read_config`] when a file was
 //! named, open what it owns, serve, [`write_ready_file`], wait for [`Stop::requested`], close, return 0, or say why not
@@ -12,6 +12,7 @@ pub mod door;
 pub mod notify;
 pub mod outlet;
 mod ready_file;
+pub mod shell;
 mod turns;
 
 use std::backtrace::{Backtrace, BacktraceStatus};

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use evolute_daemon::shell::quoted;
 use serde::Serialize;
 
 /// As many queues as the guest has CPUs is what every hypervisor assumes.
@@ -31,14 +32,14 @@ impl Lines {
                  -object memory-backend-memfd,id=mem,size={MEMORY_GIB}G,share=on \\\n  \
                  -chardev socket,id={id},path={},reconnect=1 \\\n  \
                  -device vhost-user-blk-pci,chardev={id},num-queues={QUEUES},queue-size=256,bootindex={}",
-                shell_quoted(&comma_doubled(&socket)),
+                quoted(&comma_doubled(&socket)),
                 number + 1
             ),
             cloud_hypervisor: format!(
                 "cloud-hypervisor --kernel KERNEL --cpus boot={QUEUES} --memory size={}M,shared=on \\\n  \
                  --disk vhost_user=true,socket={},num_queues={QUEUES},queue_size=128,id={id}",
                 MEMORY_GIB * 1024,
-                shell_quoted(&socket)
+                quoted(&socket)
             ),
             libvirt: format!(
                 "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>\n\
@@ -73,12 +74,6 @@ fn indented(text: &str) -> String {
 /// QEMU separates options by commas; one inside a value is written twice.
 fn comma_doubled(path: &str) -> String {
     path.replace(',', ",,")
-}
-
-/// Part of a word that a POSIX shell takes as it is.
-fn shell_quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-,:+@%=".contains(c);
-    if text.chars().all(plain) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
 }
 
 /// vda, …, vdz, vdaa, …

@@ -1,43 +1,17 @@
 //! The image to import: what it is, how large, and where in it there are data.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use rustix::fs::{Advice, SeekFrom, fadvise, seek};
+use rustix::fs::{Advice, OFlags, SeekFrom, fadvise, seek};
 use rustix::io::Errno;
 
+use super::formats::{HEAD_BYTES, NotRaw, TAIL_BYTES, not_raw};
 use crate::failure::Failure;
-
-/// Far enough into the file for the magic of every format below.
-const HEAD_BYTES: usize = 512;
-/// A fixed-size VHD keeps its magic in the last sector.
-const TAIL_BYTES: u64 = 512;
-
-/// Formats that are not raw: where their magic is, the bytes, what they are called, and qemu-img's name of them.
-const DISK_FORMATS: [(usize, &[u8], &str, &str); 9] = [
-    (0, b"QFI\xfb", "a qcow2 image", "qcow2"),
-    (0, b"QED\0", "a QED image", "qed"),
-    (0, b"KDMV", "a VMDK image", "vmdk"),
-    (0, b"COWD", "a VMDK image", "vmdk"),
-    (0, b"# Disk DescriptorFile", "the descriptor of a VMDK image", "vmdk"),
-    (64, b"\x7f\x10\xda\xbe", "a VirtualBox VDI image", "vdi"),
-    (0, b"vhdxfile", "a VHDX image", "vhdx"),
-    (0, b"conectix", "a VHD image", "vpc"),
-    (0, b"WithoutFreeSpace", "a Parallels image", "parallels"),
-];
-
-/// Compressed files: the magic, what they are called, what unpacks them.
-const COMPRESSED: [(&[u8], &str, &str); 5] = [
-    (b"\x1f\x8b", "compressed with gzip", "gunzip"),
-    (b"\xfd7zXZ\0", "compressed with xz", "unxz"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd", "unzstd"),
-    (b"BZh", "compressed with bzip2", "bunzip2"),
-    (b"PK\x03\x04", "a zip archive", "unzip"),
-];
 
 #[derive(Debug)]
 pub struct Image {
@@ -48,20 +22,43 @@ pub struct Image {
     modified: Option<SystemTime>,
 }
 
+/// An image is measured, searched for holes and read: only files and block devices allow that.
+fn expect_image(path: &Path, metadata: &Metadata) -> Result<(), Failure> {
+    let kind = metadata.file_type();
+    if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    }
+    const NAME_A_FILE: &str = "name the file of a raw disk image";
+    let (what, next) = if kind.is_dir() {
+        ("a directory", NAME_A_FILE)
+    } else if kind.is_fifo() {
+        (
+            "a pipe",
+            "import reads files and block devices, which tell their size and their holes: write what comes out of it \
+             into a file first (… > image.raw), and import that",
+        )
+    } else if kind.is_socket() {
+        ("a socket", NAME_A_FILE)
+    } else {
+        ("a character device", NAME_A_FILE)
+    };
+    Err(Failure::NotRaw { path: path.to_owned(), what, next: next.to_owned() })
+}
+
 impl Image {
-    /// `as_is` takes whatever the file holds for raw.
+    /// `as_is` takes whatever the file holds for raw. `-` is standard input, as other tools have it.
     pub fn open(path: &Path, as_is: bool) -> Result<Self, Failure> {
+        let path = if path == Path::new("-") { Path::new("/dev/stdin") } else { path };
         let doing = |what: &str| Failure::io(format!("{what} {}", path.display()));
-        let file = File::open(path).map_err(doing("opening"))?;
+        // Before it is opened: to open a pipe is to wait for whoever writes it, and some devices act when opened.
+        expect_image(path, &std::fs::metadata(path).map_err(doing("looking at"))?)?;
+        // Should it have become a pipe in this very moment, nothing waits either.
+        let mut options = File::options();
+        options.read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed());
+        let file = options.open(path).map_err(doing("opening"))?;
         let metadata = file.metadata().map_err(doing("looking at"))?;
+        expect_image(path, &metadata)?;
         let kind = metadata.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(Failure::NotRaw {
-                path: path.to_owned(),
-                what: if kind.is_dir() { "a directory" } else { "neither a file nor a block device" },
-                next: "name the file of a raw disk image".to_owned(),
-            });
-        }
         let bytes = seek(&file, SeekFrom::End(0)).map_err(io::Error::from).map_err(doing("measuring"))?;
         let image = Self {
             path: path.to_owned(),
@@ -85,37 +82,13 @@ impl Image {
     }
 
     fn expect_raw(&self) -> Result<(), Failure> {
-        let mut head = [0; HEAD_BYTES];
-        let head_bytes = usize::try_from(self.bytes).unwrap_or(HEAD_BYTES).min(HEAD_BYTES);
-        self.read(&mut head[..head_bytes], 0)?;
-        let mut tail = [0; 8];
-        if self.bytes >= TAIL_BYTES {
-            self.read(&mut tail, self.bytes - TAIL_BYTES)?;
-        }
-        let refused = |what, next| Err(Failure::NotRaw { path: self.path.clone(), what, next });
-        let path = self.path.display();
-        let fixed_vhd = (&tail == b"conectix").then_some(("a VHD image", "vpc"));
-        let disk = DISK_FORMATS
-            .iter()
-            .find(|(at, magic, ..)| head[*at..].starts_with(magic))
-            .map(|(_, _, what, name)| (*what, *name))
-            .or(fixed_vhd);
-        if let Some((what, name)) = disk {
-            return refused(
-                what,
-                format!(
-                    "import reads raw images: qemu-img convert -f {name} -O raw {path} {path}.raw, then import that; \
-                     --raw takes the bytes as they are"
-                ),
-            );
-        }
-        match COMPRESSED.iter().find(|(magic, ..)| head.starts_with(magic)) {
-            Some((_, what, tool)) => refused(
-                what,
-                format!(
-                    "unpack it first ({tool} {path}), then import the raw image; --raw takes the bytes as they are"
-                ),
-            ),
+        let at_most = |bytes: usize| usize::try_from(self.bytes).unwrap_or(bytes).min(bytes);
+        let (mut head, mut tail) = (vec![0; at_most(HEAD_BYTES)], vec![0; at_most(TAIL_BYTES)]);
+        self.read(&mut head, 0)?;
+        let tail_at = self.bytes - tail.len() as u64;
+        self.read(&mut tail, tail_at)?;
+        match not_raw(&self.path, &head, &tail) {
+            Some(NotRaw { what, next }) => Err(Failure::NotRaw { path: self.path.clone(), what, next }),
             None => Ok(()),
         }
     }
@@ -172,9 +145,12 @@ impl Image {
 mod tests {
     use std::fs::{self, File};
     use std::os::unix::fs::FileExt;
+    use std::os::unix::net::UnixListener;
     use std::path::{Path, PathBuf};
 
-    use super::{DISK_FORMATS, Image};
+    use rustix::fs::{FileType, Mode};
+
+    use super::Image;
     use crate::failure::Failure;
 
     fn file(dir: &Path, bytes: u64, content: &[(u64, &[u8])]) -> PathBuf {
@@ -188,22 +164,46 @@ mod tests {
     }
 
     #[test]
-    fn every_other_format_is_refused_with_the_way_to_raw() {
+    fn another_format_is_refused_wherever_its_magic_stands() {
         let dir = tempfile::tempdir().expect("tempdir");
-        for (at, magic, what, name) in DISK_FORMATS {
-            let path = file(dir.path(), 1 << 20, &[(at as u64, magic)]);
-            let refused = Image::open(&path, false).expect_err(what);
-            assert!(refused.to_string().contains(what));
-            let next = refused.next().expect("advice");
-            assert!(next.contains(&format!("-f {name} -O raw")), "{next}");
+        let mib = 1 << 20;
+        let cases: [(u64, u64, &[u8], &str); 6] = [
+            (mib, 0, b"QFI\xfb", "-f qcow2 -O raw"),
+            (mib, 64, b"\x7f\x10\xda\xbe", "-f vdi -O raw"),
+            (mib, 257, b"ustar", "tar -xf"),
+            (mib + 512, mib, b"conectix", "-f vpc -O raw"),
+            (mib + 512, mib, b"koly\0\0\0\x04", "-f dmg -O raw"),
+            (100, 0, b"\x1f\x8b\x08", "gunzip"),
+        ];
+        for (bytes, at, magic, says) in cases {
+            let path = file(dir.path(), bytes, &[(at, magic)]);
+            let next = Image::open(&path, false).expect_err(says).next().expect("advice");
+            assert!(next.contains(says), "{next}");
             assert!(Image::open(&path, true).is_ok(), "taken when asked to");
         }
-        let fixed_vhd = file(dir.path(), (1 << 20) + 512, &[(1 << 20, b"conectix")]);
-        assert!(Image::open(&fixed_vhd, false).expect_err("VHD").to_string().contains("VHD"));
-        let gzip = file(dir.path(), 100, &[(0, b"\x1f\x8b\x08")]);
-        assert!(
-            Image::open(&gzip, false).expect_err("gzip").next().is_some_and(|next| next.contains("gunzip"))
-        );
+    }
+
+    /// Nobody writes into the pipe: to open it would be to wait for ever.
+    #[test]
+    fn what_is_no_file_is_refused_by_its_kind_and_never_waited_for() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let (pipe, socket) = (dir.path().join("pipe"), dir.path().join("socket"));
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .expect("mkfifo");
+        let _listener = UnixListener::bind(&socket).expect("bind");
+        let cases: [(&Path, &str); 4] = [
+            (&pipe, "a pipe"),
+            (&socket, "a socket"),
+            (Path::new("/dev/null"), "a character device"),
+            (dir.path(), "a directory"),
+        ];
+        for (path, kind) in cases {
+            for as_is in [false, true] {
+                let refused = Image::open(path, as_is).expect_err(kind);
+                assert!(matches!(&refused, Failure::NotRaw { what, .. } if *what == kind), "{refused}");
+                assert!(refused.next().is_some(), "{kind}");
+            }
+        }
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! import created itself is removed again unless every byte is in it and durable; what is left is always said.
 
 mod copy;
+mod formats;
 mod image;
 mod progress;
 

@@ -28,6 +28,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use evolute_daemon::shell::quoted_path;
 use evolute_protocol::checksum::crc32c;
 use evolute_protocol::id::ClusterId;
 use rustix::fs::{FlockOperation, flock};
@@ -59,7 +60,8 @@ pub enum DataDirError {
     Damaged { dir: PathBuf, why: &'static str },
     #[error(
         "the data directory {dir} is empty: is its disk mounted? If it is to hold a new cluster, run: \
-         evolute-mds init --data-dir {dir}"
+         evolute-mds init --data-dir {}",
+        quoted_path(dir)
     )]
     Empty { dir: PathBuf },
     #[error("there is no data directory {dir}, and --existing forbids to make one: is its disk mounted?")]
@@ -392,11 +394,11 @@ mod tests {
     /// A mount point without its disk is empty, too; so is a new file system.
     #[test]
     fn an_empty_directory_becomes_ours_only_when_that_was_asked_for() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = tempfile::Builder::new().prefix("a b").tempdir().expect("temp dir");
         for _ in 0..2 {
             let error = refused(dir.path());
             assert!(matches!(error, DataDirError::Empty { .. }), "{error}");
-            assert!(error.to_string().contains("evolute-mds init --data-dir"), "{error}");
+            assert!(error.to_string().contains("evolute-mds init --data-dir '/"), "{error}");
             fs::create_dir_all(dir.path().join("lost+found")).expect("made");
         }
         assert_eq!(fs::read_dir(dir.path()).expect("list").count(), 1, "not even a lock file");
