@@ -18,12 +18,14 @@
 //! It does not know chunks, chunkservers or the control plane: all of that is behind [`crate::backing::Backing`].
 //! Start at [`serve`] for the life of the device, at `queues.rs` for the life of a request.
 
+mod callers;
 mod chain;
 pub(crate) mod command;
 mod completion;
 pub(crate) mod config_space;
 #[cfg(test)]
 mod crash_tests;
+mod front_end;
 #[cfg(test)]
 mod fuzz_tests;
 mod inflight;
@@ -37,6 +39,7 @@ pub(crate) mod request;
 mod ring;
 mod session;
 mod socket;
+mod sparingly;
 mod tickets;
 
 use std::io;

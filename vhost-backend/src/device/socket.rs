@@ -1,33 +1,41 @@
-//! The vhost-user socket: listen, accept one front end at a time, read its messages one by one.
+//! The vhost-user socket: everybody may call, and one of them is the front end.
 //!
-//! A front end may come, go and come back; each gets a fresh [`Session`]. It may also send garbage, half a message or
-//! nothing: a message that does not arrive whole within [`MESSAGE_TIMEOUT`] ends its session, and a stop never waits for
-//! the front end.
+//! ```text
+//!  connects ─▶ waits, silent ──says something──▶ is listened to ──SET_OWNER──▶ the front end
+//! ```
+//!
+//! What always holds:
+//!
+//! - Whoever says nothing has nothing: it waits beside the others, and leaves when there are too many.
+//! - Who only asks (features, the configuration) has the disk for [`ASKING_PATIENCE`] and then gives its place to whoever
+//!   has something to say. A real front end is the owner within milliseconds: QEMU says SET_OWNER before its guest is
+//!   started, cloud-hypervisor before anything else.
+//! - The owner's place is nobody's but its own until it leaves, also while its guest does not use the disk yet: a VMM that
+//!   lost its connection then would have lost its disk. A second front end is hung up on at once, and the log names both.
+//! - Half messages, garbage, callers without number: all bounded, and so is what is logged of them.
+//! - A stop never waits for the front end.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use evolute_daemon::door::Shortage;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use rustix::net::RecvFlags;
-use vhost::vhost_user::message::FrontendReq;
-use vhost::vhost_user::{BackendReqHandler, Error};
 
+use super::callers::{Caller, Peer, Waiting};
 use super::command::{Command, Commands};
+use super::front_end::{FrontEnd, Lines};
 use super::listening::{Listening, SocketAccess};
-use super::session::Session;
+use super::sparingly::Sparingly;
 use super::{DeviceConfig, DeviceError};
 
-/// For one message to arrive whole, and for a reply to be taken. A front end writes a message at once.
-const MESSAGE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// Message header: request, flags, size of the body; each 32 bits in the host's byte order.
-const HEADER_BYTES: usize = 12;
-const FLAG_NEED_REPLY: u32 = 1 << 3;
+/// For somebody who only asks, while others wait. A front end's handshake takes some milliseconds.
+const ASKING_PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks at what cannot be waited for: half a message, or somebody who waits for another to leave.
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// Where the front end (the VMM) comes from.
 #[derive(Debug)]
@@ -70,47 +78,6 @@ impl StopSignal {
     }
 }
 
-/// What a wait ended with.
-enum Woken {
-    Stop,
-    Ready,
-}
-
-fn wait(fd: BorrowedFd<'_>, stop: &StopSignal) -> io::Result<Woken> {
-    loop {
-        let mut polled = [
-            PollFd::from_borrowed_fd(stop.0.as_fd(), PollFlags::IN),
-            PollFd::from_borrowed_fd(fd, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut polled, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            other => other?,
-        };
-        if !polled[0].revents().is_empty() {
-            return Ok(Woken::Stop);
-        }
-        if !polled[1].revents().is_empty() {
-            return Ok(Woken::Ready);
-        }
-    }
-}
-
-/// A pause that a stop ends; true: it did.
-fn stops_within(pause: Duration, stop: &StopSignal) -> io::Result<bool> {
-    let pause = Timespec::try_from(pause).map_err(io::Error::other)?;
-    let mut polled = [PollFd::from_borrowed_fd(stop.0.as_fd(), PollFlags::IN)];
-    match rustix::event::poll(&mut polled, Some(&pause)) {
-        Err(rustix::io::Errno::INTR) => Ok(false),
-        woken => Ok(woken? > 0),
-    }
-}
-
-/// How a session ended.
-enum Ended {
-    Stop,
-    FrontEndLeft,
-}
-
 /// Serves front ends until the stop, or until the only one leaves.
 pub(super) fn serve(
     endpoint: &Endpoint,
@@ -118,74 +85,31 @@ pub(super) fn serve(
     commands: &Commands,
     stop: &StopSignal,
 ) -> Result<(), DeviceError> {
-    match endpoint {
+    let mut server = Server::new(config, commands);
+    let listener = match endpoint {
         Endpoint::Connected(stream) => {
-            let stream = stream.try_clone().map_err(DeviceError::Connection)?;
-            serve_one(stream, config, commands, stop).map(|_| ())
+            let caller = stream.try_clone().and_then(Caller::new).map_err(DeviceError::Connection)?;
+            server.give_place(caller, Instant::now());
+            None
         }
-        Endpoint::Listening(Listening { listener, .. }) => {
-            let mut shortage = Shortage::default();
-            loop {
-                match wait(listener.as_fd(), stop).map_err(DeviceError::Connection)? {
-                    Woken::Stop => return Ok(()),
-                    Woken::Ready => {}
-                }
-                let stream = match listener.accept() {
-                    Ok((stream, _)) => stream,
-                    // Gone again before we looked, or no descriptors left just now: then it goes on waiting.
-                    Err(error) => {
-                        if stops_within(shortage.failed(&error), stop).map_err(DeviceError::Connection)? {
-                            return Ok(());
-                        }
-                        continue;
-                    }
-                };
-                shortage.over();
-                if let Ended::Stop = serve_one(stream, config, commands, stop)? {
-                    return Ok(());
-                }
-            }
+        Endpoint::Listening(Listening { listener, .. }) => Some(listener),
+    };
+    loop {
+        let awake = server.wait(listener, stop).map_err(DeviceError::Connection)?;
+        if awake.stop {
+            // The connection stays open until the I/O thread has finished what is out, so that the front end does not
+            // look elsewhere in the middle of it.
+            return close(commands);
+        }
+        if let Some(listener) = listener.filter(|_| awake.callers) {
+            server.admit(listener);
+        }
+        server.listen_to_front_end()?;
+        server.listen_to_others()?;
+        if listener.is_none() && server.front_end.is_none() {
+            return Ok(());
         }
     }
-}
-
-fn serve_one(
-    stream: UnixStream,
-    config: &DeviceConfig,
-    commands: &Commands,
-    stop: &StopSignal,
-) -> Result<Ended, DeviceError> {
-    let prepare = || -> io::Result<UnixStream> {
-        stream.set_read_timeout(Some(MESSAGE_TIMEOUT))?;
-        stream.set_write_timeout(Some(MESSAGE_TIMEOUT))?;
-        stream.try_clone()
-    };
-    let ours = match prepare() {
-        Ok(ours) => ours,
-        Err(error) => {
-            tracing::warn!(%error, "a front end's connection could not be set up");
-            return Ok(Ended::FrontEndLeft);
-        }
-    };
-    tracing::info!("front end connected");
-    let session = Arc::new(Mutex::new(Session::new(config, commands.clone())));
-    let mut handler = BackendReqHandler::from_stream(stream, session.clone());
-    let ended = loop {
-        match wait(ours.as_fd(), stop).map_err(DeviceError::Connection)? {
-            // The connection stays open until the I/O thread has finished what is out, so that the front end does
-            // not look elsewhere in the middle of it.
-            Woken::Stop => {
-                close(commands)?;
-                return Ok(Ended::Stop);
-            }
-            Woken::Ready => {}
-        }
-        if !serve_message(&mut handler, &ours, &session)? {
-            break Ended::FrontEndLeft;
-        }
-    };
-    lock(&session).end().map_err(|_| DeviceError::IoThreadEnded)?;
-    Ok(ended)
 }
 
 /// Ends the I/O thread in good order.
@@ -193,64 +117,139 @@ pub(super) fn close(commands: &Commands) -> Result<(), DeviceError> {
     commands.ask(|reply| Command::Close { reply }).map_err(|_| DeviceError::IoThreadEnded)
 }
 
-fn lock(session: &Mutex<Session>) -> std::sync::MutexGuard<'_, Session> {
-    session.lock().expect("one thread, and it does not panic")
+/// What a wait ended with.
+struct Awake {
+    stop: bool,
+    callers: bool,
 }
 
-/// True: the session goes on.
-fn serve_message(
-    handler: &mut BackendReqHandler<Mutex<Session>>,
-    stream: &UnixStream,
-    session: &Mutex<Session>,
-) -> Result<bool, DeviceError> {
-    let Some((request, need_reply)) = peek_header(stream) else {
-        tracing::info!("front end disconnected");
-        return Ok(false);
-    };
-    let acknowledged = need_reply && lock(session).acknowledges() && is_acknowledged(request);
-    match handler.handle_request() {
-        Ok(()) => Ok(true),
-        Err(Error::ReqHandlerError(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
-            Err(DeviceError::IoThreadEnded)
-        }
-        Err(Error::ReqHandlerError(error)) if acknowledged => {
-            tracing::warn!(%error, request, "a vhost-user message was refused");
-            Ok(true)
-        }
-        // Nobody told the front end, so it would go on believing that it was done.
-        Err(error) => {
-            tracing::warn!(%error, request, "hanging up on a front end");
-            Ok(false)
+/// What becomes of somebody who has said something.
+#[derive(Debug, PartialEq, Eq)]
+enum Turn {
+    Now,
+    Later,
+    Never,
+}
+
+struct Server<'a> {
+    config: &'a DeviceConfig,
+    commands: &'a Commands,
+    front_end: Option<FrontEnd>,
+    waiting: Waiting,
+    shortage: Shortage,
+    /// Nothing to accept with until then.
+    accept_after: Option<Instant>,
+    lines: Lines,
+}
+
+impl<'a> Server<'a> {
+    fn new(config: &'a DeviceConfig, commands: &'a Commands) -> Server<'a> {
+        let now = Instant::now();
+        Server {
+            config,
+            commands,
+            front_end: None,
+            waiting: Waiting::default(),
+            shortage: Shortage::default(),
+            accept_after: None,
+            lines: Lines { owner: Sparingly::new(now), others: Sparingly::new(now) },
         }
     }
-}
 
-/// Request and whether a reply is wanted; none if the front end left or does not finish its header.
-fn peek_header(stream: &UnixStream) -> Option<(u32, bool)> {
-    let mut header = [0u8; HEADER_BYTES];
-    let flags = RecvFlags::PEEK | RecvFlags::WAITALL;
-    let (_, len) = rustix::net::recv(stream, &mut header[..], flags).ok()?;
-    if len < HEADER_BYTES {
-        return None;
+    fn wait(&mut self, listener: Option<&UnixListener>, stop: &StopSignal) -> io::Result<Awake> {
+        self.accept_after = self.accept_after.filter(|after| Instant::now() < *after);
+        let accepts = listener.filter(|_| self.accept_after.is_none());
+        let front_end = self.front_end.as_ref().filter(|front_end| !front_end.caller.has_half());
+        let looks = self.accept_after.is_some()
+            || !self.waiting.are_all_silent()
+            || self.front_end.as_ref().is_some_and(|front_end| front_end.caller.has_half());
+        let mut polled = vec![PollFd::new(&stop.0, PollFlags::IN)];
+        polled.extend(accepts.map(|listener| PollFd::new(listener, PollFlags::IN)));
+        let callers = self.waiting.silent().chain(front_end.map(|front_end| &front_end.caller));
+        polled.extend(callers.map(|caller| PollFd::new(caller, PollFlags::IN)));
+        let timeout = looks.then(|| Timespec::try_from(LOOK_EVERY)).transpose().map_err(io::Error::other)?;
+        match rustix::event::poll(&mut polled, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => return Ok(Awake { stop: false, callers: false }),
+            other => other?,
+        };
+        let is_ready = |at: usize| !polled[at].revents().is_empty();
+        Ok(Awake { stop: is_ready(0), callers: accepts.is_some() && is_ready(1) })
     }
-    let [r0, r1, r2, r3, f0, f1, f2, f3, ..] = header;
-    let (request, flags) = (u32::from_ne_bytes([r0, r1, r2, r3]), u32::from_ne_bytes([f0, f1, f2, f3]));
-    Some((request, flags & FLAG_NEED_REPLY != 0))
-}
 
-/// Whether the crate answers a refusal of this message with an acknowledgement that says so. Messages with a reply
-/// of their own get none when they are refused.
-fn is_acknowledged(request: u32) -> bool {
-    let own_reply = [
-        FrontendReq::GET_FEATURES,
-        FrontendReq::GET_PROTOCOL_FEATURES,
-        FrontendReq::GET_QUEUE_NUM,
-        FrontendReq::GET_VRING_BASE,
-        FrontendReq::GET_CONFIG,
-        FrontendReq::GET_INFLIGHT_FD,
-        FrontendReq::GET_MAX_MEM_SLOTS,
-        FrontendReq::SET_LOG_BASE,
-        FrontendReq::GET_SHMEM_CONFIG,
-    ];
-    !own_reply.iter().any(|own| *own as u32 == request)
+    fn admit(&mut self, listener: &UnixListener) {
+        match self.waiting.admit(listener) {
+            Ok(None) => self.shortage.over(),
+            Ok(Some(peer)) => {
+                self.shortage.over();
+                self.lines.others.tell(Instant::now(), |unsaid| {
+                    tracing::warn!(unsaid, "too many connect and say nothing: hanging up on {peer}");
+                });
+            }
+            Err(error) => self.accept_after = Some(Instant::now() + self.shortage.failed(&error)),
+        }
+    }
+
+    fn listen_to_front_end(&mut self) -> Result<(), DeviceError> {
+        if let Some(front_end) = &mut self.front_end
+            && !front_end.listen(Instant::now(), &mut self.lines)?
+        {
+            self.front_end.take().map_or(Ok(()), FrontEnd::end)?;
+        }
+        Ok(())
+    }
+
+    fn listen_to_others(&mut self) -> Result<(), DeviceError> {
+        let now = Instant::now();
+        while let Some(at) = self.waiting.listen(now) {
+            match self.turn(now) {
+                Turn::Now => {
+                    let caller = self.waiting.take(at);
+                    if let Some(before) = self.front_end.take() {
+                        let (asked, comes) = (&before.caller.peer, &caller.peer);
+                        self.lines.others.tell(now, |unsaid| {
+                            tracing::info!(unsaid, "{asked} only asked: {comes} takes its place");
+                        });
+                        before.end()?;
+                    }
+                    self.give_place(caller, now);
+                }
+                Turn::Later => break,
+                Turn::Never => {
+                    let caller = self.waiting.take(at);
+                    self.refuse(&caller.peer, now);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Of whoever has something to say now.
+    fn turn(&self, now: Instant) -> Turn {
+        match &self.front_end {
+            None => Turn::Now,
+            // What it said before it left comes first.
+            Some(front_end) if front_end.caller.has_hung_up() => Turn::Later,
+            Some(front_end) if front_end.is_owner() => Turn::Never,
+            Some(front_end) if now.duration_since(front_end.since) < ASKING_PATIENCE => Turn::Later,
+            Some(_) => Turn::Now,
+        }
+    }
+
+    fn give_place(&mut self, caller: Caller, now: Instant) {
+        match FrontEnd::new(caller, self.config, self.commands.clone(), now) {
+            Ok(front_end) => self.front_end = Some(front_end),
+            Err(error) => {
+                let line =
+                    |unsaid| tracing::warn!(%error, unsaid, "a front end's connection could not be set up");
+                self.lines.others.tell(now, line);
+            }
+        }
+    }
+
+    fn refuse(&mut self, second: &Peer, now: Instant) {
+        let Some(first) = self.front_end.as_ref().map(|front_end| &front_end.caller.peer) else { return };
+        self.lines.others.tell(now, |unsaid| {
+            tracing::warn!(unsaid, "a second front end, {second}, is refused: {first} has this disk");
+        });
+    }
 }

@@ -1,6 +1,7 @@
 //! A disk in memory that tells what it was asked, and answers only when it may.
 
 use std::collections::VecDeque;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -197,9 +198,24 @@ impl State {
 
 type MakeBacking = Box<dyn FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send>;
 
+/// What a device writes into its log.
+#[derive(Clone, Default)]
+struct Log(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("no test panics inside").write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 /// A device that serves a socket on its own thread; stopped when dropped.
 pub struct Served {
     pub path: PathBuf,
+    log: Log,
     stop: StopSignal,
     thread: Option<JoinHandle<Result<(), DeviceError>>>,
     _dir: Option<tempfile::TempDir>,
@@ -244,8 +260,19 @@ impl Served {
             });
             Box::new(RecordingBacking(disk))
         };
-        let thread = std::thread::spawn(move || serve(endpoint, Box::new(make_backing), signal));
-        Served { path: path.to_owned(), stop, thread: Some(thread), _dir: None }
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber =
+            tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).finish();
+        let served = move || serve(endpoint, Box::new(make_backing), signal);
+        let thread = std::thread::spawn(move || tracing::subscriber::with_default(subscriber, served));
+        Served { path: path.to_owned(), log, stop, thread: Some(thread), _dir: None }
+    }
+
+    /// Lines that the socket's thread has logged.
+    pub fn said(&self) -> Vec<String> {
+        let log = self.log.0.lock().expect("no test panics inside");
+        String::from_utf8_lossy(&log).lines().map(str::to_owned).collect()
     }
 
     pub fn stop(&mut self) -> Result<(), DeviceError> {

@@ -3,6 +3,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "lengths and indexes are the tests' own, and small")]
 
+mod callers;
 mod chains;
 mod disk;
 mod front_end;
