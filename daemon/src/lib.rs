@@ -16,6 +16,7 @@ pub mod shell;
 mod turns;
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::env;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -27,7 +28,9 @@ use std::time::Duration;
 use anyhow::Context;
 use serde::de::DeserializeOwned;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing::level_filters::STATIC_MAX_LEVEL;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Directive;
 
 pub use calendar::utc;
 pub use outlet::Outlet;
@@ -46,8 +49,7 @@ const LAST_WORDS_MAX: Duration = Duration::from_secs(1);
 /// A panic is a broken invariant of ours: to go on with half a process would be worse than a restart.
 #[must_use = "dropped at the end of main, it gives the last lines a moment to be written"]
 pub fn start() -> Log {
-    let filter =
-        EnvFilter::try_from_env("EVOLUTE_LOG").unwrap_or_else(|_| EnvFilter::new("info,openraft=error"));
+    let (filter, objection) = filter();
     // A second subscriber (in tests that hold several programs) is not an error.
     let _ = tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -55,6 +57,9 @@ pub fn start() -> Log {
         .with_ansi(false)
         .log_internal_errors(false)
         .try_init();
+    if let Some(objection) = objection {
+        tracing::warn!("{objection}");
+    }
     std::panic::set_hook(Box::new(|panic| {
         last_words(&panic_words(panic));
         drop(Log(()));
@@ -64,6 +69,28 @@ pub fn start() -> Log {
     ignore_file_size_signal();
     keep_memory();
     Log(())
+}
+
+/// What `EVOLUTE_LOG` lets through, and what is to be said about it. Parsed piece by piece: the library's own parser of the
+/// whole says what it has to say to stderr by itself, which waits for whoever reads there and ends the process where
+/// nobody can write.
+fn filter() -> (EnvFilter, Option<String>) {
+    let unusable = |why: String| (EnvFilter::new("info,openraft=error"), Some(why));
+    let text = match env::var("EVOLUTE_LOG") {
+        Ok(text) => text,
+        Err(env::VarError::NotPresent) => return (EnvFilter::new("info,openraft=error"), None),
+        Err(error) => return unusable(format!("EVOLUTE_LOG is not used: {error}")),
+    };
+    let directives: Result<Vec<Directive>, _> =
+        text.split(',').filter(|piece| !piece.is_empty()).map(str::parse).collect();
+    let filter = match directives {
+        Ok(all) => all.into_iter().fold(EnvFilter::new("off"), EnvFilter::add_directive),
+        Err(error) => return unusable(format!("EVOLUTE_LOG={text:?} is not used: {error}")),
+    };
+    let lacks = filter.max_level_hint().is_some_and(|level| level > STATIC_MAX_LEVEL);
+    let objection =
+        format!("EVOLUTE_LOG={text:?} asks for more than this program was built with: {STATIC_MAX_LEVEL}");
+    (filter, lacks.then_some(objection))
 }
 
 /// While it lives, this process has a log.

@@ -32,9 +32,14 @@ fn the_process() {
 }
 
 fn process(role: &str, stderr: OwnedFd) -> Child {
+    process_with(role, "info", stderr)
+}
+
+fn process_with(role: &str, setting: &str, stderr: OwnedFd) -> Child {
     Command::new(std::env::current_exe().expect("this test"))
         .args(["--exact", "the_process", "--nocapture", "--test-threads=1"])
         .env(ROLE, role)
+        .env("EVOLUTE_LOG", setting)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(stderr)
@@ -74,6 +79,29 @@ fn a_stderr_that_cannot_be_written_ends_nothing() {
     let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
     drop(reader);
     assert_eq!(end(process("fails", writer)).code(), Some(7));
+}
+
+/// More than was built in, and nonsense: what there is to say about it is a line of the log like any other.
+#[test]
+fn what_is_wrong_with_the_setting_of_the_log_waits_for_nobody_and_ends_nothing() {
+    for setting in ["trace", "info,evolute_raft=loud", ""] {
+        let (_reader, writer) = rustix::pipe::pipe().expect("a pipe");
+        let size = rustix::pipe::fcntl_getpipe_size(&writer).expect("a size");
+        assert_eq!(rustix::io::write(&writer, &vec![b'\n'; size]), Ok(size), "it is full");
+        assert_eq!(end(process_with("fails", setting, writer)).code(), Some(7), "{setting:?}");
+        let full = File::options().write(true).open("/dev/full").expect("there").into();
+        assert_eq!(end(process_with("fails", setting, full)).code(), Some(7), "{setting:?}");
+    }
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let child = process_with("fails", "info,evolute_raft=loud", writer);
+    let mut text = String::new();
+    File::from(reader).read_to_string(&mut text).expect("read");
+    end(child);
+    assert!(
+        text.contains("loud\" is not used") && text.contains("something that happened"),
+        "{:?}",
+        text.get(..300)
+    );
 }
 
 #[test]

@@ -6,11 +6,13 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 
 use super::cluster::Cluster;
+use super::course::Course;
 use super::coverage::Led;
 use super::fault::Fault;
 use super::network::{Cut, Place};
 use super::process::{Process, State};
 use super::proxy::Proxy;
+use super::{no_descriptors, put_back, put_back_mds, unread_log, wrong_mds};
 use crate::random::Random;
 
 /// A program that was asked to stop must have ended by then.
@@ -40,6 +42,10 @@ pub struct Active {
     pub under_way: u64,
     /// Known to have hit: cuts are so only once they dropped something.
     pub happened: bool,
+    /// What it goes by, if it goes by steps; none any more: it is over.
+    pub course: Option<Box<dyn Course>>,
+    /// Goes by steps, and is over only when they are.
+    pub goes_by_steps: bool,
 }
 
 impl Active {
@@ -70,12 +76,17 @@ pub fn begin(
     if !is_cut && places.iter().any(|&place| process(cluster, place).state() != State::Running) {
         return Ok(None);
     }
+    // A program that was only just started does not know yet how to end well.
+    if fault.stops_well() && !places.iter().all(|&place| process(cluster, place).is_ready()) {
+        return Ok(None);
+    }
     let began = Instant::now();
     let led = match places[..] {
         [Place::Chunkserver(index)] => cluster.view().led_by(index),
         _ => None,
     };
     let mut detail = format!("{places:?}");
+    let course = course(fault, cluster, &places, random)?;
     let lasts = match fault {
         Fault::KillLeader | Fault::KillFollower | Fault::KillMds | Fault::KillBackend => {
             kill(cluster, &places)?;
@@ -140,6 +151,11 @@ pub fn begin(
             proxy(cluster)?.repeat(true);
             4000 + random.below(8000)
         }
+        Fault::RollbackChunkserver
+        | Fault::RollbackMds
+        | Fault::WrongMds
+        | Fault::LogReaderStopped
+        | Fault::DescriptorsGone => 0,
     };
     let heal_at = Instant::now() + Duration::from_millis(lasts);
     let happened = !is_cut;
@@ -154,6 +170,26 @@ pub fn begin(
         succeeded: false,
         under_way: 0,
         happened,
+        goes_by_steps: course.is_some(),
+        course,
+    }))
+}
+
+/// Begins what goes by steps.
+fn course(
+    fault: Fault,
+    cluster: &mut Cluster,
+    places: &[Place],
+    random: &mut Random,
+) -> Result<Option<Box<dyn Course>>> {
+    let turn = *cluster.turns.entry(fault).and_modify(|turn| *turn += 1).or_insert(1);
+    Ok(Some(match fault {
+        Fault::RollbackChunkserver => put_back::begin(cluster, places)?,
+        Fault::RollbackMds => put_back_mds::begin(cluster, turn, random)?,
+        Fault::WrongMds => wrong_mds::begin(cluster)?,
+        Fault::LogReaderStopped => unread_log::begin(cluster, places[0])?,
+        Fault::DescriptorsGone => no_descriptors::begin(cluster, places[0], random)?,
+        _ => return Ok(None),
     }))
 }
 
@@ -161,6 +197,7 @@ pub fn begin(
 pub fn is_due(active: &Active, cluster: &mut Cluster) -> bool {
     let stopping = |place: &Place, cluster: &mut Cluster| process(cluster, *place).state() == State::Stopping;
     match active.fault {
+        _ if active.goes_by_steps => active.course.is_none(),
         Fault::RestartChunkserver | Fault::RestartMds | Fault::RestartBackend => {
             Instant::now() >= active.heal_at || !active.places.iter().any(|place| stopping(place, cluster))
         }
@@ -249,6 +286,11 @@ pub fn heal(active: &mut Active, cluster: &mut Cluster) -> Result<Option<String>
             active.detail = format!("{done} old changes said again and answered as done, {refused} refused");
             return Ok(None);
         }
+        Fault::RollbackChunkserver
+        | Fault::RollbackMds
+        | Fault::WrongMds
+        | Fault::LogReaderStopped
+        | Fault::DescriptorsGone => return Ok(None),
     }
     for &place in &active.places {
         process(cluster, place).start()?;
@@ -288,6 +330,13 @@ fn targets(fault: Fault, cluster: &Cluster, active: &[Active], random: &mut Rand
             }
             (Vec::new(), Vec::new())
         }
+        Fault::RollbackChunkserver | Fault::RollbackMds if is_rolled_back(cluster, active) => return None,
+        Fault::RollbackChunkserver => {
+            let mds_is_free = !active.iter().any(|other| other.holds(Place::Mds));
+            (put_back::places(cluster, &free, mds_is_free, random)?, Vec::new())
+        }
+        Fault::RollbackMds | Fault::WrongMds => (vec![Place::Mds], Vec::new()),
+        Fault::LogReaderStopped | Fault::DescriptorsGone => (vec![cluster.turn(fault, random)], Vec::new()),
         Fault::RestartChunkserver
         | Fault::PowerOne
         | Fault::SlowDisk
@@ -315,6 +364,12 @@ fn targets(fault: Fault, cluster: &Cluster, active: &[Active], random: &mut Rand
             (vec![hit], cuts)
         }
     })
+}
+
+/// What is being learnt or made anew is not there to be counted on: one at a time, of a cluster that is complete.
+fn is_rolled_back(cluster: &Cluster, active: &[Active]) -> bool {
+    let rolls_back = |other: &Active| matches!(other.fault, Fault::RollbackChunkserver | Fault::RollbackMds);
+    active.iter().any(rolls_back) || !cluster.view().is_complete_now()
 }
 
 /// All at one moment: stopped first, so that none goes on while the others are killed.

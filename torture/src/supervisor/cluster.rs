@@ -1,11 +1,9 @@
 //! The cluster: an MDS, chunkservers in zones of their own, a backend; and what the control plane says about them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
-use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -14,19 +12,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::coverage::Led;
+use super::coverage::{Led, Program};
 use super::disk::Disk;
+use super::fault::Fault;
 use super::network::{Network, Place};
+use super::operator::Evolute;
 use super::options::Options;
-use super::process::{Process, enter, run};
+use super::process::{Process, tool};
 use super::proxy::{self, Proxy};
 use super::takeover::Backends;
+use crate::random::Random;
 
 const PORT: u16 = 7700;
 /// Where chunkservers listen that have moved, until they move back.
 const OTHER_PORT: u16 = 7701;
+/// Of another cluster.
+const WRONG_MDS: &str = "wrong-mds";
 const READY_WITHIN: Duration = Duration::from_secs(60);
-const VOLUME: &str = "disk";
+pub const VOLUME: &str = "disk";
+/// The first one of a cluster.
+pub const VOLUME_NUMBER: u64 = 1;
 /// How often the control plane is asked.
 const LOOK_EVERY: Duration = Duration::from_millis(300);
 /// An answer older than this says nothing about who leads now: an election may have been since.
@@ -38,7 +43,11 @@ pub struct View {
     /// Copysets led, by chunkserver as we count.
     pub led: Vec<u64>,
     pub copysets: Vec<CopysetSeen>,
+    /// Each replica's number, and its chunkserver.
+    pub numbers: BTreeMap<u64, usize>,
     pub is_whole: bool,
+    /// Every replica is there and nothing is learnt or made anew. Disks may be slow.
+    pub is_complete: bool,
     pub words: String,
     pub leader_changes: u64,
     pub looks: u64,
@@ -49,8 +58,20 @@ pub struct View {
 impl View {
     /// What this chunkserver led a moment ago; none: that is not known.
     pub fn led_by(&self, index: usize) -> Option<Led> {
-        let fresh = self.asked.is_some_and(|asked| asked.elapsed() < FRESH);
-        fresh.then(|| Led { copysets: self.led[index], of: self.led.iter().sum() })
+        self.is_fresh().then(|| Led { copysets: self.led[index], of: self.led.iter().sum() })
+    }
+
+    pub fn is_complete_now(&self) -> bool {
+        self.is_complete && self.is_fresh()
+    }
+
+    /// The numbers of what this chunkserver holds.
+    pub fn replicas_on(&self, index: usize) -> BTreeSet<u64> {
+        self.numbers.iter().filter(|(_, on)| **on == index).map(|(number, _)| *number).collect()
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.asked.is_some_and(|asked| asked.elapsed() < FRESH)
     }
 }
 
@@ -73,6 +94,10 @@ pub struct Cluster {
     /// Of the first backend.
     pub socket: PathBuf,
     pub backends: Backends,
+    pub evolute: Evolute,
+    /// How often each fault has begun that hits all programs in turn.
+    pub turns: BTreeMap<Fault, usize>,
+    wrong_mds: Process,
     pub proxy: Option<Proxy>,
     watcher: Option<Watcher>,
     pub network: Network,
@@ -95,6 +120,15 @@ impl Cluster {
             "evolute-mds",
             Place::Mds,
             &format!("--data-dir {} --listen {mds_address} --report-interval-s 0.5", dir("mds")),
+        );
+        let wrong_mds = process(
+            WRONG_MDS,
+            "evolute-mds",
+            Place::Mds,
+            &format!(
+                "--data-dir {} --listen {mds_address} --report-interval-s 0.5 --existing",
+                dir(WRONG_MDS)
+            ),
         );
         let network_of_backends = network.namespace(Place::Backend);
         let program = programs.join("evolute-vhost");
@@ -129,6 +163,9 @@ impl Cluster {
             folder: folder.to_owned(),
             socket,
             backends,
+            evolute,
+            turns: BTreeMap::new(),
+            wrong_mds,
             proxy: None,
             watcher: None,
             network,
@@ -143,7 +180,7 @@ impl Cluster {
         }
         let size = format!("{}M", options.area_mib.next_multiple_of(1024).max(1024));
         let deadline = Instant::now() + READY_WITHIN;
-        while let Err(error) = evolute.ask(&["volume", "create", VOLUME, "--size", &size]) {
+        while let Err(error) = cluster.evolute.ask(&["volume", "create", VOLUME, "--size", &size]) {
             if Instant::now() >= deadline {
                 return Err(error.context("cannot create the volume"));
             }
@@ -154,7 +191,7 @@ impl Cluster {
         }
         cluster.backend.start()?;
         cluster.backend.wait_ready(READY_WITHIN)?;
-        cluster.watcher = Some(Watcher::start(evolute, options.chunkservers)?);
+        cluster.watcher = Some(Watcher::start(cluster.evolute.clone(), options.chunkservers)?);
         Ok(cluster)
     }
 
@@ -179,6 +216,25 @@ impl Cluster {
         format!("to port {}", self.port)
     }
 
+    /// As somebody made it who wanted another cluster.
+    pub fn wrong_mds(&mut self) -> Result<&mut Process> {
+        let dir = self.folder.join(WRONG_MDS);
+        if !dir.exists() {
+            let program = self.chunkserver.with_file_name("evolute-mds").display().to_string();
+            tool(&program, &["init", "--data-dir", &dir.display().to_string()])?;
+        }
+        Ok(&mut self.wrong_mds)
+    }
+
+    /// Whose turn it is to be hit by this fault, of all programs.
+    pub fn turn(&self, fault: Fault, random: &mut Random) -> Place {
+        match self.turns.get(&fault).copied().unwrap_or(0) % Program::ALL.len() {
+            0 => Place::Chunkserver(random.index(self.chunkservers.len())),
+            1 => Place::Backend,
+            _ => Place::Mds,
+        }
+    }
+
     pub fn view(&self) -> View {
         let watcher = self.watcher.as_ref().expect("started with the cluster");
         watcher.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -200,7 +256,9 @@ impl Cluster {
     }
 
     pub fn processes(&mut self) -> impl Iterator<Item = &mut Process> {
-        [&mut self.mds, &mut self.backend].into_iter().chain(self.chunkservers.iter_mut())
+        [&mut self.mds, &mut self.wrong_mds, &mut self.backend]
+            .into_iter()
+            .chain(self.chunkservers.iter_mut())
     }
 
     /// In order, each held to a clean end. What was not clean.
@@ -229,23 +287,6 @@ impl Drop for Cluster {
     }
 }
 
-/// The operator's tool.
-struct Evolute {
-    program: PathBuf,
-    mds: String,
-    hub: Arc<File>,
-}
-
-impl Evolute {
-    fn ask(&self, arguments: &[&str]) -> Result<Value> {
-        let mut command = Command::new(&self.program);
-        command.args(["--mds", &self.mds, "--timeout", "2", "--json"]).args(arguments);
-        enter(&mut command, Some(self.hub.clone()));
-        let answer = run(&mut command)?;
-        serde_json::from_str(&answer).context("the tool printed no JSON")
-    }
-}
-
 /// Asks the control plane again and again, on a thread of its own: it may be stopped, and then answers late.
 struct Watcher {
     view: Arc<Mutex<View>>,
@@ -267,7 +308,7 @@ impl Watcher {
                 match answer.and_then(|status| look(&status, &mut leaders, &mut view)) {
                     Ok(()) => view.asked = Some(asked),
                     Err(error) => {
-                        view.is_whole = false;
+                        (view.is_whole, view.is_complete) = (false, false);
                         view.words = format!("{error:#}");
                     }
                 }
@@ -294,7 +335,7 @@ fn look(status: &Value, leaders: &mut BTreeMap<u64, (usize, u64)>, view: &mut Vi
     let servers = status["chunkservers"].as_array().context("no `chunkservers` in cluster status")?;
     let online = servers.iter().filter(|server| server["online"] == true).count();
     let mut led = vec![0; view.led.len()];
-    let mut seen = Vec::new();
+    let (mut seen, mut numbers) = (Vec::new(), BTreeMap::new());
     // The control plane counts from 1.
     let index = |id: &Value| {
         let index = usize::try_from(id.as_u64()?).ok()?.checked_sub(1)?;
@@ -305,7 +346,10 @@ fn look(status: &Value, leaders: &mut BTreeMap<u64, (usize, u64)>, view: &mut Vi
             bail!("a copyset without id or term");
         };
         let replicas = copyset["replicas"].as_array().context("a copyset without replicas")?;
-        let replicas = replicas.iter().filter_map(|replica| index(&replica["chunkserver"])).collect();
+        let on = |replica: &Value| Some((replica["replica"].as_u64()?, index(&replica["chunkserver"])?));
+        let replicas: Vec<_> = replicas.iter().filter_map(on).collect();
+        numbers.extend(replicas.iter().copied());
+        let replicas = replicas.into_iter().map(|(_, on)| on).collect();
         let leader = index(&copyset["leader_chunkserver"]);
         seen.push(CopysetSeen { id, replicas, leader });
         let Some(leader) = leader else { continue };
@@ -316,7 +360,15 @@ fn look(status: &Value, leaders: &mut BTreeMap<u64, (usize, u64)>, view: &mut Vi
         }
     }
     view.copysets = seen;
+    view.numbers = numbers;
     view.led = led;
+    let well = |of: &Value| of["health"] == "ok";
+    let held = status["reasons"].to_string().contains("this MDS");
+    view.is_complete = online == view.led.len()
+        && !copysets.is_empty()
+        && copysets.iter().all(well)
+        && status["repairs"].as_array().is_some_and(Vec::is_empty)
+        && !held;
     view.is_whole = status["health"] == "ok" && online == view.led.len();
     view.words = format!("health {}, {online} online, {}", status["health"], status["reasons"]);
     Ok(())

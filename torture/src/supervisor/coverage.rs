@@ -5,9 +5,12 @@
 //! count. While some faults last a guest can write nothing at all; the windows of those begin as long before, with the
 //! changes that were answered last and those that were under way.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::fault::Fault;
+use super::network::Place;
 use super::report::Happened;
 
 /// After a fault is healed, elections and reconnections may still be going on.
@@ -28,6 +31,27 @@ impl Led {
 
     pub fn a_follower(self) -> bool {
         self.copysets < self.of
+    }
+}
+
+/// What runs at a place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Program {
+    Chunkserver,
+    Backend,
+    Mds,
+}
+
+impl Program {
+    pub const ALL: [Program; 3] = [Program::Chunkserver, Program::Backend, Program::Mds];
+
+    pub fn at(place: Place) -> Self {
+        match place {
+            Place::Mds => Program::Mds,
+            Place::Backend => Program::Backend,
+            Place::Chunkserver(_) => Program::Chunkserver,
+        }
     }
 }
 
@@ -66,7 +90,12 @@ impl Fault {
             | Fault::ZombieBackend
             | Fault::DelayRequests
             | Fault::DuplicateRequests
-            | Fault::AllAddressesMoved => (false, false),
+            | Fault::AllAddressesMoved
+            | Fault::RollbackChunkserver
+            | Fault::RollbackMds
+            | Fault::WrongMds
+            | Fault::LogReaderStopped
+            | Fault::DescriptorsGone => (false, false),
         };
         Wants { leader, follower }
     }
@@ -94,11 +123,14 @@ pub fn window(one: &Happened) -> (u64, u64) {
 }
 
 /// Faults of one kind that count, and what they hit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Covered {
     pub faults: usize,
     pub leaders: usize,
     pub followers: usize,
+    /// Of faults that hit all programs in turn: which were.
+    #[serde(default)]
+    pub programs: BTreeSet<Program>,
     /// Acknowledged in all of their windows.
     pub acks: u64,
 }
@@ -111,6 +143,7 @@ impl Covered {
             let Some(acks) = one.acks.filter(|&acks| acks >= least_acks) else { continue };
             covered.faults += 1;
             covered.acks += acks;
+            covered.programs.extend(one.program);
             covered.leaders += usize::from(one.led.is_some_and(Led::a_leader));
             covered.followers += usize::from(one.led.is_some_and(Led::a_follower));
         }
@@ -126,6 +159,9 @@ impl Covered {
             Some(format!("{fault} never hit the leader of a copyset for sure"))
         } else if wants.follower && self.followers == 0 {
             Some(format!("{fault} never hit a follower for sure"))
+        } else if fault.takes_turns() {
+            let missing = Program::ALL.into_iter().find(|program| !self.programs.contains(program))?;
+            Some(format!("{fault} never hit a {missing:?}"))
         } else {
             None
         }
@@ -134,7 +170,7 @@ impl Covered {
 
 #[cfg(test)]
 mod tests {
-    use super::{AFTERMATH_NS, Covered, Led, window};
+    use super::{AFTERMATH_NS, Covered, Led, Program, window};
     use crate::supervisor::fault::Fault;
     use crate::supervisor::report::Happened;
 
@@ -167,6 +203,17 @@ mod tests {
         assert!(lacks(Fault::PowerOne, &[idle.clone(), thin]).is_some());
         assert_eq!(lacks(Fault::PowerOne, &[some]), None);
         assert_eq!(lacks(Fault::PowerOne, &[idle, all]), None);
+    }
+
+    #[test]
+    fn what_hits_all_programs_in_turn_must_have_hit_each() {
+        let hit = |program| {
+            let happened = hit(Fault::DescriptorsGone, 0, 500);
+            Happened { led: None, program: Some(program), ..happened }
+        };
+        let two = [hit(Program::Chunkserver), hit(Program::Mds)];
+        assert!(lacks(Fault::DescriptorsGone, &two).is_some_and(|why| why.contains("Backend")));
+        assert_eq!(lacks(Fault::DescriptorsGone, &Program::ALL.map(hit)), None);
     }
 
     #[test]

@@ -34,10 +34,15 @@ pub enum Fault {
     DelayRequests,
     DuplicateRequests,
     AllAddressesMoved,
+    RollbackChunkserver,
+    RollbackMds,
+    WrongMds,
+    LogReaderStopped,
+    DescriptorsGone,
 }
 
 /// Name, group, what it does. The order is the order of reports.
-const ALL: [(Fault, &str, &str, &str); 28] = [
+const ALL: [(Fault, &str, &str, &str); 33] = [
     (Fault::KillLeader, "kill-leader", "kills", "kill -9 of the chunkserver that leads most copysets"),
     (Fault::KillFollower, "kill-follower", "kills", "kill -9 of the one that leads fewest"),
     (Fault::KillChunkservers, "kill-chunkservers", "kills", "kill -9 of all chunkservers at one moment"),
@@ -116,6 +121,36 @@ const ALL: [(Fault, &str, &str, &str); 28] = [
         "moves",
         "kill -9 of all chunkservers at one moment; each comes back at another address",
     ),
+    (
+        Fault::RollbackChunkserver,
+        "rollback-chunkserver",
+        "operators",
+        "a chunkserver's directory is put back to an older copy while only one other has what was acknowledged since",
+    ),
+    (
+        Fault::RollbackMds,
+        "rollback-mds",
+        "operators",
+        "the control plane's directory is put back to an older copy, and an operator accepts it",
+    ),
+    (
+        Fault::WrongMds,
+        "wrong-mds",
+        "operators",
+        "the control plane of another cluster serves at the address of the right one for 3 to 6 s",
+    ),
+    (
+        Fault::LogReaderStopped,
+        "log-reader-stopped",
+        "starved",
+        "a program, each in its turn, is started with a full pipe as stderr that nobody reads for 4 to 8 s",
+    ),
+    (
+        Fault::DescriptorsGone,
+        "descriptors-gone",
+        "starved",
+        "a program, each in its turn, may open at most two more files for 5 to 10 s",
+    ),
 ];
 
 impl Fault {
@@ -137,6 +172,16 @@ impl Fault {
 
     pub fn needs_proxy(self) -> bool {
         matches!(self, Fault::DelayRequests | Fault::DuplicateRequests)
+    }
+
+    /// It begins with a program that is asked to stop.
+    pub fn stops_well(self) -> bool {
+        matches!(self.row().2, "restarts" | "operators") || self == Fault::LogReaderStopped
+    }
+
+    /// It hits one program after the other, and must have hit each.
+    pub fn takes_turns(self) -> bool {
+        self.row().2 == "starved"
     }
 
     /// Names, groups, `all`, separated by commas; a leading `-` takes away.
@@ -165,7 +210,7 @@ impl Fault {
     pub fn table() -> String {
         let mut lines = String::from("Faults and their groups:\n");
         for (_, name, group, words) in ALL {
-            lines.push_str(&format!("  {name:<20} {group:<11} {words}\n"));
+            lines.push_str(&format!("  {name:<21} {group:<11} {words}\n"));
         }
         lines
     }

@@ -142,7 +142,7 @@ impl Run<'_> {
                     return None;
                 }
             };
-            // The cluster has one volume. Who has nothing of it has zeroes.
+            // Who has nothing of the volume has zeroes.
             let image = inspection.exports.values().next().cloned().unwrap_or_else(|| "/dev/null".into());
             let judged = self.load.judge_file(image, JUDGED_WITHIN);
             let removed = std::fs::remove_dir_all(&export);

@@ -21,7 +21,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::cluster::CopysetSeen;
+use super::cluster::{CopysetSeen, VOLUME_NUMBER};
 use super::process::enter;
 use crate::blkcheck::Judged;
 
@@ -54,6 +54,7 @@ pub struct At {
 
 #[derive(Debug, Clone, Deserialize)]
 pub struct ChunkSeen {
+    pub volume: u64,
     pub chunk: u32,
     pub unreadable: Vec<u16>,
 }
@@ -86,7 +87,13 @@ pub fn inspect(program: &Path, data_dir: &Path, export: &Path) -> Result<Inspect
     if !output.status.success() && output.status.code() != Some(UNSOUND) {
         bail!("inspect ended with {}: {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
     }
-    serde_json::from_slice(&output.stdout).context("inspect printed no report")
+    let mut seen: Inspection = serde_json::from_slice(&output.stdout).context("inspect printed no report")?;
+    // Others are made and deleted meanwhile, and a deleted one may not be gone everywhere.
+    seen.exports.retain(|volume, _| *volume == VOLUME_NUMBER);
+    for replica in &mut seen.replicas {
+        replica.chunks.retain(|chunk| chunk.volume == VOLUME_NUMBER);
+    }
+    Ok(seen)
 }
 
 /// `disks` by chunkserver, as we count.
@@ -203,14 +210,14 @@ fn wrong_in(judged: &Judged, chunk: u32) -> BTreeSet<u32> {
 mod tests {
     use super::{At, CHUNK_SECTORS, ChunkSeen, DiskSeen, Inspection, Outcome, ReplicaSeen, judge};
     use crate::blkcheck::Judged;
-    use crate::supervisor::cluster::CopysetSeen;
+    use crate::supervisor::cluster::{CopysetSeen, VOLUME_NUMBER};
 
     const END: At = At { term: 3, index: 50 };
     const AREA: u32 = CHUNK_SECTORS * 2;
 
     /// Three replicas of copyset 7, which has chunk 0; nobody has chunk 1.
     fn disks() -> Vec<DiskSeen> {
-        let chunks = vec![ChunkSeen { chunk: 0, unreadable: Vec::new() }];
+        let chunks = vec![ChunkSeen { volume: VOLUME_NUMBER, chunk: 0, unreadable: Vec::new() }];
         let replica = ReplicaSeen { copyset: 7, trouble: None, last: Some(END), chunks };
         let inspection = Inspection { replicas: vec![replica], ..Inspection::default() };
         vec![DiskSeen { inspection, judged: Judged { sectors: AREA, ..Judged::default() } }; 3]

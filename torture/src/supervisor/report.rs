@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use super::about::About;
-use super::coverage::{AFTERMATH_NS, Covered, Led};
+use super::coverage::{AFTERMATH_NS, Covered, Led, Program};
 use super::fault::Fault;
 use crate::blkcheck::report::{Report as Load, Verdict};
 use crate::blkcheck::stalls::Slow;
@@ -21,6 +21,9 @@ pub struct Happened {
     /// Of the chunkserver that was hit; none: several were or none was, or the control plane had not said it lately.
     #[serde(default)]
     pub led: Option<Led>,
+    /// Of a fault that hits all programs in turn.
+    #[serde(default)]
+    pub program: Option<Program>,
     /// Requests when it began.
     #[serde(default)]
     pub under_way: u64,
@@ -46,6 +49,7 @@ impl Happened {
             detail: String::new(),
             happened: true,
             led: None,
+            program: None,
             under_way: 0,
             acks: None,
             alone: false,
@@ -213,12 +217,12 @@ impl Report {
 
     pub fn words(&self) -> String {
         let mut lines = vec![format!(
-            "\n{:<20} {:>5} {:>7} {:>28} {:>28} {:>9}",
+            "\n{:<21} {:>5} {:>7} {:>28} {:>28} {:>9}",
             "fault", "times", "covered", "changes p50/p99/max ms", "reads p50/p99/max ms", "all max"
         )];
         for (fault, of) in &self.faults {
             lines.push(format!(
-                "{:<20} {:>5} {:>7} {:>28} {:>28} {:>9.0}",
+                "{:<21} {:>5} {:>7} {:>28} {:>28} {:>9.0}",
                 fault.name(),
                 of.happened,
                 of.covered.faults,

@@ -11,6 +11,8 @@ use super::about::About;
 use super::acks::Acks;
 use super::active::{self, Active, process};
 use super::cluster::Cluster;
+use super::course::{Next, Scene};
+use super::coverage::Program;
 use super::fault::Fault;
 use super::leaders::Leader;
 use super::network::Place;
@@ -281,6 +283,7 @@ impl Run<'_> {
         self.look_after_processes()?;
         self.close_windows();
         self.go_to_successors()?;
+        self.go_on_with_courses()?;
         let mut i = 0;
         while i < self.active.len() {
             if active::is_due(&self.active[i], &mut self.cluster) {
@@ -296,6 +299,30 @@ impl Run<'_> {
         Ok(())
     }
 
+    fn go_on_with_courses(&mut self) -> Result<()> {
+        let acked = self.load.progress.acked_writes.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for active in &mut self.active {
+            let Some(course) = &mut active.course else { continue };
+            let mut scene = Scene {
+                cluster: &mut self.cluster,
+                places: &mut active.places,
+                detail: &mut active.detail,
+                random: &mut self.random,
+                acked,
+                failures: Vec::new(),
+            };
+            let next = course.go_on(&mut scene).with_context(|| format!("{} cannot go on", active.fault))?;
+            failures.append(&mut scene.failures);
+            if next != Next::GoesOn {
+                active.happened = next == Next::Over;
+                active.course = None;
+            }
+        }
+        failures.into_iter().for_each(|failure| self.fail(failure));
+        Ok(())
+    }
+
     fn heal(&mut self, mut over: Active) -> Result<()> {
         if let Some(failure) = active::heal(&mut over, &mut self.cluster)? {
             self.fail(failure);
@@ -308,6 +335,7 @@ impl Run<'_> {
             detail: over.detail,
             happened: over.happened,
             led: over.led,
+            program: over.fault.takes_turns().then(|| Program::at(over.places[0])),
             under_way: over.under_way,
             ..Happened::new(
                 over.fault,
@@ -353,9 +381,10 @@ impl Run<'_> {
 
     /// Heals everything, waits until the cluster is whole, and checks every sector.
     fn settle(&mut self, when: &str) -> bool {
-        let (takeovers, others): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.active).into_iter().partition(|one| one.fault == Fault::ZombieBackend);
-        self.active = takeovers;
+        let (by_themselves, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.active)
+            .into_iter()
+            .partition(|one| one.fault == Fault::ZombieBackend || one.goes_by_steps);
+        self.active = by_themselves;
         for over in others {
             // A program that was asked to stop gets its time.
             while !active::is_due(&over, &mut self.cluster)
@@ -371,12 +400,13 @@ impl Run<'_> {
                 return false;
             }
         }
-        // With everything else healed a takeover comes to its end, and so does a backend that lost its volume.
+        // With everything else healed a takeover comes to its end, so does what goes by steps, and a backend that lost its
+        // volume.
         while (!self.active.is_empty() || self.cluster.backends.has_zombies())
             && !self.stop.load(Ordering::SeqCst)
         {
             if let Err(error) = self.tick() {
-                self.unknowns.push(format!("a takeover did not end: {error:#}"));
+                self.unknowns.push(format!("a fault did not end: {error:#}"));
                 return false;
             }
             std::thread::sleep(TICK);
