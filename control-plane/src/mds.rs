@@ -203,6 +203,7 @@ impl Server {
             .map_err(|error| StartError::Ended(error.to_string()))?
             .map_err(|error: DataDirError| StartError::from(error))?;
         let replicated = Replicated::start(dir).await?;
+        let ours = replicated.cluster();
         let mds = Arc::new(Mds {
             replicated,
             limits: config.limits,
@@ -229,7 +230,9 @@ impl Server {
             .initial_stream_window_size(WINDOW_BYTES)
             .initial_connection_window_size(WINDOW_BYTES)
             .http2_max_header_list_size(HEADER_BYTES_MAX)
-            .add_service(InterceptedService::new(volumes, |request| port::asks(request, Kind::Caller)))
+            .add_service(InterceptedService::new(volumes, move |request| {
+                port::asks(port::belongs(request, ours)?, Kind::Caller)
+            }))
             .add_service(InterceptedService::new(chunkservers, |request| port::asks(request, Kind::Peer)))
             .add_service(InterceptedService::new(cluster, |request| port::asks(request, Kind::Caller)))
             .serve_with_incoming_shutdown(port::callers(listener), async move { stopped.stopping().await });

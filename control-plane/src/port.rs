@@ -10,6 +10,8 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use evolute_daemon::door::{self, Door, Kind, Places, Seat, Shortage};
+use evolute_protocol::id::ClusterId;
+use evolute_protocol::rpc::{CLUSTER_KEY, ErrorWord};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::Stream;
@@ -51,6 +53,18 @@ pub fn asks(request: Request<()>, kind: Kind) -> Result<Request<()>, Status> {
         }
     }
     Ok(request)
+}
+
+/// Who says that it belongs to another cluster has come to the wrong address, and would believe what it is told here.
+pub fn belongs(request: Request<()>, cluster: ClusterId) -> Result<Request<()>, Status> {
+    match request.metadata().get(CLUSTER_KEY) {
+        Some(theirs) if theirs.as_bytes() != cluster.to_string().as_bytes() => Err(ErrorWord::WrongCluster
+            .status(format!(
+                "this is the MDS of cluster {cluster}, and not of {}",
+                theirs.to_str().unwrap_or("one that can be")
+            ))),
+        _ => Ok(request),
+    }
 }
 
 /// Who asks, among a request's extensions.

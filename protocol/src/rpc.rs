@@ -28,6 +28,10 @@ pub use generated::{
 /// The metadata key under which a refusal carries its [`ErrorWord`].
 pub const ERROR_KEY: &str = "evolute-error";
 
+/// The metadata key under which who asks about volumes names the cluster it belongs to, as 32 hexadecimal digits. None:
+/// it belongs to none yet, or is an operator's tool.
+pub const CLUSTER_KEY: &str = "evolute-cluster";
+
 /// Why the control plane refused, one word per thing the caller can do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ErrorWord {

@@ -1,9 +1,10 @@
 //! Who may speak for a chunkserver.
 
-use evolute_protocol::rpc::{ErrorWord, RegisterRequest, Start, StartDecision};
+use evolute_protocol::id::ClusterId;
+use evolute_protocol::rpc::{CLUSTER_KEY, ErrorWord, MapRequest, RegisterRequest, Start, StartDecision};
 
 use crate::support::{
-    Chunkserver, Mds, first_registration, instance, register, registration, status, until, word,
+    Chunkserver, Mds, first_registration, instance, register, registration, status, until, volumes, word,
 };
 
 #[tokio::test]
@@ -145,4 +146,24 @@ async fn a_directory_that_lacks_a_start_was_put_back() {
     // A start that is not this process's is no proof of anything.
     let forged = RegisterRequest { instance: name(5), ..with(vec![start(8), start(9)], undecided) };
     assert_eq!(word(register(mds.address, forged).await), ErrorWord::Invalid);
+}
+
+/// A backend that has come to the wrong address must not hear that its volume was deleted, nor where its data goes.
+#[tokio::test]
+async fn who_belongs_to_another_cluster_hears_nothing_about_volumes() {
+    let mds = Mds::start().await;
+    let ours = ClusterId(status(mds.address).await.cluster_id.try_into().expect("16 bytes"));
+    let mut client = volumes(mds.address).await;
+    for (named, expected) in [
+        (None, ErrorWord::NotFound),
+        (Some(ours.to_string()), ErrorWord::NotFound),
+        (Some(ClusterId([7; 16]).to_string()), ErrorWord::WrongCluster),
+        (Some("nonsense".to_owned()), ErrorWord::WrongCluster),
+    ] {
+        let mut request = tonic::Request::new(MapRequest { volume_id: 1 });
+        if let Some(named) = &named {
+            request.metadata_mut().insert(CLUSTER_KEY, named.parse().expect("ASCII"));
+        }
+        assert_eq!(word(client.map(request).await), expected, "{named:?}");
+    }
 }

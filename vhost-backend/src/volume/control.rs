@@ -362,6 +362,7 @@ impl Controller {
         state.save(&remembered)?;
         resolve(&mut remembered.map).await;
         info!("{name}: taking up the attachment of before under epoch {}", remembered.epoch);
+        self.mds.belong_to(remembered.map.cluster);
         self.announce(&remembered, true);
         *self.known.borrow_mut() = Some(remembered);
         Ok(true)
@@ -412,6 +413,7 @@ impl Controller {
         };
         self.save(&known).await;
         info!("{}: attached as {} under epoch {}", known.name, known.volume, known.epoch);
+        self.mds.belong_to(known.map.cluster);
         self.announce(&known, false);
         *self.known.borrow_mut() = Some(known);
     }

@@ -8,13 +8,17 @@
 use std::cell::Cell;
 use std::fmt;
 use std::future::Future;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, SegmentIndex};
 use evolute_protocol::rpc::volumes_client::VolumesClient;
-use evolute_protocol::rpc::{ErrorWord, Segment, VolumeMap};
+use evolute_protocol::rpc::{CLUSTER_KEY, ErrorWord, Segment, VolumeMap};
+use tonic::metadata::AsciiMetadataValue;
+use tonic::service::Interceptor;
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Response, Status};
+use tonic::{Request, Response, Status};
 use tracing::{info, warn};
 
 use super::routing::{ChunkserverPlace, CopysetMembers, Map, SegmentCopysets};
@@ -59,9 +63,26 @@ pub struct Refusal {
     pub message: String,
 }
 
+/// Whoever asks this way says which cluster it belongs to, once it belongs to one: another cluster's MDS at the address
+/// of ours must not tell us that the volume was deleted, nor place its data.
+pub type Client = VolumesClient<InterceptedService<Channel, Belonging>>;
+
+#[derive(Debug, Clone, Default)]
+pub struct Belonging(Arc<OnceLock<AsciiMetadataValue>>);
+
+impl Interceptor for Belonging {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        if let Some(cluster) = self.0.get() {
+            request.metadata_mut().insert(CLUSTER_KEY, cluster.clone());
+        }
+        Ok(request)
+    }
+}
+
 /// The MDS we know, and which of them answered last.
 pub struct Mds {
-    clients: Vec<(String, VolumesClient<Channel>)>,
+    clients: Vec<(String, Client)>,
+    belonging: Belonging,
     current: Cell<usize>,
     away_since: Cell<Option<Instant>>,
 }
@@ -69,21 +90,27 @@ pub struct Mds {
 impl Mds {
     /// Connects to nobody yet.
     pub fn new(endpoints: Endpoints) -> Self {
-        let client =
-            |to: Endpoint| VolumesClient::new(to.connect_lazy()).max_decoding_message_size(MAP_BYTES_MAX);
+        let belonging = Belonging::default();
+        let client = |to: Endpoint| {
+            VolumesClient::with_interceptor(to.connect_lazy(), belonging.clone())
+                .max_decoding_message_size(MAP_BYTES_MAX)
+        };
         Self {
             clients: endpoints.into_iter().map(|(name, to)| (name, client(to))).collect(),
+            belonging,
             current: Cell::new(0),
             away_since: Cell::new(None),
         }
     }
 
+    /// From now on only this cluster's MDS answers. A volume never goes to another one.
+    pub fn belong_to(&self, cluster: ClusterId) {
+        let digits = cluster.to_string().parse().expect("hexadecimal digits");
+        self.belonging.0.get_or_init(|| digits);
+    }
+
     /// Asks one after the other until one answers, however long that takes.
-    pub async fn call<T, F>(
-        &self,
-        what: &str,
-        ask: impl Fn(VolumesClient<Channel>) -> F,
-    ) -> Result<T, Refusal>
+    pub async fn call<T, F>(&self, what: &str, ask: impl Fn(Client) -> F) -> Result<T, Refusal>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
@@ -99,7 +126,7 @@ impl Mds {
                 Err(status) => status,
             };
             match ErrorWord::of(&status) {
-                Some(ErrorWord::NotLeader) | None => {
+                Some(ErrorWord::NotLeader | ErrorWord::WrongCluster) | None => {
                     self.current.set((at + 1) % self.clients.len());
                 }
                 Some(ErrorWord::Busy | ErrorWord::MdsPutBack) => {}

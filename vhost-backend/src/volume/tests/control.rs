@@ -11,10 +11,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::{CHUNK_BYTES, GIB, MIB};
-use evolute_protocol::id::{ChunkserverId, CopysetId};
+use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::rpc::volumes_server::{Volumes, VolumesServer};
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, CopysetRoute, CreateVolumeRequest,
+    AllocateSegmentRequest, AttachRequest, AttachResponse, CLUSTER_KEY, CopysetRoute, CreateVolumeRequest,
     DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest,
     ListVolumesResponse, MapRequest, ReplicaRoute, Segment, ShowVolumeRequest, Volume, VolumeMap,
 };
@@ -40,6 +40,8 @@ struct Mds {
     refuse: Vec<ErrorWord>,
     full: bool,
     deleted: bool,
+    /// Whose MDS it is, if that matters: whoever names another cluster is refused.
+    of: Option<ClusterId>,
 }
 
 #[derive(Clone)]
@@ -49,8 +51,12 @@ struct Service {
 }
 
 impl Service {
-    fn call(&self, name: &'static str) -> Result<MutexGuard<'_, Mds>, Status> {
+    fn call<T>(&self, name: &'static str, request: &Request<T>) -> Result<MutexGuard<'_, Mds>, Status> {
         let mut mds = self.mds.lock().expect("sound");
+        let named = request.metadata().get(CLUSTER_KEY);
+        if named.zip(mds.of).is_some_and(|(named, ours)| named.as_bytes() != ours.to_string().as_bytes()) {
+            return Err(ErrorWord::WrongCluster.status("another cluster"));
+        }
         *mds.calls.entry(name).or_default() += 1;
         match mds.refuse.pop() {
             Some(word) => Err(word.status("as the test says")),
@@ -90,7 +96,7 @@ impl Service {
 #[tonic::async_trait]
 impl Volumes for Service {
     async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        let mut mds = self.call("attach")?;
+        let mut mds = self.call("attach", &request)?;
         let request = request.into_inner();
         if request.name != "disk" {
             return Err(ErrorWord::NotFound.status("no such volume"));
@@ -106,7 +112,7 @@ impl Volumes for Service {
     }
 
     async fn detach(&self, request: Request<DetachRequest>) -> Result<Response<DetachResponse>, Status> {
-        let mut mds = self.call("detach")?;
+        let mut mds = self.call("detach", &request)?;
         if request.into_inner().attachment == mds.attachment {
             mds.holder = None;
         }
@@ -117,7 +123,7 @@ impl Volumes for Service {
         &self,
         request: Request<AllocateSegmentRequest>,
     ) -> Result<Response<Segment>, Status> {
-        let mut mds = self.call("allocate")?;
+        let mut mds = self.call("allocate", &request)?;
         let request = request.into_inner();
         if request.attachment != mds.attachment {
             return Err(ErrorWord::FencedOut.status("an older attachment"));
@@ -130,8 +136,8 @@ impl Volumes for Service {
         Ok(Response::new(Segment { index: request.segment, chunk_copysets: copysets }))
     }
 
-    async fn map(&self, _: Request<MapRequest>) -> Result<Response<VolumeMap>, Status> {
-        let mds = self.call("map")?;
+    async fn map(&self, request: Request<MapRequest>) -> Result<Response<VolumeMap>, Status> {
+        let mds = self.call("map", &request)?;
         Ok(Response::new(Service::map(self, &mds)))
     }
 
@@ -421,6 +427,31 @@ fn a_full_cluster_and_a_deleted_volume_are_told() {
     plane.mds().deleted = true;
     second.write(0, data(1, 4096)).expect("taken");
     assert!(matches!(second.flush(), Err(ClientError::Attach(AttachError::TakenOver(_)))));
+}
+
+/// It knows no such volume, or one of its own by the same number. Neither is ours: what needs an MDS waits for the right one.
+#[test]
+fn the_mds_of_another_cluster_takes_no_disk_away_and_places_none_of_its_data() {
+    let cluster = Cluster::start(1);
+    let plane = Plane::start(&cluster);
+    plane.mds().of = Some(CLUSTER);
+    let client = client(&[plane.address], None).expect("attached");
+    client.write(0, data(1, 4096)).expect("taken");
+    client.flush().expect("durable");
+    let (service, address) = plane.stop();
+    for deleted in [true, false] {
+        let attachment = service.mds.lock().expect("sound").attachment;
+        let wrong = Mds { of: Some(ClusterId([9; 16])), attachment, deleted, ..Mds::default() };
+        let wrong =
+            Plane::serve(Service { mds: Arc::new(Mutex::new(wrong)), cluster: cluster.clone() }, address);
+        client.write(9 * GIB, data(2, 4096)).expect("taken");
+        thread::sleep(Duration::from_millis(500));
+        assert!(wrong.mds().segments.is_empty());
+        drop(wrong);
+    }
+    let _plane = Plane::serve(service, address);
+    client.flush().expect("durable");
+    assert_eq!(client.read(9 * GIB, 4096).expect("read"), data(2, 4096));
 }
 
 /// With every MDS dead, an attached volume goes on: reads, writes, leader changes (P12).
