@@ -48,6 +48,8 @@ pub struct View {
     pub is_whole: bool,
     /// Every replica is there and nothing is learnt or made anew. Disks may be slow.
     pub is_complete: bool,
+    /// Nothing else is the matter: a machine that does other things, too, has slow disks.
+    pub is_only_slow: bool,
     pub words: String,
     pub leader_changes: u64,
     pub looks: u64,
@@ -308,7 +310,7 @@ impl Watcher {
                 match answer.and_then(|status| look(&status, &mut leaders, &mut view)) {
                     Ok(()) => view.asked = Some(asked),
                     Err(error) => {
-                        (view.is_whole, view.is_complete) = (false, false);
+                        (view.is_whole, view.is_complete, view.is_only_slow) = (false, false, false);
                         view.words = format!("{error:#}");
                     }
                 }
@@ -369,6 +371,11 @@ fn look(status: &Value, leaders: &mut BTreeMap<u64, (usize, u64)>, view: &mut Vi
         && copysets.iter().all(well)
         && status["repairs"].as_array().is_some_and(Vec::is_empty)
         && !held;
+    let reasons = status["reasons"].as_array().map_or(&[][..], Vec::as_slice);
+    view.is_only_slow = view.is_complete
+        && reasons
+            .iter()
+            .all(|reason| reason.as_str().is_some_and(|words| words.contains("the disk is slow")));
     view.is_whole = status["health"] == "ok" && online == view.led.len();
     view.words = format!("health {}, {online} online, {}", status["health"], status["reasons"]);
     Ok(())
