@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use evolute_vhost_backend::volume::VolumeOptions;
 use evolute_vhost_backend::volume::client::Client;
 use evolute_vhost_backend::volume::control::ControlOptions;
+use evolute_vhost_backend::volume::identity::Secret;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -262,6 +263,7 @@ fn one_backend_serves_several_volumes() {
             volume: "a".to_owned(),
             mds: vec![dev.mds()],
             holder: "a test".to_owned(),
+            secret: Secret::random(),
             takeover: true,
             state_dir: None,
         },

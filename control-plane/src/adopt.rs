@@ -332,7 +332,7 @@ mod tests {
             at_unix_ms: 0,
         };
         apply(&mut state, &Command::CreateVolume(create));
-        let attach = Attach { name: "a".to_owned(), holder: "h".to_owned(), takeover: false, at_unix_ms: 0 };
+        let attach = Attach { name: "a".to_owned(), holder: "h".to_owned(), ..Attach::default() };
         apply(&mut state, &Command::Attach(attach));
         let chunk_copysets = vec![2; 64];
         let allocate = AllocateSegment { volume: 1, attachment: 1, segment: 0, chunk_copysets };
@@ -417,7 +417,7 @@ mod tests {
         assert_eq!(recovered.segments[&SegmentIndex(2)][2], CopysetId(1));
         assert!(!state.volumes().contains_key(&VolumeId(3)), "it was deleted");
         // The next attachment is above those that are remembered, of any volume.
-        let attach = Attach { name: "a".to_owned(), holder: "x".to_owned(), takeover: false, at_unix_ms: 0 };
+        let attach = Attach { name: "a".to_owned(), holder: "x".to_owned(), ..Attach::default() };
         apply(&mut state, &Command::Attach(attach));
         assert!(state.volumes()[&VolumeId(1)].attachment > 9);
         // What they had seen is a part of its history now, and the reign that begins is above it.

@@ -16,6 +16,7 @@ use evolute_vhost_backend::io_thread::IoLoop;
 use evolute_vhost_backend::volume::control::{
     self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions,
 };
+use evolute_vhost_backend::volume::identity::Secret;
 use evolute_vhost_backend::volume::{Volume, VolumeOptions};
 
 /// How often main looks whether it was told to stop, or the volume was taken away.
@@ -96,10 +97,12 @@ enum State {
 
 impl Disk {
     fn attach(config: &Config, of: config::Disk, endpoint: Endpoint) -> Result<Self> {
+        let place = place(&of.socket);
         let (control, link) = control::start(ControlOptions {
             volume: of.volume.clone(),
             mds: config.mds.clone(),
-            holder: holder(&of.socket),
+            holder: format!("{}:{place}", rustix::system::uname().nodename().to_string_lossy()),
+            secret: Secret::of_place(config.state_dir.as_deref(), &place).map_err(AttachError::State)?,
             takeover: config.takeover,
             state_dir: config.state_dir.clone(),
         })?;
@@ -248,15 +251,13 @@ fn endpoint(disk: &config::Disk, access: SocketAccess) -> Result<Endpoint> {
     }
 }
 
-/// Names the place that writes: the same socket on the same host is the same holder, and may attach again.
-fn holder(socket: &Socket) -> String {
-    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+/// The place on this host that writes: who serves the same socket again is the same holder.
+fn place(socket: &Socket) -> String {
     match socket {
         Socket::Listen(path) => {
-            let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
-            format!("{host}:{}", path.display())
+            std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
         }
-        Socket::Connected(_) => format!("{host}:pid {}", std::process::id()),
+        Socket::Connected(_) => format!("pid {}", std::process::id()),
     }
 }
 

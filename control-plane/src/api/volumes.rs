@@ -11,6 +11,7 @@ use evolute_protocol::rpc::{
     DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest,
     ListVolumesResponse, MapRequest, ReplicaRoute, Segment, ShowVolumeRequest, Volume, VolumeMap,
 };
+use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
 
 use super::{Volumes, invalid, unexpected};
@@ -78,9 +79,10 @@ impl volumes_server::Volumes for Volumes {
     }
 
     async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        let (mds, AttachRequest { name, holder, takeover }) = (&self.0, request.into_inner());
+        let (mds, AttachRequest { name, holder, takeover, secret }) = (&self.0, request.into_inner());
         check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
         check_holder(&holder).map_err(invalid)?;
+        let secret_hash = secret_hash(&secret)?;
         mds.may_give().await?;
         let unknown = mds.replicated.read(|state| {
             let attached = state.volume_named(&name)?.1.attached.as_ref()?;
@@ -92,7 +94,7 @@ impl volumes_server::Volumes for Volumes {
                  else gets it unasked before: evolute cluster accept-mds"
             )));
         }
-        let command = Attach { name, holder, takeover, at_unix_ms: unix_ms() };
+        let command = Attach { name, holder, takeover, at_unix_ms: unix_ms(), secret_hash };
         let (id, attachment) = match mds.carry_out(Command::Attach(command)).await? {
             Done::Attached { volume, attachment } => (volume, attachment),
             other => return Err(unexpected(&other)),
@@ -149,6 +151,17 @@ impl volumes_server::Volumes for Volumes {
 
 fn numbers(copysets: &[CopysetId]) -> Vec<u32> {
     copysets.iter().map(|id| id.0).collect()
+}
+
+const SECRET_BYTES: usize = 32;
+
+/// What is kept of a holder's secret: enough to know it again.
+fn secret_hash(secret: &[u8]) -> Result<Vec<u8>, Status> {
+    match secret.len() {
+        0 => Ok(Vec::new()),
+        SECRET_BYTES => Ok(Sha256::digest(secret).to_vec()),
+        other => Err(invalid(format!("a holder's secret has {SECRET_BYTES} bytes, not {other}"))),
+    }
 }
 
 async fn show(mds: &Mds, id: VolumeId) -> Result<Volume, Status> {

@@ -222,6 +222,9 @@ pub struct Attach {
     pub takeover: bool,
     #[prost(uint64, tag = "4")]
     pub at_unix_ms: u64,
+    /// SHA-256 of the holder's secret; empty: it told none.
+    #[prost(bytes = "vec", tag = "5")]
+    pub secret_hash: Vec<u8>,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]

@@ -223,6 +223,8 @@ struct AttachedRecord {
     holder: String,
     #[prost(uint64, tag = "2")]
     since_unix_ms: u64,
+    #[prost(bytes = "vec", tag = "3")]
+    secret_hash: Vec<u8>,
 }
 
 /// Of a segment and of a volume that is being dropped alike.
@@ -307,6 +309,7 @@ impl State {
                     attached: volume.attached.clone().map(|attached| AttachedRecord {
                         holder: attached.holder,
                         since_unix_ms: attached.since_unix_ms,
+                        secret_hash: attached.secret_hash,
                     }),
                     created_unix_ms: volume.created_unix_ms,
                 }
@@ -412,6 +415,7 @@ impl State {
                 let attached = |record: AttachedRecord| Attached {
                     holder: record.holder,
                     since_unix_ms: record.since_unix_ms,
+                    secret_hash: record.secret_hash,
                 };
                 if record.copysets.is_empty() {
                     return Err(impossible("a volume without copysets"));

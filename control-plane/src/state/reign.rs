@@ -239,7 +239,8 @@ impl State {
             // Whoever has it goes on, also with new segments, until somebody attaches.
             volume.attachment = adopted.attachment;
             let holder = FORGOTTEN_HOLDER.to_owned();
-            volume.attached = Some(Attached { holder, since_unix_ms: adopted.at_unix_ms });
+            volume.attached =
+                Some(Attached { holder, since_unix_ms: adopted.at_unix_ms, secret_hash: Vec::new() });
         }
         changes.push(Key::Volume(id));
     }

@@ -53,7 +53,7 @@ fn delete(name: &str, force: bool) -> Command {
 
 fn attach(name: &str, holder: &str, takeover: bool) -> Command {
     let (name, holder) = (name.to_owned(), holder.to_owned());
-    Command::Attach(Attach { name, holder, takeover, at_unix_ms: 1000 })
+    Command::Attach(Attach { name, holder, takeover, at_unix_ms: 1000, secret_hash: Vec::new() })
 }
 
 fn detach(volume: u64, attachment: u32) -> Command {
@@ -185,6 +185,36 @@ fn who_attached_last_is_the_writer() {
         (attach("web", "host-c", false), attached(4)),
         (attach("nothing", "host-c", false), Err(Why::NotFound)),
         (attach("web", "", true), Err(Why::Invalid)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(run(&mut state, &command).map_err(|r| r.why), expected, "step {step}: {command:?}");
+    }
+}
+
+/// With what only the holder knows the name is for people; of who told nothing, it is all there is.
+#[test]
+fn a_holder_is_who_has_its_secret_and_not_who_has_its_name() {
+    let with = |holder: &str, secret: &[u8]| {
+        let secret_hash = secret.to_vec();
+        let (name, holder) = ("web".to_owned(), holder.to_owned());
+        Command::Attach(Attach { name, holder, secret_hash, ..Attach::default() })
+    };
+    let attached = |attachment| Ok(Done::Attached { volume: VolumeId(1), attachment });
+    let mut state = cluster();
+    run(&mut state, &create("web", &[1])).expect("created");
+    for (step, (command, expected)) in [
+        (attach("web", "node", false), attached(1)), // an older program
+        (with("other", b"mine"), Err(Why::AttachedElsewhere)),
+        (with("node", b"mine"), attached(2)), // it was upgraded
+        (with("node", b"mine"), attached(3)),
+        (with("node", b"another's of the same name"), Err(Why::AttachedElsewhere)),
+        (attach("web", "node", false), Err(Why::AttachedElsewhere)), // the name alone
+        (with("node.example.net", b"mine"), attached(4)),            // it was renamed
+        (with("node", b""), Err(Why::AttachedElsewhere)),
+        (attach("web", "host-b", true), attached(5)),
+        (with("node.example.net", b"mine"), Err(Why::AttachedElsewhere)),
     ]
     .into_iter()
     .enumerate()

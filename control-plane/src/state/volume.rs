@@ -47,6 +47,19 @@ pub struct Volume {
 pub struct Attached {
     pub holder: String,
     pub since_unix_ms: u64,
+    /// SHA-256 of what only the holder knows; empty: an older program's, or one that was forgotten, which told nothing.
+    pub secret_hash: Vec<u8>,
+}
+
+impl Attached {
+    /// Whether who asks is the one who has it, or may have it unasked.
+    fn yields_to(&self, command: &Attach) -> bool {
+        let known = match self.secret_hash.is_empty() {
+            true => self.holder == command.holder,
+            false => self.secret_hash == command.secret_hash,
+        };
+        known || self.holder == FORGOTTEN_HOLDER || command.takeover
+    }
 }
 
 impl Volume {
@@ -190,9 +203,7 @@ impl State {
         };
         let volume = self.volumes.get_mut(&id).expect("a name points to a volume");
         if let Some(attached) = &volume.attached
-            && attached.holder != command.holder
-            && attached.holder != FORGOTTEN_HOLDER
-            && !command.takeover
+            && !attached.yields_to(command)
         {
             return refuse(Why::AttachedElsewhere, is_attached(&command.name, attached));
         }
@@ -205,8 +216,11 @@ impl State {
             );
         }
         volume.attachment = last + 1;
-        volume.attached =
-            Some(Attached { holder: command.holder.clone(), since_unix_ms: command.at_unix_ms });
+        volume.attached = Some(Attached {
+            holder: command.holder.clone(),
+            since_unix_ms: command.at_unix_ms,
+            secret_hash: command.secret_hash.clone(),
+        });
         changes.push(Key::Volume(id));
         Ok(Done::Attached { volume: id, attachment: volume.attachment })
     }

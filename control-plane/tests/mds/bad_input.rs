@@ -46,7 +46,8 @@ async fn requests_that_cannot_be_right_are_refused_by_name() {
             word(client.delete(DeleteVolumeRequest { name: name(), force: true }).await),
             ErrorWord::NotFound
         );
-        let attach = AttachRequest { name: name(), holder: "h".into(), takeover: true };
+        let attach =
+            AttachRequest { name: name(), holder: "h".into(), takeover: true, ..AttachRequest::default() };
         assert_eq!(word(client.attach(attach).await), ErrorWord::NotFound);
     }
     client
@@ -54,11 +55,25 @@ async fn requests_that_cannot_be_right_are_refused_by_name() {
         .await
         .expect("created");
     for holder in ["", "a\nb", long.as_str()] {
-        let attach = AttachRequest { name: "web".into(), holder: holder.into(), takeover: true };
+        let attach = AttachRequest {
+            name: "web".into(),
+            holder: holder.into(),
+            takeover: true,
+            ..AttachRequest::default()
+        };
+        assert_eq!(word(client.attach(attach).await), ErrorWord::Invalid);
+    }
+    for secret in [1, 31, 33, 4096].map(|bytes| vec![0; bytes]) {
+        let attach = AttachRequest { name: "web".into(), holder: "h".into(), takeover: true, secret };
         assert_eq!(word(client.attach(attach).await), ErrorWord::Invalid);
     }
     client
-        .attach(AttachRequest { name: "web".into(), holder: "h".into(), takeover: false })
+        .attach(AttachRequest {
+            name: "web".into(),
+            holder: "h".into(),
+            takeover: false,
+            ..AttachRequest::default()
+        })
         .await
         .expect("attached");
     for (volume_id, attachment, segment, expected) in [

@@ -44,7 +44,12 @@ fn create(name: &str) -> CreateVolumeRequest {
 }
 
 fn attach(name: &str, takeover: bool) -> AttachRequest {
-    AttachRequest { name: name.into(), holder: format!("host of {name}"), takeover }
+    AttachRequest {
+        name: name.into(),
+        holder: format!("host of {name}"),
+        takeover,
+        ..AttachRequest::default()
+    }
 }
 
 /// Volumes, attachments and segments that the copy does not have.

@@ -29,7 +29,7 @@ async fn a_killed_mds_forgets_nothing_it_answered() {
         let create = CreateVolumeRequest { name: name.clone(), size_bytes: 64 * GIB, width: 0 };
         let volume = client.create(create).await.expect("created").into_inner();
         assert_eq!(volume.id, u64::from(round) + 1, "no number is given twice");
-        let attach = AttachRequest { name, holder: "host-a".into(), takeover: false };
+        let attach = AttachRequest { name, holder: "host-a".into(), takeover: false, secret: vec![7; 32] };
         for _ in 0..=round {
             client.attach(attach.clone()).await.expect("attached");
         }
@@ -65,6 +65,12 @@ async fn a_killed_mds_forgets_nothing_it_answered() {
             let stale = AllocateSegmentRequest { volume_id: *id, attachment: attachment + 1, segment: 9 };
             assert_eq!(word(client.allocate_segment(stale).await), ErrorWord::Invalid, "never given");
         }
+        let namesake = AttachRequest { secret: vec![8; 32], ..attach };
+        assert_eq!(
+            word(client.attach(namesake).await),
+            ErrorWord::AttachedElsewhere,
+            "a secret is not forgotten"
+        );
         assert_eq!(status(process.address).await.cluster_id, cluster);
     }
     for disk in &disks {

@@ -13,7 +13,7 @@ fn create(name: &str, size_bytes: u64, width: u32) -> CreateVolumeRequest {
 }
 
 fn attach(name: &str, holder: &str, takeover: bool) -> AttachRequest {
-    AttachRequest { name: name.to_owned(), holder: holder.to_owned(), takeover }
+    AttachRequest { name: name.to_owned(), holder: holder.to_owned(), takeover, ..AttachRequest::default() }
 }
 
 fn allocate(attachment: u32, segment: u32) -> AllocateSegmentRequest {

@@ -38,8 +38,10 @@ pub struct Attachment {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Remembered {
     pub name: String,
-    /// Who attached. Another place must ask the control plane for itself.
+    /// Who attached, by name, and what tells its secret from others' ([`super::identity`]). Another place must ask the
+    /// control plane for itself.
     pub holder: String,
+    pub fingerprint: Option<String>,
     pub volume: VolumeId,
     pub size_bytes: u64,
     pub epoch: Epoch,
@@ -161,6 +163,9 @@ impl StateFile {
 struct Saved {
     volume_name: String,
     holder: String,
+    /// Not in files of before it was.
+    #[serde(default)]
+    holder_fingerprint: Option<String>,
     volume: u64,
     size_bytes: u64,
     attachment: u32,
@@ -188,6 +193,7 @@ impl Saved {
         Self {
             volume_name: from.name.clone(),
             holder: from.holder.clone(),
+            holder_fingerprint: from.fingerprint.clone(),
             volume: from.volume.0,
             size_bytes: from.size_bytes,
             attachment: from.epoch.attachment,
@@ -226,6 +232,7 @@ impl Saved {
         Some(Remembered {
             name: self.volume_name,
             holder: self.holder,
+            fingerprint: self.holder_fingerprint,
             volume: VolumeId(self.volume),
             size_bytes: self.size_bytes,
             epoch: Epoch { attachment: self.attachment, incarnation: self.incarnation },
@@ -253,6 +260,7 @@ mod tests {
         Remembered {
             name: "disk".into(),
             holder: "host:/run/disk.sock".into(),
+            fingerprint: Some("f".into()),
             volume: VolumeId(7),
             size_bytes: 1 << 30,
             epoch: Epoch { attachment: 3, incarnation: 9 },

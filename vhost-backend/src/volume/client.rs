@@ -16,6 +16,7 @@ use evolute_protocol::geometry::{REQUEST_BYTES_MAX, SECTOR_BYTES};
 use mio::{Events, Poll};
 
 use super::control::{self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions};
+use super::identity::Secret;
 use super::{Volume, VolumeOptions};
 use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
 use crate::connections::Connections;
@@ -140,6 +141,7 @@ impl Client {
             volume: name.to_owned(),
             mds: mds.to_vec(),
             holder: holder.to_owned(),
+            secret: Secret::random(),
             takeover: false,
             state_dir: None,
         };

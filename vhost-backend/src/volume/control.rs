@@ -32,6 +32,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::{error, info, warn};
 
 use super::attach::{Attachment, Remembered, StateError, StateFile};
+use super::identity::Secret;
 use super::mds::{self, BadAddress, BadMap, Endpoints, Mds, copysets_of, map_of, resolve};
 use super::routing::{Map, SegmentCopysets};
 use crate::io_thread::WakerHandle;
@@ -45,8 +46,10 @@ pub struct ControlOptions {
     pub volume: String,
     /// host:port of every MDS.
     pub mds: Vec<String>,
-    /// Names the place that writes: host and socket path. The same holder may attach again.
+    /// Names the place that writes, for people: host and socket path.
     pub holder: String,
+    /// Whoever has it is the holder, under any name, and may attach again.
+    pub secret: Secret,
     /// Fence out whoever else holds the volume.
     pub takeover: bool,
     /// Where to remember the attachment, so that a restart needs no MDS.
@@ -67,7 +70,10 @@ pub enum AttachError {
     #[error("there is no volume {0:?}")]
     NotFound(String),
     /// Detach it there, or take it over.
-    #[error("volume {volume:?} is held elsewhere: {message}")]
+    #[error(
+        "volume {volume:?} is held elsewhere: {message}. Stop its backend there, or start this one with --takeover, which \
+         ends the other one's right to write"
+    )]
     AttachedElsewhere { volume: String, message: String },
     #[error("the control plane refused to attach {volume:?}: {message}")]
     Refused { volume: String, message: String },
@@ -351,7 +357,12 @@ impl Controller {
         let Some(state) = &self.state else { return Ok(false) };
         let Some(mut remembered) = state.load()? else { return Ok(false) };
         let (name, holder) = (&self.options.volume, &self.options.holder);
-        if remembered.name != *name || remembered.holder != *holder {
+        let ours = match &remembered.fingerprint {
+            Some(fingerprint) => *fingerprint == self.options.secret.fingerprint(),
+            // An older program's.
+            None => remembered.holder == *holder,
+        };
+        if remembered.name != *name || !ours {
             return Ok(false);
         }
         let Some(incarnation) = remembered.epoch.incarnation.checked_add(1) else { return Ok(false) };
@@ -387,6 +398,7 @@ impl Controller {
             name: self.options.volume.clone(),
             holder: self.options.holder.clone(),
             takeover: self.options.takeover,
+            secret: self.options.secret.bytes().to_vec(),
         };
         let answer = self.mds.call("attach", |mut mds| {
             let request = request.clone();
@@ -438,6 +450,7 @@ impl Controller {
         Ok(Remembered {
             name: self.options.volume.clone(),
             holder: self.options.holder.clone(),
+            fingerprint: Some(self.options.secret.fingerprint()),
             volume: VolumeId(volume.id),
             size_bytes: volume.size_bytes,
             epoch: Epoch { attachment: answer.attachment, incarnation: 0 },

@@ -32,6 +32,7 @@ pub mod attach;
 mod changing;
 pub mod client;
 pub mod control;
+pub mod identity;
 pub mod inflight;
 pub mod retry;
 pub mod routing;

@@ -576,7 +576,7 @@ fn copysets_with_data_are_repaired_first() {
     let (name, copyset) = ("web".to_owned(), last.0);
     let create =
         CreateVolume { name: name.clone(), size_bytes: 1 << 30, copysets: vec![copyset], at_unix_ms: 0 };
-    let attach = Attach { name, holder: "h".to_owned(), takeover: false, at_unix_ms: 0 };
+    let attach = Attach { name, holder: "h".to_owned(), ..Attach::default() };
     let chunk_copysets = vec![copyset; 64];
     let segment = AllocateSegment { volume: 1, attachment: 1, segment: 0, chunk_copysets };
     for command in [Command::CreateVolume(create), Command::Attach(attach), Command::AllocateSegment(segment)]

@@ -26,6 +26,7 @@ use crate::volume::VolumeOptions;
 use crate::volume::attach::StateError;
 use crate::volume::client::{Client, ClientError};
 use crate::volume::control::{self, AttachError, ControlOptions};
+use crate::volume::identity::Secret;
 
 const C1: CopysetId = CopysetId(1);
 
@@ -232,6 +233,7 @@ fn options(mds: &[SocketAddr], state_dir: Option<&Path>) -> ControlOptions {
         volume: "disk".into(),
         mds: mds.iter().map(ToString::to_string).collect(),
         holder: "host:/run/disk.sock".into(),
+        secret: Secret::of_place(None, "/run/disk.sock").expect("no directory"),
         takeover: false,
         state_dir: state_dir.map(Path::to_path_buf),
     }
@@ -367,6 +369,30 @@ fn new_addresses_are_used_although_they_cannot_be_remembered() {
         assert!(Instant::now() < until, "not remembered");
         thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn what_is_remembered_is_of_who_has_the_secret_whatever_its_host_is_called() {
+    let cluster = Cluster::start(1);
+    let directory = tempfile::tempdir().expect("a directory");
+    let plane = Plane::start(&cluster);
+    drop(client(&[plane.address], Some(directory.path())).expect("attached"));
+    let with = |holder: &str, place: &str| {
+        let secret = Secret::of_place(None, place).expect("no directory");
+        let options = options(&[plane.address], Some(directory.path()));
+        let options = ControlOptions { holder: holder.into(), secret, ..options };
+        Client::attach_with(options, VolumeOptions::default())
+    };
+    let renamed = with("host.example.net:/run/disk.sock", "/run/disk.sock").expect("the same holder");
+    assert_eq!(renamed.attached().epoch, Epoch { attachment: 1, incarnation: 1 });
+    drop(renamed);
+    let clone = with("host:/run/disk.sock", "/run/disk.sock on the clone").expect("asks, and this MDS gives");
+    assert_eq!(
+        clone.attached().epoch.attachment,
+        2,
+        "not by what the directory says of another's attachment"
+    );
+    assert_eq!(plane.calls("attach"), 2);
 }
 
 #[test]
