@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use evolute_vhost_backend::backing::Capacity;
 use evolute_vhost_backend::volume::VolumeOptions;
 use evolute_vhost_backend::volume::client::Client;
 use evolute_vhost_backend::volume::control::ControlOptions;
@@ -266,6 +267,7 @@ fn one_backend_serves_several_volumes() {
             secret: Secret::random(),
             takeover: true,
             state_dir: None,
+            capacity: Capacity::default(),
         },
         VolumeOptions::default(),
     );

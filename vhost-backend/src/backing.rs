@@ -11,6 +11,8 @@
 //! - `Outcome::Done` for a write means durable. The guest hears of it at once and forgets its copy.
 //! - Requests in flight at the same time have no order among themselves, as on any disk.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -19,6 +21,28 @@ use smallvec::SmallVec;
 /// Names one submitted request; chosen by the device, handed back once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ticket(pub u64);
+
+/// How large the disk is: told once, perhaps later than its front end comes. Nothing is submitted before.
+#[derive(Clone, Debug, Default)]
+pub struct Capacity(Arc<AtomicU64>);
+
+impl Capacity {
+    /// Known from the beginning; a multiple of 512.
+    pub fn of(bytes: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(bytes)))
+    }
+
+    /// In bytes.
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Acquire)).filter(|bytes| *bytes != 0)
+    }
+
+    /// False: another one was told before, and a disk does not change under its guest.
+    pub fn tell(&self, bytes: u64) -> bool {
+        let told = self.0.compare_exchange(0, bytes, Ordering::AcqRel, Ordering::Acquire);
+        told.is_ok() || told == Err(bytes)
+    }
+}
 
 /// What a guest asked for, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]

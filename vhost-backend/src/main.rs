@@ -5,11 +5,12 @@ use std::panic::resume_unwind;
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
 use std::thread::{JoinHandle, ScopedJoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use evolute_daemon::Stop;
+use evolute_vhost_backend::backing::Capacity;
 use evolute_vhost_backend::config::{self, Args, CAPABILITIES, Config, Socket};
 use evolute_vhost_backend::device::{self, DeviceConfig, DeviceError, Endpoint, SocketAccess, StopSignal};
 use evolute_vhost_backend::io_thread::IoLoop;
@@ -25,6 +26,10 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
 /// Somebody else took the volume: not a failure of this program, and not to be restarted against.
 const EXIT_TAKEN_OVER: u8 = 3;
+
+/// Somebody else's volume may be about to be let go of, as when a virtual machine moves. It is asked for this long; then the
+/// program ends and says so, and whoever runs it as a service starts it again.
+const HELD_PATIENCE: Duration = Duration::from_secs(3);
 
 /// Open files without which it could not work.
 const DESCRIPTORS_MIN: usize = 32;
@@ -54,15 +59,15 @@ fn run(args: Args) -> Result<()> {
     let config = args.or(file).check()?;
     config.ready_file.as_deref().map(evolute_daemon::check_ready_file).transpose()?;
     let stop = stop_requests()?;
-    // The sockets first: a front end that connects now waits for us instead of failing.
+    // The sockets first: a front end that connects now is answered, whether there is a control plane or not.
     let endpoints =
         config.disks.iter().map(|disk| endpoint(disk, config.access)).collect::<Result<Vec<_>>>()?;
     let io = Arc::new(IoLoop::start(config.spin).context("cannot start the I/O thread")?);
     let mut disks = Vec::new();
     for (disk, endpoint) in config.disks.iter().zip(endpoints) {
-        disks.push(Disk::attach(&config, disk.clone(), endpoint)?);
+        disks.push(Disk::attach(&config, &io, disk.clone(), endpoint)?);
     }
-    let ended = serve(&config, &io, &mut disks, &stop);
+    let ended = serve(&config, &mut disks, &stop);
     evolute_daemon::notify::stopping();
     let stopped = stop_all(disks);
     // The last one: every device has let go of it.
@@ -80,14 +85,14 @@ struct Disk {
 }
 
 enum State {
+    /// Its front end is answered, and its guest waits. Held: somebody else has the volume, and since when we know.
     Attaching {
-        endpoint: Endpoint,
-        link: ControlLink,
+        device: Device,
+        held: Option<Instant>,
     },
     Serving {
         attached: AttachedVolume,
-        signal: StopSignal,
-        device: JoinHandle<Result<(), DeviceError>>,
+        device: Device,
     },
     /// Its guest has left, or nothing can be done for it any more. `ours`: the volume is still to be given back.
     Over {
@@ -95,63 +100,26 @@ enum State {
     },
 }
 
-impl Disk {
-    fn attach(config: &Config, of: config::Disk, endpoint: Endpoint) -> Result<Self> {
-        let place = place(&of.socket);
-        let (control, link) = control::start(ControlOptions {
-            volume: of.volume.clone(),
-            mds: config.mds.clone(),
-            holder: format!("{}:{place}", rustix::system::uname().nodename().to_string_lossy()),
-            secret: Secret::of_place(config.state_dir.as_deref(), &place).map_err(AttachError::State)?,
-            takeover: config.takeover,
-            state_dir: config.state_dir.clone(),
-        })?;
-        Ok(Self { of, control, state: State::Attaching { endpoint, link } })
-    }
+/// The thread that answers a disk's front end.
+struct Device {
+    signal: StopSignal,
+    thread: JoinHandle<Result<(), DeviceError>>,
+}
 
-    fn is_attaching(&self) -> bool {
-        matches!(self.state, State::Attaching { .. })
-    }
-
-    /// Takes it further, waiting for the control plane no longer than `patience`. An error is its end.
-    fn look(&mut self, config: &Config, io: &Arc<IoLoop>, patience: Duration) -> Result<()> {
-        match std::mem::replace(&mut self.state, State::Over { ours: false }) {
-            State::Attaching { endpoint, link } => {
-                self.state = match self.control.wait_attached(patience)? {
-                    None => State::Attaching { endpoint, link },
-                    Some(attached) => self.serve(config, io, attached, endpoint, link)?,
-                };
-            }
-            State::Serving { device, .. } if device.is_finished() => {
-                self.state = State::Over { ours: true };
-                joined(device)?;
-            }
-            State::Serving { attached, signal, device } => match self.control.lost() {
-                None => self.state = State::Serving { attached, signal, device },
-                Some(lost) => {
-                    signal.stop();
-                    let _ = joined(device);
-                    return Err(lost.into());
-                }
-            },
-            over @ State::Over { .. } => self.state = over,
-        }
-        Ok(())
-    }
-
-    fn serve(
-        &self,
+impl Device {
+    fn start(
         config: &Config,
         io: &Arc<IoLoop>,
-        attached: AttachedVolume,
+        (of, capacity): (&config::Disk, Capacity),
         endpoint: Endpoint,
         link: ControlLink,
-    ) -> Result<State> {
+    ) -> Result<Self> {
         let settings = DeviceConfig {
-            serial: self.of.serial.clone(),
+            capacity,
+            serial: of.serial.clone(),
             read_only: config.read_only,
             queues: config.queues,
-            ..DeviceConfig::new(attached.size_bytes)
+            ..DeviceConfig::default()
         };
         let options = VolumeOptions {
             read_only: config.read_only,
@@ -161,18 +129,91 @@ impl Disk {
         let signal = StopSignal::new().context("cannot make the stop signal")?;
         let (io, stop) = (Arc::clone(io), signal.clone());
         let make = move |waker, seat| Box::new(Volume::new(options, link, waker, seat)) as _;
-        let device = std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("vhost-user".into())
             .spawn(move || device::serve(&io, settings, endpoint, make, stop))
             .context("cannot start the socket's thread")?;
-        let AttachedVolume { volume, size_bytes, epoch } = attached;
-        tracing::info!(%volume, size_bytes, %epoch, "serving {:?}", self.of.volume);
-        Ok(State::Serving { attached, signal, device })
+        Ok(Self { signal, thread })
+    }
+
+    fn has_ended(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// What is out has its time.
+    fn stop(self) -> Result<()> {
+        self.signal.stop();
+        self.thread.join().unwrap_or_else(|panic| resume_unwind(panic)).context("the device ended")
+    }
+}
+
+impl Disk {
+    fn attach(config: &Config, io: &Arc<IoLoop>, of: config::Disk, endpoint: Endpoint) -> Result<Self> {
+        let capacity = Capacity::default();
+        let place = place(&of.socket);
+        let (control, link) = control::start(ControlOptions {
+            volume: of.volume.clone(),
+            mds: config.mds.clone(),
+            holder: format!("{}:{place}", rustix::system::uname().nodename().to_string_lossy()),
+            secret: Secret::of_place(config.state_dir.as_deref(), &place).map_err(AttachError::State)?,
+            takeover: config.takeover,
+            state_dir: config.state_dir.clone(),
+            capacity: capacity.clone(),
+        })?;
+        let device = Device::start(config, io, (&of, capacity), endpoint, link)?;
+        Ok(Self { of, control, state: State::Attaching { device, held: None } })
+    }
+
+    fn is_attaching(&self) -> bool {
+        matches!(self.state, State::Attaching { .. })
+    }
+
+    /// Takes it further, waiting for the control plane no longer than `patience`. An error is its end.
+    fn look(&mut self, patience: Duration) -> Result<()> {
+        match std::mem::replace(&mut self.state, State::Over { ours: false }) {
+            State::Attaching { device, .. } | State::Serving { device, .. } if device.has_ended() => {
+                self.state = State::Over { ours: true };
+                device.stop()?;
+            }
+            State::Attaching { device, held } => {
+                self.state = match self.control.wait_attached(patience) {
+                    Ok(None) => State::Attaching { device, held },
+                    Ok(Some(attached)) => {
+                        let AttachedVolume { volume, size_bytes, epoch } = attached;
+                        tracing::info!(%volume, size_bytes, %epoch, "serving {:?}", self.of.volume);
+                        State::Serving { attached, device }
+                    }
+                    Err(error @ AttachError::AttachedElsewhere { .. })
+                        if held.is_none_or(|since| since.elapsed() < HELD_PATIENCE) =>
+                    {
+                        if held.is_none() {
+                            tracing::warn!("{error}; waiting a moment for it");
+                        }
+                        State::Attaching { device, held: held.or_else(|| Some(Instant::now())) }
+                    }
+                    Err(error) => {
+                        // Nobody would serve what it still got.
+                        self.control.give_up();
+                        let _ = device.stop();
+                        return Err(error.into());
+                    }
+                };
+            }
+            State::Serving { attached, device } => match self.control.lost() {
+                None => self.state = State::Serving { attached, device },
+                Some(lost) => {
+                    let _ = device.stop();
+                    return Err(lost.into());
+                }
+            },
+            over @ State::Over { .. } => self.state = over,
+        }
+        Ok(())
     }
 }
 
 /// Until told to stop, or until no disk is left; then, why. One disk's end is not that of the others.
-fn serve(config: &Config, io: &Arc<IoLoop>, disks: &mut [Disk], stop: &mpsc::Receiver<()>) -> Result<()> {
+fn serve(config: &Config, disks: &mut [Disk], stop: &mpsc::Receiver<()>) -> Result<()> {
     let mut ready = false;
     let mut last = Ok(());
     loop {
@@ -186,7 +227,7 @@ fn serve(config: &Config, io: &Arc<IoLoop>, disks: &mut [Disk], stop: &mpsc::Rec
             return Ok(());
         }
         for disk in disks.iter_mut() {
-            if let Err(error) = disk.look(config, io, there) {
+            if let Err(error) = disk.look(there) {
                 if config.lists_disks {
                     tracing::error!("volume {:?} is not served: {error:#}", disk.of.volume);
                 }
@@ -206,14 +247,14 @@ fn serve(config: &Config, io: &Arc<IoLoop>, disks: &mut [Disk], stop: &mpsc::Rec
 /// All at the same time: what is out on one has its time, and so has the control plane.
 fn stop_all(disks: Vec<Disk>) -> Result<()> {
     for disk in &disks {
-        if let State::Serving { signal, .. } = &disk.state {
-            signal.stop();
+        if let State::Attaching { device, .. } | State::Serving { device, .. } = &disk.state {
+            device.signal.stop();
         }
     }
     let stop = |disk: Disk| {
         let (served, ours) = match disk.state {
-            State::Serving { device, .. } => (joined(device), true),
-            State::Attaching { .. } => (Ok(()), false),
+            State::Serving { device, .. } => (device.stop(), true),
+            State::Attaching { device, .. } => (device.stop(), false),
             State::Over { ours } => (Ok(()), ours),
         };
         if ours && !disk.control.detach(DETACH_TIMEOUT) {
@@ -230,10 +271,6 @@ fn stop_all(disks: Vec<Disk>) -> Result<()> {
             |thread: ScopedJoinHandle<'_, _>| thread.join().unwrap_or_else(|panic| resume_unwind(panic));
         stopping.into_iter().try_for_each(ended)
     })
-}
-
-fn joined(device: JoinHandle<Result<(), DeviceError>>) -> Result<()> {
-    device.join().unwrap_or_else(|panic| resume_unwind(panic)).context("the device ended")
 }
 
 fn endpoint(disk: &config::Disk, access: SocketAccess) -> Result<Endpoint> {

@@ -54,6 +54,27 @@ impl Peer {
     }
 }
 
+impl Peer {
+    /// How long ago the process was started. None: it cannot be seen from here.
+    pub fn age(&self) -> Option<Duration> {
+        let started = started(&fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?)?;
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let now = Duration::new(u64::try_from(now.tv_sec).ok()?, u32::try_from(now.tv_nsec).ok()?);
+        Some(now.saturating_sub(started))
+    }
+}
+
+/// When a process started, since the machine did, from its `stat`. Its name may hold anything, parentheses too.
+fn started(stat: &str) -> Option<Duration> {
+    /// In what Linux gives times to user space, on every machine that we run on.
+    const TICK: Duration = Duration::from_millis(10);
+    /// The 22nd field; the third is the first one behind the name.
+    const START_TIME: usize = 22 - 3;
+    let (_, fields) = stat.rsplit_once(')')?;
+    let ticks: u32 = fields.split_whitespace().nth(START_TIME)?.parse().ok()?;
+    Some(TICK * ticks)
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match (self.pid, self.name.as_str()) {
@@ -201,5 +222,21 @@ impl Waiting {
 
     pub fn take(&mut self, at: usize) -> Caller {
         self.0.remove(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_with_any_name_has_its_age() {
+        let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 12345 1 2";
+        assert_eq!(started(stat), Some(Duration::from_millis(123_450)));
+        assert_eq!(started("7 (x) S 1"), None);
+        assert_eq!(started(""), None);
+        let (ours, _theirs) = UnixStream::pair().expect("a pair");
+        let age = Peer::of(&ours).age().expect("this process");
+        assert!(age < Duration::from_hours(24), "{age:?}");
     }
 }

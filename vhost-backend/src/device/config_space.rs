@@ -7,6 +7,7 @@ use evolute_protocol::geometry::{BLOCK_BYTES, KIB, MIB, REQUEST_BYTES_MAX, SECTO
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 
 use super::DeviceConfig;
+use crate::backing::Capacity;
 
 /// Queues we may offer. QEMU asks for one per vCPU and refuses to start if we have fewer.
 pub const QUEUES_MAX: u16 = 256;
@@ -79,14 +80,14 @@ pub fn features_offered(config: &DeviceConfig) -> u64 {
 }
 
 /// Not offered: STATUS (the vhost crate does not parse its messages), DEVICE_STATE (we have none beyond the rings),
-/// GET_VRING_BASE_INFLIGHT (a disk moves between hosts by attaching, which drains), BACKEND_REQ (its only message for a
-/// disk says that it grew, which no disk of ours does yet and the vhost crate cannot say; QEMU and cloud-hypervisor need
-/// the channel for nothing else without an IOMMU, and a channel nobody reads or writes is one more thing to get wrong).
+/// GET_VRING_BASE_INFLIGHT (a disk moves between hosts by attaching, which drains). BACKEND_REQ is there for one message: that
+/// the size is known now (`sizing.rs`).
 pub fn protocol_features_offered() -> VhostUserProtocolFeatures {
     VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::INFLIGHT_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -115,14 +116,14 @@ const LEGACY_OFFSET: u32 = 0x100;
 /// virtio-blk's config space.
 #[derive(Debug)]
 pub struct ConfigSpace {
+    capacity: Capacity,
     bytes: [u8; CONFIG_BYTES],
 }
 
 impl ConfigSpace {
     pub fn new(config: &DeviceConfig) -> ConfigSpace {
-        let mut space = ConfigSpace { bytes: [0; CONFIG_BYTES] };
+        let mut space = ConfigSpace { capacity: config.capacity.clone(), bytes: [0; CONFIG_BYTES] };
         let block_sectors = BLOCK_BYTES / SECTOR_BYTES;
-        space.put(CAPACITY_AT, &(config.capacity_bytes / SECTOR_BYTES).to_le_bytes());
         space.put(SIZE_MAX_AT, &SEGMENT_BYTES_MAX.to_le_bytes());
         space.put(SEG_MAX_AT, &SEGMENTS_MAX.to_le_bytes());
         space.put(BLK_SIZE_AT, &u32::try_from(SECTOR_BYTES).expect("512").to_le_bytes());
@@ -146,10 +147,17 @@ impl ConfigSpace {
         self.bytes[at..at + value.len()].copy_from_slice(value);
     }
 
+    pub fn knows_size(&self) -> bool {
+        self.capacity.get().is_some()
+    }
+
     /// Any range, zeroes beyond what we know: front ends of all ages ask for structures of their own length.
     pub fn read(&self, offset: u32, len: u32) -> Vec<u8> {
         let offset = (if offset >= LEGACY_OFFSET { offset - LEGACY_OFFSET } else { offset }) as usize;
-        (offset..offset + len as usize).map(|at| self.bytes.get(at).copied().unwrap_or(0)).collect()
+        let sectors = self.capacity.get().unwrap_or(0) / SECTOR_BYTES;
+        let mut bytes = self.bytes;
+        bytes[CAPACITY_AT..SIZE_MAX_AT].copy_from_slice(&sectors.to_le_bytes());
+        (offset..offset + len as usize).map(|at| bytes.get(at).copied().unwrap_or(0)).collect()
     }
 
     /// Only the write-cache byte is the guest's to change, and it changes nothing: an acked write is durable in

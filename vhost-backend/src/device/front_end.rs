@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -10,6 +10,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 use super::callers::{Caller, Header, Said};
 use super::command::Commands;
 use super::session::Session;
+use super::sizing::{Asking, Channel, SAY_EVERY};
 use super::sparingly::Sparingly;
 use super::{DeviceConfig, DeviceError};
 
@@ -24,9 +25,14 @@ pub struct FrontEnd {
     pub caller: Caller,
     /// When it got its turn.
     pub since: Instant,
+    /// See [`DeviceConfig::starting_max`].
+    starting_max: Duration,
     handler: BackendReqHandler<Mutex<Session>>,
     session: Arc<Mutex<Session>>,
     is_owner: bool,
+    /// Has asked how large the disk is, and waits for the answer.
+    asking: Option<Asking>,
+    said_size: Option<Instant>,
 }
 
 impl FrontEnd {
@@ -39,7 +45,18 @@ impl FrontEnd {
         let stream = caller.stream.try_clone()?;
         let session = Arc::new(Mutex::new(Session::new(config, commands)));
         let handler = BackendReqHandler::from_stream(stream, session.clone());
-        Ok(FrontEnd { caller, since: now, handler, session, is_owner: false })
+        let (asking, said_size) = (None, None);
+        let starting_max = config.starting_max;
+        Ok(FrontEnd {
+            caller,
+            since: now,
+            starting_max,
+            handler,
+            session,
+            is_owner: false,
+            asking,
+            said_size,
+        })
     }
 
     /// It has said more than questions: the disk is its own until it leaves.
@@ -51,6 +68,8 @@ impl FrontEnd {
     pub fn listen(&mut self, now: Instant, lines: &mut Lines) -> Result<bool, DeviceError> {
         match self.caller.listen(now) {
             Said::Nothing | Said::Half => Ok(true),
+            Said::Message(_) if self.is_kept_waiting() && self.caller.has_hung_up() => Ok(false),
+            Said::Message(header) if self.waits_for_size(header, now) => Ok(true),
             Said::Message(header) => self.serve_message(header, now, lines),
             Said::Goodbye => {
                 if self.is_owner {
@@ -62,12 +81,61 @@ impl FrontEnd {
         }
     }
 
+    /// Its message is there and is not taken yet: waiting for more of it would not be waiting.
+    pub fn is_kept_waiting(&self) -> bool {
+        self.asking.is_some()
+    }
+
+    fn waits_for_size(&mut self, header: Header, now: Instant) -> bool {
+        if header.request != FrontendReq::GET_CONFIG as u32 || self.session().knows_size() {
+            self.asking = None;
+            return false;
+        }
+        let peer = &self.caller.peer;
+        let starting_max = self.starting_max;
+        let asking = self.asking.get_or_insert_with(|| {
+            tracing::info!(%peer, "a front end asks for the size of a volume that is not known yet");
+            Asking::new(peer, starting_max, now)
+        });
+        if !asking.waits(now) {
+            self.asking = None;
+        }
+        self.is_kept_waiting()
+    }
+
+    /// Whether it was told a size of nothing.
+    pub fn owes_size(&self) -> bool {
+        self.session().owes_size()
+    }
+
+    /// Says the true one, now and then until it is asked for.
+    pub fn tell_size(&mut self, now: Instant) {
+        if self.said_size.is_none_or(|said| now.duration_since(said) >= SAY_EVERY)
+            && self.session().tell_size()
+        {
+            self.said_size = Some(now);
+        }
+    }
+
     fn serve_message(
         &mut self,
         Header { request, needs_reply }: Header,
         now: Instant,
         lines: &mut Lines,
     ) -> Result<bool, DeviceError> {
+        // An empty answer would be the way to refuse it, and the vhost crate's front ends wait for the rest of that for ever.
+        if request == FrontendReq::GET_CONFIG as u32 && !self.session().can_say_size() {
+            let peer = &self.caller.peer;
+            self.lines(lines).tell(now, |unsaid| {
+                tracing::warn!(%peer, unsaid, "hanging up on a front end: the size of its volume is not known yet");
+            });
+            return Ok(false);
+        }
+        if request == FrontendReq::SET_BACKEND_REQ_FD as u32
+            && let Some(channel) = Channel::peeked(&self.caller.stream)
+        {
+            self.session().set_channel(channel);
+        }
         let acknowledged = needs_reply && self.session().acknowledges() && is_acknowledged(request);
         let handled = self.handler.handle_request();
         let peer = &self.caller.peer;

@@ -16,7 +16,7 @@ use super::memory::Memory;
 use super::queues::{Queues, STOP_PATIENCE_IN_ALL, Setup};
 use super::request::Geometry;
 use super::ring::Layout;
-use crate::backing::{Backing, Outcome, Request, Ticket};
+use crate::backing::{Backing, Capacity, Outcome, Request, Ticket};
 
 const CAPACITY: u64 = 1 << 20;
 const SIZE: u16 = 16;
@@ -125,8 +125,11 @@ fn attack(seed: u64, until: Instant) -> u64 {
     .unwrap();
     let memory = Arc::new(Memory::new(map.clone()));
     let mut random = Random(seed);
-    let disk =
-        Geometry { capacity_bytes: CAPACITY, read_only: seed.is_multiple_of(8), serial: [1; SERIAL_BYTES] };
+    let disk = Geometry {
+        capacity: Capacity::of(CAPACITY),
+        read_only: seed.is_multiple_of(8),
+        serial: [1; SERIAL_BYTES],
+    };
     let mut backing = Judge { waiting: Vec::new(), random: Random(seed ^ 1) };
     let mut queues = Queues::new(disk, 1);
     let mut completed = Vec::new();
@@ -224,7 +227,7 @@ fn memory_that_changes_while_it_is_read_is_judged_in_one_copy() {
             }
         });
         let _ends = EndsWithMe(&done);
-        let disk = Geometry { capacity_bytes: CAPACITY, read_only: false, serial: [1; SERIAL_BYTES] };
+        let disk = Geometry { capacity: Capacity::of(CAPACITY), read_only: false, serial: [1; SERIAL_BYTES] };
         let mut backing = Judge { waiting: Vec::new(), random: Random(1) };
         let mut queues = Queues::new(disk, 1);
         let mut completed = Vec::new();

@@ -38,6 +38,7 @@ pub(crate) mod queues;
 pub(crate) mod request;
 mod ring;
 mod session;
+mod sizing;
 mod socket;
 mod sparingly;
 mod tickets;
@@ -47,7 +48,7 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use crate::backing::Backing;
+use crate::backing::{Backing, Capacity};
 use crate::connections::Seat;
 use crate::io_thread::{IoLoop, NewDisk, WakerHandle};
 
@@ -58,11 +59,11 @@ use request::Geometry;
 pub use listening::{ListenError, Listening, SocketAccess, group_of};
 pub use socket::{Endpoint, StopSignal};
 
-/// What one disk looks like to its guest. None of it changes while the process lives.
+/// What one disk looks like to its guest. None of it changes while the process lives; its size may become known later.
 #[derive(Clone, Debug)]
 pub struct DeviceConfig {
-    /// Size of the disk; a multiple of 512.
-    pub capacity_bytes: u64,
+    /// A front end that asks before it is known: `sizing.rs`.
+    pub capacity: Capacity,
     /// What GET_ID answers; longer than 20 bytes is cut.
     pub serial: String,
     /// Offer VIRTIO_BLK_F_RO and refuse everything that changes data.
@@ -76,26 +77,36 @@ pub struct DeviceConfig {
     /// Accept only guest memory that its owner cannot shrink under us (`F_SEAL_SHRINK`). QEMU's
     /// `memory-backend-memfd` seals by default, files in `/dev/shm` cannot.
     pub require_sealed_memory: bool,
+    /// A front end whose process is no older has no guest yet that could stand still: it waits for the size.
+    pub starting_max: Duration,
 }
 
-impl DeviceConfig {
-    /// A disk of this size with default settings.
-    pub fn new(capacity_bytes: u64) -> DeviceConfig {
+impl Default for DeviceConfig {
+    /// Of a size that is not known yet.
+    fn default() -> DeviceConfig {
         DeviceConfig {
-            capacity_bytes,
+            capacity: Capacity::default(),
             serial: String::new(),
             read_only: false,
             queues: config_space::QUEUES_MAX,
             spin_us: 0,
             require_sealed_memory: false,
+            starting_max: Duration::from_secs(3),
         }
+    }
+}
+
+impl DeviceConfig {
+    /// A disk of this size with default settings.
+    pub fn new(capacity_bytes: u64) -> DeviceConfig {
+        DeviceConfig { capacity: Capacity::of(capacity_bytes), ..DeviceConfig::default() }
     }
 
     fn geometry(&self) -> Geometry {
         let mut serial = [0; SERIAL_BYTES];
         let len = self.serial.len().min(SERIAL_BYTES);
         serial[..len].copy_from_slice(&self.serial.as_bytes()[..len]);
-        Geometry { capacity_bytes: self.capacity_bytes, read_only: self.read_only, serial }
+        Geometry { capacity: self.capacity.clone(), read_only: self.read_only, serial }
     }
 }
 
@@ -134,7 +145,7 @@ pub fn run(
 /// Serves one disk of `io` until `stop`, or until an [`Endpoint::Connected`] front end leaves.
 ///
 /// The calling thread becomes the socket thread; `make_backing` is called on the I/O thread. The handshake is answered
-/// from `config` alone, rings wait until the backing is ready.
+/// from `config` alone, rings wait until the backing is ready and the size is known.
 pub fn serve(
     io: &IoLoop,
     config: DeviceConfig,

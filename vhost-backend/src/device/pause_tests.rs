@@ -15,7 +15,7 @@ use super::memory::Memory;
 use super::queues::{Queues, Setup, StartRefused};
 use super::request::Geometry;
 use super::ring::Layout;
-use crate::backing::{Backing, Outcome, Request, Ticket};
+use crate::backing::{Backing, Capacity, Outcome, Request, Ticket};
 
 const RINGS: u16 = 2;
 /// Three descriptors a request, and wrapping soon.
@@ -125,7 +125,7 @@ fn new_region() -> Arc<InflightRegion> {
 }
 
 fn new_queues() -> Queues {
-    let disk = Geometry { capacity_bytes: 1 << 40, read_only: false, serial: [1; SERIAL_BYTES] };
+    let disk = Geometry { capacity: Capacity::of(1 << 40), read_only: false, serial: [1; SERIAL_BYTES] };
     Queues::new(disk, RINGS)
 }
 

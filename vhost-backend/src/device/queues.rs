@@ -8,7 +8,7 @@
 //!
 //! What always holds:
 //!
-//! - Nothing is taken from a ring while the backing is not ready, while something abandoned may still change data
+//! - Nothing is taken from a ring while the disk's size is not known or the backing is not ready, while something abandoned may still change data
 //!   (it must not overtake what comes next), or while replayed writes are unanswered (design §5). Held rings lose
 //!   nothing: their kicks are remembered.
 //! - When a stop, a pause or a change of memory is acknowledged, nothing of those queues is out, and their memory is not
@@ -278,7 +278,8 @@ impl Queues {
     }
 
     fn may_take(&self, backing: &dyn Backing) -> bool {
-        backing.ready()
+        self.disk.capacity.get().is_some()
+            && backing.ready()
             && !self.closing
             && self.tickets.orphans_changing_data() == 0
             && self.bytes_in_flight < BYTES_IN_FLIGHT_MAX
@@ -288,7 +289,8 @@ impl Queues {
 
     /// Takes what the rings offer and hands it to the backing.
     pub fn serve(&mut self, backing: &mut dyn Backing, now: Instant) {
-        if !backing.ready() || self.closing || self.tickets.orphans_changing_data() > 0 {
+        let known = self.disk.capacity.get().is_some();
+        if !known || !backing.ready() || self.closing || self.tickets.orphans_changing_data() > 0 {
             return;
         }
         if !self.replay(backing, now) {

@@ -14,7 +14,7 @@ use smallvec::SmallVec;
 use super::chain::{Buffer, Chain, Malformed};
 use super::config_space::{DISCARD_BYTES_MAX, RANGES_MAX, SERIAL_BYTES, WRITE_ZEROES_BYTES_MAX};
 use super::memory::Memory;
-use crate::backing::Request;
+use crate::backing::{Capacity, Request};
 
 /// Status byte of a request: it worked.
 pub const STATUS_OK: u8 = 0;
@@ -38,7 +38,7 @@ const FLAG_UNMAP: u32 = 1;
 /// What the parser must know of the disk.
 #[derive(Clone, Debug)]
 pub struct Geometry {
-    pub capacity_bytes: u64,
+    pub capacity: Capacity,
     pub read_only: bool,
     /// As GET_ID answers it: padded with zeroes.
     pub serial: [u8; SERIAL_BYTES],
@@ -194,7 +194,7 @@ fn span(disk: &Geometry, sector: u64, len: u64) -> Result<(u64, u32), Refused> {
 fn inside(disk: &Geometry, sector: u64, len: u64) -> Result<u64, Refused> {
     let offset = sector.checked_mul(SECTOR_BYTES).ok_or(Refused::BeyondEnd)?;
     let end = offset.checked_add(len).ok_or(Refused::BeyondEnd)?;
-    if end > disk.capacity_bytes {
+    if disk.capacity.get().is_none_or(|capacity| end > capacity) {
         return Err(Refused::BeyondEnd);
     }
     Ok(offset)

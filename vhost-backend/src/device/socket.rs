@@ -29,6 +29,7 @@ use super::callers::{Caller, Peer, Waiting};
 use super::command::{Command, Commands};
 use super::front_end::{FrontEnd, Lines};
 use super::listening::{Listening, SocketAccess};
+use super::sizing::SAY_EVERY;
 use super::sparingly::Sparingly;
 use super::{DeviceConfig, DeviceError};
 
@@ -159,15 +160,18 @@ impl<'a> Server<'a> {
     fn wait(&mut self, listener: Option<&UnixListener>, stop: &StopSignal) -> io::Result<Awake> {
         self.accept_after = self.accept_after.filter(|after| Instant::now() < *after);
         let accepts = listener.filter(|_| self.accept_after.is_none());
-        let front_end = self.front_end.as_ref().filter(|front_end| !front_end.caller.has_half());
+        let speaks = |front_end: &&FrontEnd| !front_end.caller.has_half() && !front_end.is_kept_waiting();
+        let front_end = self.front_end.as_ref().filter(speaks);
         let looks = self.accept_after.is_some()
             || !self.waiting.are_all_silent()
-            || self.front_end.as_ref().is_some_and(|front_end| front_end.caller.has_half());
+            || front_end.is_some() != self.front_end.is_some();
+        let says = self.front_end.as_ref().is_some_and(FrontEnd::owes_size);
         let mut polled = vec![PollFd::new(&stop.0, PollFlags::IN)];
         polled.extend(accepts.map(|listener| PollFd::new(listener, PollFlags::IN)));
         let callers = self.waiting.silent().chain(front_end.map(|front_end| &front_end.caller));
         polled.extend(callers.map(|caller| PollFd::new(caller, PollFlags::IN)));
-        let timeout = looks.then(|| Timespec::try_from(LOOK_EVERY)).transpose().map_err(io::Error::other)?;
+        let timeout = looks.then_some(LOOK_EVERY).or(says.then_some(SAY_EVERY));
+        let timeout = timeout.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
         match rustix::event::poll(&mut polled, timeout.as_ref()) {
             Err(rustix::io::Errno::INTR) => return Ok(Awake { stop: false, callers: false }),
             other => other?,
@@ -194,6 +198,9 @@ impl<'a> Server<'a> {
             && !front_end.listen(Instant::now(), &mut self.lines)?
         {
             self.front_end.take().map_or(Ok(()), FrontEnd::end)?;
+        }
+        if let Some(front_end) = &mut self.front_end {
+            front_end.tell_size(Instant::now());
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use mio::{Events, Poll};
 use super::control::{self, AttachError, AttachedVolume, Control, ControlLink, ControlOptions};
 use super::identity::Secret;
 use super::{Volume, VolumeOptions};
-use crate::backing::{Backing, Failure, Outcome, Request, Ticket};
+use crate::backing::{Backing, Capacity, Failure, Outcome, Request, Ticket};
 use crate::connections::Connections;
 use crate::io_thread::{WAKER, WakerHandle};
 
@@ -144,6 +144,7 @@ impl Client {
             secret: Secret::random(),
             takeover: false,
             state_dir: None,
+            capacity: Capacity::default(),
         };
         Self::attach_with(options, VolumeOptions::default())
     }

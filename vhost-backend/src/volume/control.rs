@@ -26,7 +26,7 @@ use evolute_daemon::in_one_line;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{SegmentIndex, VolumeId};
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, DetachRequest, ErrorWord, MapRequest, Segment,
+    AllocateSegmentRequest, AttachRequest, DetachRequest, ErrorWord, MapRequest, Segment, ShowVolumeRequest,
 };
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::{error, info, warn};
@@ -35,10 +35,13 @@ use super::attach::{Attachment, Remembered, StateError, StateFile};
 use super::identity::Secret;
 use super::mds::{self, BadAddress, BadMap, Endpoints, Mds, copysets_of, map_of, resolve};
 use super::routing::{Map, SegmentCopysets};
+use crate::backing::Capacity;
 use crate::io_thread::WakerHandle;
 
 /// Between two tries at what must not be given up: a state directory that is full, a map that is not there yet.
 const AGAIN_AFTER: Duration = Duration::from_secs(1);
+/// Between two tries at a volume that somebody else holds.
+const HELD_ASK_EVERY: Duration = Duration::from_millis(300);
 
 /// Which volume, for whom, and whom to ask.
 #[derive(Debug, Clone)]
@@ -54,6 +57,8 @@ pub struct ControlOptions {
     pub takeover: bool,
     /// Where to remember the attachment, so that a restart needs no MDS.
     pub state_dir: Option<PathBuf>,
+    /// Told as soon as it is known: before the volume hears that it is attached, and also while somebody else holds it.
+    pub capacity: Capacity,
 }
 
 /// What main needs to know of an attached volume.
@@ -218,7 +223,8 @@ pub fn start(options: ControlOptions) -> Result<(Control, ControlLink), AttachEr
 }
 
 impl Control {
-    /// Waits until the volume is attached, or can not be; `None` when that takes longer than `timeout`.
+    /// Waits until the volume is attached, or can not be; `None` when that takes longer than `timeout`. That somebody else
+    /// holds it may be heard again and again: it is asked for until it is let go of.
     pub fn wait_attached(&self, timeout: Duration) -> Result<Option<AttachedVolume>, AttachError> {
         match self.told().recv_timeout(timeout) {
             Ok(result) => result.map(Some),
@@ -257,6 +263,11 @@ impl Control {
         let detached = told.recv().unwrap_or(false);
         self.stop();
         detached
+    }
+
+    /// Asks for the volume no more, and keeps nobody waiting.
+    pub fn give_up(&self) {
+        let _ = self.asks.send(Ask::Stop);
     }
 
     /// Ends the thread and keeps the volume, for a successor with the same state directory.
@@ -380,6 +391,10 @@ impl Controller {
     }
 
     fn announce(&self, known: &Remembered, remembered: bool) {
+        if !self.options.capacity.tell(known.size_bytes) {
+            return self
+                .refuse(format!("it is another volume of that name by now, of {} bytes", known.size_bytes));
+        }
         let attachment = Attachment {
             volume: known.volume,
             size_bytes: known.size_bytes,
@@ -393,7 +408,39 @@ impl Controller {
         let _ = self.told.send(Ok(attached));
     }
 
+    /// Until it is ours, or never can be. Whoever had it before, here, does not wait for somebody else to let go of it: what
+    /// its guest believes to be on the disk is not what will be there.
     async fn attach(&self) {
+        let had_it = self.known.borrow().is_some();
+        while let Err(error) = self.try_attach().await {
+            let waits = !had_it && matches!(error, AttachError::AttachedElsewhere { .. });
+            if !waits {
+                self.news.send(News::Lost);
+            }
+            if self.told.send(Err(error)).is_err() || !waits {
+                return;
+            }
+            self.learn_size().await;
+            tokio::time::sleep(HELD_ASK_EVERY).await;
+        }
+    }
+
+    /// A front end need not wait for it until the volume is ours.
+    async fn learn_size(&self) {
+        if self.options.capacity.get().is_some() {
+            return;
+        }
+        let request = ShowVolumeRequest { name: self.options.volume.clone() };
+        let answer = self.mds.call("show", |mut mds| {
+            let request = request.clone();
+            async move { mds.show(request).await }
+        });
+        if let Ok(volume) = answer.await {
+            self.options.capacity.tell(volume.size_bytes);
+        }
+    }
+
+    async fn try_attach(&self) -> Result<(), AttachError> {
         let request = AttachRequest {
             name: self.options.volume.clone(),
             holder: self.options.holder.clone(),
@@ -407,20 +454,21 @@ impl Controller {
         let known = match answer.await {
             Ok(answer) => match self.attached(answer).await {
                 Ok(known) => known,
-                Err(what) => return self.refuse(format!("its answer does not make sense: {what}")),
+                Err(what) => {
+                    let volume = self.options.volume.clone();
+                    let message = format!("its answer does not make sense: {what}");
+                    return Err(AttachError::Refused { volume, message });
+                }
             },
             Err(refusal) => {
                 let volume = self.options.volume.clone();
-                let error = match refusal.word {
+                return Err(match refusal.word {
                     ErrorWord::NotFound => AttachError::NotFound(volume),
                     ErrorWord::AttachedElsewhere => {
                         AttachError::AttachedElsewhere { volume, message: refusal.message }
                     }
                     _ => AttachError::Refused { volume, message: refusal.message },
-                };
-                self.news.send(News::Lost);
-                let _ = self.told.send(Err(error));
-                return;
+                });
             }
         };
         self.save(&known).await;
@@ -428,6 +476,7 @@ impl Controller {
         self.mds.belong_to(known.map.cluster);
         self.announce(&known, false);
         *self.known.borrow_mut() = Some(known);
+        Ok(())
     }
 
     fn tell_lost(&self) {

@@ -11,4 +11,5 @@ mod messages;
 mod pausing;
 mod replay;
 mod sharing;
+mod sizing;
 mod stopping;

@@ -22,6 +22,7 @@ use tonic::{Request, Response, Status};
 
 use super::cluster::{CLUSTER, Cluster, SERVERS, VOLUME};
 use super::pattern;
+use crate::backing::Capacity;
 use crate::volume::VolumeOptions;
 use crate::volume::attach::StateError;
 use crate::volume::client::{Client, ClientError};
@@ -236,6 +237,7 @@ fn options(mds: &[SocketAddr], state_dir: Option<&Path>) -> ControlOptions {
         secret: Secret::of_place(None, "/run/disk.sock").expect("no directory"),
         takeover: false,
         state_dir: state_dir.map(Path::to_path_buf),
+        capacity: Capacity::default(),
     }
 }
 
