@@ -14,7 +14,6 @@
 //! many disks with little to do cost one waking and one send together. It does not know vhost-user messages
 //! (`device::session`), frames (`connections`) or the cluster (`volume`).
 
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::rc::Rc;
@@ -30,6 +29,7 @@ use crate::backing::{Backing, Outcome, Ticket};
 use crate::connections::{Connections, DISKS_MAX, FIRST_TOKEN, Seat};
 use crate::device::command::Command;
 use crate::device::config_space::QUEUES_MAX;
+use crate::device::event::{Alarm, Event};
 use crate::device::queues::{Queues, Setup, StartRefused};
 use crate::device::request::Geometry;
 use crate::spin::Spin;
@@ -90,8 +90,9 @@ impl IoLoop {
             evolute_daemon::short_turns();
             let registry = Rc::new(poll.registry().try_clone()?);
             let connections = Connections::new(&registry)?;
-            let disks = Vec::new();
-            IoThread { poll, registry, waker: own, joining, joined_all: false, connections, disks, spin }
+            let (disks, alarm) = (Vec::new(), Alarm::new()?);
+            let joined_all = false;
+            IoThread { poll, registry, waker: own, joining, joined_all, connections, disks, spin, alarm }
                 .run()
         })?;
         Ok(IoLoop { disks, waker, thread })
@@ -127,6 +128,7 @@ struct IoThread {
     /// By their number.
     disks: Vec<Option<Disk>>,
     spin: Spin,
+    alarm: Alarm,
 }
 
 struct Disk {
@@ -136,7 +138,7 @@ struct Disk {
     backing: Box<dyn Backing>,
     commands: Receiver<Command>,
     /// A ring's kick eventfd while it runs. Never read: registered edge-triggered, every write is a new edge.
-    kicks: Vec<Option<File>>,
+    kicks: Vec<Option<Event>>,
     /// Something came in for it in this turn.
     called: bool,
     completed: Vec<(Ticket, Outcome)>,
@@ -159,9 +161,13 @@ impl IoThread {
         while !(self.joined_all && self.disks.iter().all(Option::is_none)) {
             let timeout = self.timeout();
             match self.poll.poll(&mut events, timeout) {
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                    self.alarm.rang();
+                    continue;
+                }
                 polled => polled?,
             }
+            self.alarm.works();
             let now = Instant::now();
             if self.turn(&events, now) {
                 self.spin.worked(now);
@@ -312,6 +318,9 @@ impl Disk {
         if self.queues.settle(now) {
             self.drop_kicks();
         }
+        if self.queues.hang_up_if_ended() {
+            self.drop_kicks();
+        }
         worked
     }
 
@@ -364,7 +373,7 @@ impl Disk {
         }
     }
 
-    fn start(&mut self, index: u16, setup: Setup, kick: File, now: Instant) -> Result<(), StartRefused> {
+    fn start(&mut self, index: u16, setup: Setup, kick: Event, now: Instant) -> Result<(), StartRefused> {
         self.queues.start(index, setup, now)?;
         if let Err(refused) = self.set_kick(index, kick) {
             self.queues.cancel_start(index);
@@ -373,7 +382,7 @@ impl Disk {
         Ok(())
     }
 
-    fn set_kick(&mut self, index: u16, kick: File) -> Result<(), StartRefused> {
+    fn set_kick(&mut self, index: u16, kick: Event) -> Result<(), StartRefused> {
         let slot = &mut self.kicks[usize::from(index)];
         unregister(&self.registry, slot);
         let token = Token(self.first_token + usize::from(index));
@@ -404,7 +413,7 @@ impl Disk {
     }
 }
 
-fn unregister(registry: &Registry, kick: &mut Option<File>) {
+fn unregister(registry: &Registry, kick: &mut Option<Event>) {
     if let Some(kick) = kick.take() {
         // It may never have been registered; the close that follows removes it in any case.
         let _ = registry.deregister(&mut SourceFd(&kick.as_raw_fd()));

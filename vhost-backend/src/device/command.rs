@@ -3,10 +3,10 @@
 //! The socket thread decides nothing about a running ring; it sends one of these and, where the front end must not
 //! go on before it has happened, waits for the reply.
 
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender, sync_channel};
 
+use super::event::Event;
 use super::inflight::InflightRegion;
 use super::memory::{DirtyLog, Memory};
 use super::queues::{Setup, StartRefused};
@@ -15,14 +15,14 @@ use crate::io_thread::WakerHandle;
 /// See the module.
 pub enum Command {
     /// Start a ring that is completely set up.
-    Start { index: u16, setup: Box<Setup>, kick: File, reply: SyncSender<Result<(), StartRefused>> },
+    Start { index: u16, setup: Box<Setup>, kick: Event, reply: SyncSender<Result<(), StartRefused>> },
     /// Stop it; the reply is where its avail ring goes on, sent once nothing of it is out and the ring says itself what is
     /// unanswered.
     Stop { index: u16, reply: SyncSender<u16> },
     /// A running ring's kicks come from here now.
-    Kick { index: u16, kick: File, reply: SyncSender<Result<(), StartRefused>> },
+    Kick { index: u16, kick: Event, reply: SyncSender<Result<(), StartRefused>> },
     /// A running ring's interrupts go here now.
-    Call { index: u16, call: Option<File> },
+    Call { index: u16, call: Option<Event> },
     /// Take what a running ring offers.
     Enable { index: u16, reply: SyncSender<()> },
     /// Take nothing from a running ring; the reply as for a stop.

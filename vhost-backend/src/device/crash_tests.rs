@@ -28,7 +28,7 @@ impl World {
     fn new(idx: u16) -> World {
         let map = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
         let (file, len) = InflightRegion::create(1, SIZE).unwrap();
-        let region = Arc::new(InflightRegion::map(file, 0, len, 1, SIZE).unwrap());
+        let region = Arc::new(InflightRegion::map(file, 0, len, 1, SIZE, &Arc::default()).unwrap());
         let world = World { memory: Arc::new(Memory::new(map.clone())), map, region };
         world.store(LAYOUT.avail + 2, idx);
         world.store(LAYOUT.used + 2, idx);
@@ -53,7 +53,7 @@ impl World {
     fn start(&self) -> Queue {
         let ring = Ring::new(&self.memory, LAYOUT, true).unwrap();
         let base = self.load(LAYOUT.used + 2);
-        Queue::start(ring, self.region.queue(0, SIZE), base, Instant::now()).unwrap()
+        Queue::start(ring, self.region.queue(0, SIZE), base, Arc::default(), Instant::now()).unwrap()
     }
 
     /// What the guest sees in the used ring since `from`.
@@ -177,7 +177,7 @@ fn a_region_of_a_longer_ring_is_a_region_of_another_life() {
     let layout = Layout { size: 4, ..LAYOUT };
     world.store(LAYOUT.avail + 2, 0);
     let ring = Ring::new(&world.memory, layout, true).unwrap();
-    let mut queue = Queue::start(ring, world.region.queue(0, 4), 0, Instant::now()).unwrap();
+    let mut queue = Queue::start(ring, world.region.queue(0, 4), 0, Arc::default(), Instant::now()).unwrap();
     assert_eq!(replayed(&mut queue), NOTHING);
 }
 
@@ -198,7 +198,7 @@ proptest! {
         slice.write_slice(&version.to_le_bytes(), 8).unwrap();
         slice.write_slice(&SIZE.to_le_bytes(), 10).unwrap();
         let mut world = World::new(used_idx);
-        world.region = Arc::new(InflightRegion::map(file, 0, len, 1, SIZE).unwrap());
+        world.region = Arc::new(InflightRegion::map(file, 0, len, 1, SIZE, &Arc::default()).unwrap());
         let mut queue = world.start();
         let mut again = replayed(&mut queue);
         let count = again.len();

@@ -9,6 +9,7 @@ use vhost::vhost_user::{BackendReqHandler, Error};
 
 use super::callers::{Caller, Header, Said};
 use super::command::Commands;
+use super::lifeline::Lifeline;
 use super::session::Session;
 use super::sizing::{Asking, Channel, SAY_EVERY};
 use super::sparingly::Sparingly;
@@ -29,6 +30,7 @@ pub struct FrontEnd {
     starting_max: Duration,
     handler: BackendReqHandler<Mutex<Session>>,
     session: Arc<Mutex<Session>>,
+    line: Arc<Lifeline>,
     is_owner: bool,
     /// Has asked how large the disk is, and waits for the answer.
     asking: Option<Asking>,
@@ -43,7 +45,8 @@ impl FrontEnd {
         now: Instant,
     ) -> io::Result<FrontEnd> {
         let stream = caller.stream.try_clone()?;
-        let session = Arc::new(Mutex::new(Session::new(config, commands)));
+        let line = Arc::new(Lifeline::of(stream.try_clone()?));
+        let session = Arc::new(Mutex::new(Session::new(config, commands, line.clone())));
         let handler = BackendReqHandler::from_stream(stream, session.clone());
         let (asking, said_size) = (None, None);
         let starting_max = config.starting_max;
@@ -53,6 +56,7 @@ impl FrontEnd {
             starting_max,
             handler,
             session,
+            line,
             is_owner: false,
             asking,
             said_size,
@@ -64,8 +68,17 @@ impl FrontEnd {
         self.is_owner
     }
 
+    /// Its session was ended from inside, see `lifeline.rs`.
+    pub fn is_cut_off(&self) -> bool {
+        self.line.has_ended()
+    }
+
     /// Does what it has said. False: it left, or was hung up on.
     pub fn listen(&mut self, now: Instant, lines: &mut Lines) -> Result<bool, DeviceError> {
+        // Not one message more of a session that has ended, whatever has arrived.
+        if self.is_cut_off() {
+            return Ok(false);
+        }
         match self.caller.listen(now) {
             Said::Nothing | Said::Half => Ok(true),
             Said::Message(_) if self.is_kept_waiting() && self.caller.has_hung_up() => Ok(false),
@@ -138,6 +151,10 @@ impl FrontEnd {
         }
         let acknowledged = needs_reply && self.session().acknowledges() && is_acknowledged(request);
         let handled = self.handler.handle_request();
+        // By what it asked for, perhaps, and then the answer did not get through: `end` says why.
+        if self.is_cut_off() {
+            return Ok(false);
+        }
         let peer = &self.caller.peer;
         match handled {
             Ok(()) => {
@@ -172,6 +189,9 @@ impl FrontEnd {
 
     /// All rings end, and nothing of its memory stays mapped.
     pub fn end(self) -> Result<(), DeviceError> {
+        if let Some(cause) = self.line.cause() {
+            tracing::error!(%cause, "the session of {} was ended", self.caller.peer);
+        }
         self.session().end().map_err(|_| DeviceError::IoThreadEnded)
     }
 

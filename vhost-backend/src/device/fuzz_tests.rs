@@ -155,6 +155,7 @@ fn attack(seed: u64, until: Instant) -> u64 {
             call: None,
             memory: memory.clone(),
             inflight: None,
+            line: Arc::default(),
         };
         queues.start(0, setup, Instant::now()).unwrap();
         let mut offered = 0u16;
@@ -245,6 +246,7 @@ fn memory_that_changes_while_it_is_read_is_judged_in_one_copy() {
                 call: None,
                 memory: memory.clone(),
                 inflight: None,
+                line: Arc::default(),
             };
             queues.start(0, setup, Instant::now()).unwrap();
             for idx in 0..SIZE {

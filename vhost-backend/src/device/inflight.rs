@@ -33,6 +33,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
 
+use super::lifeline::{Cause, Lifeline};
+use super::mapped::Watch;
+
 const FEATURES_AT: usize = 0;
 const VERSION_AT: usize = 8;
 const DESC_NUM_AT: usize = 10;
@@ -64,6 +67,8 @@ pub enum InflightRefused {
 /// The mapping, shared by the socket thread that got it and the I/O thread that uses it.
 #[derive(Debug)]
 pub struct InflightRegion {
+    /// Before what it watches: see [`Watch`].
+    _watch: Watch,
     map: MmapRegion<()>,
     queues: u16,
     queue_size: u16,
@@ -110,6 +115,7 @@ impl InflightRegion {
         len: u64,
         queues: u16,
         queue_size: u16,
+        line: &Arc<Lifeline>,
     ) -> Result<InflightRegion, InflightRefused> {
         let needed = region_bytes(queues, queue_size);
         let shape = InflightRefused::Shape { queues, queue_size };
@@ -120,7 +126,8 @@ impl InflightRegion {
         }
         let map = MmapRegion::from_file(FileOffset::new(file, offset), needed)
             .map_err(|e| InflightRefused::Map(io::Error::other(e)))?;
-        Ok(InflightRegion { map, queues, queue_size, next_counter: AtomicU64::new(0) })
+        let watch = Watch::new(&map, line, Cause::InflightGone);
+        Ok(InflightRegion { _watch: watch, map, queues, queue_size, next_counter: AtomicU64::new(0) })
     }
 
     /// One queue's block; none if the region was made for fewer queues or shorter rings.

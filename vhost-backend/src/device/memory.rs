@@ -8,6 +8,7 @@
 //!
 //! - Only ranges the front end named are mapped, and only if the file behind them is that long.
 //! - The guest may write any of it at any time. Nothing here hands out a Rust reference to it.
+//! - Memory that goes away under us reads as zeroes and ends the session; see `mapped.rs`.
 //! - Every write we do can be marked in the [`DirtyLog`], so a live migration misses none.
 
 use std::fs::File;
@@ -22,6 +23,9 @@ use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
     VolatileSlice,
 };
+
+use super::lifeline::{Cause, Lifeline};
+use super::mapped::Watch;
 
 /// Regions a front end may add: what QEMU's own limit for memory slots asks for.
 pub const MEMORY_SLOTS_MAX: usize = 509;
@@ -39,12 +43,14 @@ pub struct Fault {
 /// One snapshot of guest-physical memory.
 #[derive(Debug)]
 pub struct Memory {
+    /// Before what they watch: see [`Watch`].
+    _watches: Vec<Arc<Watch>>,
     map: GuestMemoryMmap<()>,
 }
 
 impl Memory {
     pub fn new(map: GuestMemoryMmap<()>) -> Memory {
-        Memory { map }
+        Memory { _watches: Vec::new(), map }
     }
 
     /// Whether every byte of the range is there. It may span regions.
@@ -89,18 +95,19 @@ pub struct Window {
 /// Which pages we wrote, for a front end that migrates the guest. One bit per 4 KiB page.
 #[derive(Debug)]
 pub struct DirtyLog {
+    _watch: Watch,
     bits: MmapRegion<()>,
 }
 
 const LOG_PAGE_BYTES: u64 = 4096;
 
 impl DirtyLog {
-    pub fn map(file: File, offset: u64, len: u64) -> Result<DirtyLog, RegionRefused> {
+    pub fn map(file: File, offset: u64, len: u64, line: &Arc<Lifeline>) -> Result<DirtyLog, RegionRefused> {
         check_file(&file, offset, len)?;
         let len = usize::try_from(len).map_err(|_| RegionRefused::TooLarge)?;
         let bits = MmapRegion::from_file(FileOffset::new(file, offset), len)
             .map_err(|e| RegionRefused::Map(io::Error::other(e)))?;
-        Ok(DirtyLog { bits })
+        Ok(DirtyLog { _watch: Watch::new(&bits, line, Cause::LogGone), bits })
     }
 
     /// Pages beyond the log are the front end's mistake and are passed over.
@@ -167,6 +174,8 @@ struct Entry {
     len: u64,
     /// Which bytes of which file: device, inode, offset.
     of: (u64, u64, u64),
+    /// Before what it watches: see [`Watch`].
+    watch: Arc<Watch>,
     region: Arc<GuestRegionMmap<()>>,
 }
 
@@ -185,11 +194,13 @@ impl Entry {
 pub struct MemoryTable {
     entries: Vec<Entry>,
     require_sealed: bool,
+    /// Of the session that it belongs to.
+    line: Arc<Lifeline>,
 }
 
 impl MemoryTable {
-    pub fn new(require_sealed: bool) -> MemoryTable {
-        MemoryTable { entries: Vec::new(), require_sealed }
+    pub fn new(require_sealed: bool, line: Arc<Lifeline>) -> MemoryTable {
+        MemoryTable { entries: Vec::new(), require_sealed, line }
     }
 
     /// The whole table anew. On refusal the old one stays. True: something of it is gone.
@@ -198,7 +209,7 @@ impl MemoryTable {
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
     ) -> Result<bool, RegionRefused> {
-        let mut new = MemoryTable::new(self.require_sealed);
+        let mut new = MemoryTable::new(self.require_sealed, self.line.clone());
         for (region, file) in regions.iter().zip(files) {
             new.add(region, file)?;
         }
@@ -241,10 +252,11 @@ impl MemoryTable {
         // SAFETY: the range is exactly the mapping just made, and the advice does not change its contents.
         let _ =
             unsafe { rustix::mm::madvise(mapping.as_ptr().cast(), size, rustix::mm::Advice::LinuxDontDump) };
+        let watch = Arc::new(Watch::new(&mapping, &self.line, Cause::MemoryGone));
         let region =
             GuestRegionMmap::new(mapping, GuestAddress(guest_addr)).ok_or(RegionRefused::BadRange)?;
         let of = (stat.st_dev, stat.st_ino, offset);
-        self.entries.push(Entry { user_addr, guest_addr, len, of, region: Arc::new(region) });
+        self.entries.push(Entry { user_addr, guest_addr, len, of, watch, region: Arc::new(region) });
         Ok(())
     }
 
@@ -279,6 +291,7 @@ impl MemoryTable {
         } else {
             GuestMemoryMmap::from_arc_regions(regions).expect("sorted, and `add` refuses overlaps")
         };
-        Arc::new(Memory::new(map))
+        let watches = self.entries.iter().map(|e| e.watch.clone()).collect();
+        Arc::new(Memory { _watches: watches, ..Memory::new(map) })
     }
 }

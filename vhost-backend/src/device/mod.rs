@@ -25,11 +25,14 @@ mod completion;
 pub(crate) mod config_space;
 #[cfg(test)]
 mod crash_tests;
+pub(crate) mod event;
 mod front_end;
 #[cfg(test)]
 mod fuzz_tests;
 mod inflight;
+mod lifeline;
 mod listening;
+mod mapped;
 mod memory;
 #[cfg(test)]
 mod pause_tests;

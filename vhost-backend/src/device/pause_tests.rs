@@ -121,7 +121,7 @@ struct World {
 
 fn new_region() -> Arc<InflightRegion> {
     let (file, len) = InflightRegion::create(RINGS, SIZE).unwrap();
-    Arc::new(InflightRegion::map(file, 0, len, RINGS, SIZE).unwrap())
+    Arc::new(InflightRegion::map(file, 0, len, RINGS, SIZE, &Arc::default()).unwrap())
 }
 
 fn new_queues() -> Queues {
@@ -185,6 +185,7 @@ impl World {
             call: None,
             memory: self.memory.clone(),
             inflight: Some(self.region.clone()),
+            line: Arc::default(),
         };
         self.queues.start(ring, setup, self.now)
     }

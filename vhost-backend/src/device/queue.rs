@@ -9,11 +9,13 @@
 //! - Answers leave in batches: [`Queue::steps`] is the order in which a batch becomes visible, one step per
 //!   store that a crash may come after, and [`Queue::flush`] performs exactly these steps.
 
-use std::fs::File;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::completion::Used;
+use super::event::{Blocks, Event};
 use super::inflight::{InflightQueue, Unanswered};
+use super::lifeline::{Cause, Lifeline};
 use super::memory::DirtyLog;
 use super::ring::{Broken, Ring};
 
@@ -22,7 +24,9 @@ use super::ring::{Broken, Ring};
 pub struct Queue {
     pub ring: Ring,
     inflight: Option<InflightQueue>,
-    call: Option<File>,
+    call: Option<Event>,
+    /// Of the session that it belongs to.
+    line: Arc<Lifeline>,
     /// Heads taken and not yet answered: each one's place in the order in which they were taken.
     taken: Vec<Option<u64>>,
     /// The next such place, where no region counts.
@@ -80,6 +84,7 @@ impl Queue {
         mut ring: Ring,
         mut inflight: Option<InflightQueue>,
         base: u16,
+        line: Arc<Lifeline>,
         now: Instant,
     ) -> Result<Queue, UnknownBetween> {
         let mut taken = vec![None; usize::from(ring.size())];
@@ -112,6 +117,7 @@ impl Queue {
             ring,
             inflight,
             call: None,
+            line,
             taken,
             next_counter: 0,
             in_flight,
@@ -135,7 +141,12 @@ impl Queue {
 
     /// Takes the next head from the ring.
     pub fn pop(&mut self, now: Instant) -> Option<u16> {
-        let head = match self.ring.pop() {
+        let popped = self.ring.pop();
+        // What was read may be zeroes of ours: not a head, and not to be recorded as one.
+        if self.line.has_ended() {
+            return None;
+        }
+        let head = match popped {
             Ok(head) => head?,
             Err(why) => {
                 self.broke(why);
@@ -179,8 +190,8 @@ impl Queue {
 
     /// The last that is written to this ring's memory before somebody else may look at it, or take it elsewhere.
     pub fn settle(&mut self, log: Option<&DirtyLog>) {
-        // Of a ring whose memory was taken away, nothing is ours to write.
-        if !matches!(self.broken, Some(Broken::Outside(_))) {
+        // Of a ring whose memory was taken away or has gone, nothing is ours to write.
+        if !matches!(self.broken, Some(Broken::Outside(_))) && !self.has_ended() {
             let left = self.unanswered();
             self.ring.settle(left.iter().map(|unanswered| unanswered.head), log);
         }
@@ -217,6 +228,11 @@ impl Queue {
         }
     }
 
+    /// The session that it belongs to cannot go on; see `lifeline.rs`.
+    pub fn has_ended(&self) -> bool {
+        self.line.has_ended()
+    }
+
     /// Publishes all answers, and interrupts the guest once if it wants that.
     pub fn flush(&mut self, log: Option<&DirtyLog>) {
         if self.batch.is_empty() {
@@ -224,6 +240,11 @@ impl Queue {
         }
         let mut batch = std::mem::take(&mut self.batch);
         for step in Queue::steps(&batch) {
+            // Data, elements or records went nowhere: the guest is not to find an answer. As after a kill -9 here, all of
+            // the batch is done again.
+            if step == Step::Publish && self.line.has_ended() {
+                return;
+            }
             self.perform(step, log);
         }
         for used in batch.drain(..) {
@@ -238,15 +259,17 @@ impl Queue {
 
     /// A new eventfd for interrupts. It is signalled at once: an answer may have been published while there was none,
     /// or by a process that died before it could signal.
-    pub fn set_call(&mut self, call: Option<File>) {
+    pub fn set_call(&mut self, call: Option<Event>) {
         self.call = call;
         self.signal();
     }
 
-    fn signal(&self) {
-        if let Some(call) = &self.call {
-            // The front end's eventfd. If it is not one, its guest gets no interrupts, which is the front end's wish.
-            let _ = rustix::io::write(call, &1u64.to_ne_bytes());
+    fn signal(&mut self) {
+        if let Some(call) = &self.call
+            && let Err(Blocks) = call.signal()
+        {
+            self.call = None;
+            self.line.end(Cause::CallBlocks);
         }
     }
 }

@@ -19,7 +19,6 @@
 //! It does not know sockets, threads or the cluster; `io_thread.rs` drives it, tests call it directly.
 
 use std::collections::VecDeque;
-use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
@@ -29,7 +28,9 @@ use smallvec::SmallVec;
 
 use super::chain::Chain;
 use super::completion::{Completion, asked};
+use super::event::Event;
 use super::inflight::{InflightRegion, Unanswered};
+use super::lifeline::Lifeline;
 use super::memory::{DirtyLog, Memory};
 use super::queue::{Queue, Replay, UnknownBetween};
 use super::request::{Geometry, Parsed, STATUS_OK, parse};
@@ -59,9 +60,10 @@ pub struct Setup {
     pub base: u16,
     pub event_idx: bool,
     pub enabled: bool,
-    pub call: Option<File>,
+    pub call: Option<Event>,
     pub memory: Arc<Memory>,
     pub inflight: Option<Arc<InflightRegion>>,
+    pub line: Arc<Lifeline>,
 }
 
 /// Why a queue does not start. The message is refused.
@@ -77,6 +79,8 @@ pub enum StartRefused {
     Running,
     #[error("its kick descriptor cannot be waited for")]
     Kick,
+    #[error("its session has ended")]
+    Ended,
 }
 
 /// Something that may happen only when nothing of its queues is out.
@@ -117,6 +121,8 @@ pub struct Queues {
     tickets: Tickets,
     bytes_in_flight: u64,
     log: Option<Arc<DirtyLog>>,
+    /// Of the session to which the running queues belong.
+    line: Option<Arc<Lifeline>>,
     /// Queues that must do something again before anything new is taken anywhere, and until when they may take.
     awaited: Vec<u16>,
     awaited_until: Option<Instant>,
@@ -136,6 +142,8 @@ enum Taken {
     Answered,
     /// A replayed read, before its time.
     Later,
+    /// Nobody knows what it asks for: its session has ended.
+    Lost,
 }
 
 impl Queues {
@@ -150,6 +158,7 @@ impl Queues {
             tickets: Tickets::default(),
             bytes_in_flight: 0,
             log: None,
+            line: None,
             awaited: Vec::new(),
             awaited_until: None,
             replaying: 0,
@@ -179,11 +188,15 @@ impl Queues {
             return Err(StartRefused::Running);
         }
         let ring = Ring::new(&setup.memory, setup.layout, setup.event_idx)?;
+        // By the used ring's index the in-flight region is put right: not by one that is not there.
+        if setup.line.has_ended() {
+            return Err(StartRefused::Ended);
+        }
         let inflight = match &setup.inflight {
             Some(region) => Some(region.queue(index, setup.layout.size).ok_or(StartRefused::Untracked)?),
             None => None,
         };
-        let mut queue = Queue::start(ring, inflight, setup.base, now)?;
+        let mut queue = Queue::start(ring, inflight, setup.base, setup.line.clone(), now)?;
         queue.enabled = setup.enabled;
         queue.set_call(setup.call);
         match queue.replay {
@@ -195,6 +208,7 @@ impl Queues {
             }
             Replay::Reads(_) | Replay::Done => self.awaited.retain(|awaited| *awaited != index),
         }
+        self.line = Some(setup.line);
         self.awaited_until.get_or_insert(now + AWAITED_QUEUES);
         self.queues[usize::from(index)] = Some(Box::new(queue));
         self.kicked(index);
@@ -222,7 +236,7 @@ impl Queues {
         self.awaited_until = Some(now + AWAITED_QUEUES);
     }
 
-    pub fn set_call(&mut self, index: u16, call: Option<File>) {
+    pub fn set_call(&mut self, index: u16, call: Option<Event>) {
         if let Some(queue) = self.queue(index) {
             queue.set_call(call);
         }
@@ -269,12 +283,12 @@ impl Queues {
                 more = true;
             }
         }
-        more
+        more || self.has_ended()
     }
 
     /// Whether there is work that `serve` left for its next turn.
     pub fn has_work(&self, backing: &dyn Backing) -> bool {
-        !self.runnable.is_empty() && self.may_take(backing)
+        self.has_ended() || !self.runnable.is_empty() && self.may_take(backing)
     }
 
     fn may_take(&self, backing: &dyn Backing) -> bool {
@@ -419,6 +433,10 @@ impl Queues {
         let memory = queue.ring.memory();
         let walked = self.chain.walk(&queue.ring, head);
         let parsed = walked.map_err(Into::into).and_then(|()| parse(&mut self.chain, memory, &self.disk));
+        // The one look before anything is sent: what was copied may be zeroes of ours, not what the guest wrote there.
+        if queue.has_ended() {
+            return Taken::Lost;
+        }
         if let Ok(Parsed::Submit(requests)) = &parsed
             && changes_only
             && !requests.iter().any(Request::changes_data)
@@ -536,11 +554,13 @@ impl Queues {
                 Then::Stop(index, reply) => {
                     let base = self.stop_now(index);
                     stopped |= base.is_some();
+                    self.hang_up();
                     // If nothing ran, there is nothing to say but the start of the ring.
                     let _ = reply.send(base.unwrap_or(0));
                 }
                 Then::Disabled(index, reply) => {
                     self.settle_one(index);
+                    self.hang_up();
                     let _ = reply.send(());
                 }
                 Then::Memory(memory, reply) => {
@@ -549,6 +569,7 @@ impl Queues {
                     }
                     self.set_memory(&memory);
                     self.await_taken_back(now);
+                    self.hang_up();
                     let _ = reply.send(());
                 }
             }
@@ -625,8 +646,37 @@ impl Queues {
         self.awaited.clear();
         self.awaited_until = None;
         self.log = None;
+        self.line = None;
         // Those who asked have ended, too.
         self.quiets.clear();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.line.as_ref().is_some_and(|line| line.has_ended())
+    }
+
+    /// Before anything is acknowledged: if the session cannot go on, no acknowledgement leaves the process.
+    fn hang_up(&self) {
+        if let Some(line) = self.line.as_ref().filter(|line| line.has_ended()) {
+            line.hang_up();
+        }
+    }
+
+    /// A session that cannot go on is over here and now. True: it was so.
+    pub fn hang_up_if_ended(&mut self) -> bool {
+        if !self.has_ended() {
+            return false;
+        }
+        self.hang_up();
+        for quiet in std::mem::take(&mut self.quiets) {
+            // The socket thread waits; what it hears does not leave the process any more.
+            match quiet.then {
+                Then::Stop(_, reply) => _ = reply.send(0),
+                Then::Disabled(_, reply) | Then::Memory(_, reply) => _ = reply.send(()),
+            }
+        }
+        self.abandon_all();
+        true
     }
 
     /// The process ends: nothing new is taken.

@@ -30,7 +30,9 @@ use super::command::{Command, Commands, IoThreadGone};
 use super::config_space::{
     ConfigSpace, QUEUE_SIZE_MAX, feature, features_offered, protocol_features_offered,
 };
+use super::event::Event;
 use super::inflight::InflightRegion;
+use super::lifeline::Lifeline;
 use super::memory::{DirtyLog, MEMORY_SLOTS_MAX, MemoryTable};
 use super::queues::Setup;
 use super::ring::Layout;
@@ -43,8 +45,8 @@ struct RingConfig {
     /// Descriptor table, avail ring, used ring, in the front end's own addresses.
     addresses: Option<(u64, u64, u64)>,
     base: u16,
-    kick: Option<File>,
-    call: Option<File>,
+    kick: Option<Event>,
+    call: Option<Event>,
     enabled: bool,
     running: bool,
 }
@@ -55,6 +57,7 @@ pub struct Session {
     queues: u16,
     config_space: ConfigSpace,
     commands: Commands,
+    line: Arc<Lifeline>,
     features: u64,
     protocol_features: u64,
     memory: MemoryTable,
@@ -78,15 +81,16 @@ fn gone(why: IoThreadGone) -> Error {
 }
 
 impl Session {
-    pub fn new(config: &DeviceConfig, commands: Commands) -> Session {
+    pub fn new(config: &DeviceConfig, commands: Commands, line: Arc<Lifeline>) -> Session {
         Session {
             offered: features_offered(config),
             queues: config.queues,
             config_space: ConfigSpace::new(config),
             commands,
+            line: line.clone(),
             features: 0,
             protocol_features: 0,
-            memory: MemoryTable::new(config.require_sealed_memory),
+            memory: MemoryTable::new(config.require_sealed_memory, line),
             rings: Vec::new(),
             inflight: None,
             log: None,
@@ -185,6 +189,7 @@ impl Session {
             call: ring.call.take(),
             memory,
             inflight,
+            line: self.line.clone(),
         });
         let kick = ring.kick.take().expect("looked above");
         self.commands
@@ -318,6 +323,7 @@ impl VhostUserBackendReqHandlerMut for Session {
 
     fn set_vring_kick(&mut self, index: u8, kick: Option<File>) -> Result<()> {
         let kick = kick.ok_or_else(|| refuse("a ring without kicks would have to be polled"))?;
+        let kick = Event::new(kick).map_err(refuse)?;
         let (index, ring) = self.ring(index.into())?;
         if ring.running {
             return self
@@ -331,6 +337,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_vring_call(&mut self, index: u8, call: Option<File>) -> Result<()> {
+        let call = call.map(Event::with_room).transpose().map_err(refuse)?;
         let (index, ring) = self.ring(index.into())?;
         if ring.running {
             return self.commands.tell(Command::Call { index, call }).map_err(gone);
@@ -340,7 +347,8 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     /// We have nothing to say there: a broken ring shows in our traces.
-    fn set_vring_err(&mut self, index: u8, _err: Option<File>) -> Result<()> {
+    fn set_vring_err(&mut self, index: u8, err: Option<File>) -> Result<()> {
+        err.map(Event::new).transpose().map_err(refuse)?;
         self.ring(index.into()).map(|_| ())
     }
 
@@ -412,9 +420,15 @@ impl VhostUserBackendReqHandlerMut for Session {
         if given.num_queues > self.queues || given.queue_size > QUEUE_SIZE_MAX {
             return Err(refuse("more queues or longer rings than we offer"));
         }
-        let region =
-            InflightRegion::map(file, given.mmap_offset, given.mmap_size, given.num_queues, given.queue_size)
-                .map_err(refuse)?;
+        let region = InflightRegion::map(
+            file,
+            given.mmap_offset,
+            given.mmap_size,
+            given.num_queues,
+            given.queue_size,
+            &self.line,
+        )
+        .map_err(refuse)?;
         let region = Arc::new(region);
         self.commands.tell(Command::Inflight(region.clone())).map_err(gone)?;
         self.inflight = Some(region);
@@ -459,7 +473,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
-        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size).map_err(refuse)?;
+        let log = DirtyLog::map(file, log.mmap_offset, log.mmap_size, &self.line).map_err(refuse)?;
         self.log = Some(Arc::new(log));
         match self.features & feature::LOG_ALL {
             0 => Ok(()),

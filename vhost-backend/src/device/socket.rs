@@ -37,6 +37,9 @@ use super::{DeviceConfig, DeviceError};
 const ASKING_PATIENCE: Duration = Duration::from_secs(5);
 /// Between two looks at what cannot be waited for: half a message, or somebody who waits for another to leave.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
+/// After a session that had to be ended from inside. Finding that out may have cost other disks of the process a moment,
+/// which a front end must not be able to repeat at will.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Where the front end (the VMM) comes from.
 #[derive(Debug)]
@@ -140,6 +143,8 @@ struct Server<'a> {
     shortage: Shortage,
     /// Nothing to accept with until then.
     accept_after: Option<Instant>,
+    /// Nobody has a turn until then.
+    pause_until: Option<Instant>,
     lines: Lines,
 }
 
@@ -153,6 +158,7 @@ impl<'a> Server<'a> {
             waiting: Waiting::default(),
             shortage: Shortage::default(),
             accept_after: None,
+            pause_until: None,
             lines: Lines { owner: Sparingly::new(now), others: Sparingly::new(now) },
         }
     }
@@ -197,6 +203,7 @@ impl<'a> Server<'a> {
         if let Some(front_end) = &mut self.front_end
             && !front_end.listen(Instant::now(), &mut self.lines)?
         {
+            self.pause_until = front_end.is_cut_off().then(|| Instant::now() + PAUSE);
             self.front_end.take().map_or(Ok(()), FrontEnd::end)?;
         }
         if let Some(front_end) = &mut self.front_end {
@@ -233,6 +240,7 @@ impl<'a> Server<'a> {
     /// Of whoever has something to say now.
     fn turn(&self, now: Instant) -> Turn {
         match &self.front_end {
+            None if self.pause_until.is_some_and(|until| now < until) => Turn::Later,
             None => Turn::Now,
             // What it said before it left comes first.
             Some(front_end) if front_end.caller.has_hung_up() => Turn::Later,

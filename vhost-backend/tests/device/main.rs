@@ -5,6 +5,7 @@
 
 mod callers;
 mod chains;
+mod cut_off;
 mod disk;
 mod front_end;
 mod messages;

@@ -12,19 +12,19 @@ use crate::front_end::{Driver, FrontEnd, GuestMemory, IN, OUT, data_of, place, s
 const CAPACITY: u64 = 1 << 20;
 
 /// A disk that holds one byte, over and over, and a guest on it.
-struct Guest {
-    disk: Disk,
-    served: Served,
-    memory: GuestMemory,
-    driver: Driver,
+pub struct Guest {
+    pub disk: Disk,
+    pub served: Served,
+    pub memory: GuestMemory,
+    pub driver: Driver,
     /// `None`: it has left.
-    front_end: Option<FrontEnd>,
+    pub front_end: Option<FrontEnd>,
     byte: u8,
     slot: u16,
 }
 
 impl Guest {
-    fn on(io: &Arc<IoLoop>, byte: u8) -> Guest {
+    pub fn on(io: &Arc<IoLoop>, byte: u8) -> Guest {
         let disk = Disk::new(CAPACITY as usize);
         disk.fill(0, &[byte; 64 << 10]);
         let served = Served::start_on(io, DeviceConfig::new(CAPACITY), &disk);
@@ -35,7 +35,7 @@ impl Guest {
     }
 
     /// With new memory, and a driver that begins anew.
-    fn boot(&mut self) {
+    pub fn boot(&mut self) {
         (self.memory, self.driver, self.slot) = (GuestMemory::new(), Driver::new(0, 64), 0);
         let mut front_end = FrontEnd::connect(&self.served.path);
         front_end.set_memory(&self.memory);
@@ -43,7 +43,7 @@ impl Guest {
         self.front_end = Some(front_end);
     }
 
-    fn offer(&mut self, kind: u32) -> u16 {
+    pub fn offer(&mut self, kind: u32) -> u16 {
         let (slot, data) = (self.slot, [self.byte; 512]);
         self.slot += 1;
         let payload = if kind == OUT { Ok(&data[..]) } else { Err(512) };
@@ -53,7 +53,7 @@ impl Guest {
         slot
     }
 
-    fn reads_its_own(&mut self) {
+    pub fn reads_its_own(&mut self) {
         let slot = self.offer(IN);
         self.driver.wait_used(&self.memory, 1);
         assert_eq!(
@@ -63,11 +63,11 @@ impl Guest {
     }
 }
 
-fn io() -> Arc<IoLoop> {
+pub fn io() -> Arc<IoLoop> {
     Arc::new(IoLoop::start(Duration::from_micros(100)).expect("a thread"))
 }
 
-fn end(io: Arc<IoLoop>) {
+pub fn end(io: Arc<IoLoop>) {
     Arc::into_inner(io).expect("every device has let go").end().expect("a clean end");
 }
 
