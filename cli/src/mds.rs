@@ -9,9 +9,10 @@ use std::time::Duration;
 use evolute_protocol::rpc::cluster_client::ClusterClient;
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{
-    AcceptMdsRequest, AcceptMdsResponse, ClusterStatus, CreateVolumeRequest, DecideRequest, DecideResponse,
-    Decision, DeleteVolumeRequest, ErrorWord, ListVolumesRequest, RetireRequest, RetireResponse,
-    ShowVolumeRequest, StatusRequest, Volume,
+    AbandonImportRequest, AcceptMdsRequest, AcceptMdsResponse, BeginImportRequest, ClusterStatus,
+    CreateVolumeRequest, DecideRequest, DecideResponse, Decision, DeleteVolumeRequest, ErrorWord,
+    FinishImportRequest, ListVolumesRequest, RetireRequest, RetireResponse, ShowVolumeRequest, StatusRequest,
+    Volume,
 };
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::transport::{Channel, Endpoint};
@@ -74,6 +75,35 @@ impl Mds {
             async move { volumes(channel).create(request).await }
         })
         .await
+    }
+
+    /// Makes or marks the volume that an image is copied into.
+    pub async fn begin_import(&mut self, request: BeginImportRequest) -> Result<Volume, Failure> {
+        self.call("begin an import", Repeat::Never, |channel| {
+            let request = request.clone();
+            async move { volumes(channel).begin_import(request).await }
+        })
+        .await
+    }
+
+    /// Said twice it changes nothing.
+    pub async fn finish_import(&mut self, request: FinishImportRequest) -> Result<(), Failure> {
+        self.call("finish an import", Repeat::Harmless, |channel| async move {
+            volumes(channel).finish_import(request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Said twice it changes nothing.
+    pub async fn abandon_import(&mut self, volume_id: u64, by: &str) -> Result<(), Failure> {
+        let request = AbandonImportRequest { volume_id, by: by.to_owned() };
+        self.call("abandon an import", Repeat::Harmless, |channel| {
+            let request = request.clone();
+            async move { volumes(channel).abandon_import(request).await }
+        })
+        .await?;
+        Ok(())
     }
 
     pub async fn list(&mut self) -> Result<Vec<Volume>, Failure> {

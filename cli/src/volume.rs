@@ -1,6 +1,6 @@
 //! `evolute volume create | list | show | delete`.
 
-use evolute_protocol::rpc::{ErrorWord, Volume};
+use evolute_protocol::rpc::{Attachment, ErrorWord, Volume};
 use serde::Serialize;
 use serde_json::json;
 
@@ -21,6 +21,8 @@ pub struct VolumeView {
     copysets: Vec<u32>,
     attachment: u32,
     attached: Option<AttachmentView>,
+    /// An import that has not ended: the volume holds a part of its image at most.
+    importing: Option<AttachmentView>,
     created_unix_ms: u64,
 }
 
@@ -28,6 +30,12 @@ pub struct VolumeView {
 struct AttachmentView {
     holder: String,
     since_unix_ms: u64,
+}
+
+impl From<Attachment> for AttachmentView {
+    fn from(attachment: Attachment) -> Self {
+        Self { holder: attachment.holder, since_unix_ms: attachment.since_unix_ms }
+    }
 }
 
 impl From<Volume> for VolumeView {
@@ -41,9 +49,8 @@ impl From<Volume> for VolumeView {
             width: volume.width,
             copysets: volume.copysets,
             attachment: volume.attachment,
-            attached: volume
-                .attached
-                .map(|a| AttachmentView { holder: a.holder, since_unix_ms: a.since_unix_ms }),
+            attached: volume.attached.map(AttachmentView::from),
+            importing: volume.importing.map(AttachmentView::from),
             created_unix_ms: volume.created_unix_ms,
         }
     }
@@ -70,7 +77,16 @@ impl VolumeView {
             ("width", self.width.to_string()),
             ("created", time(self.created_unix_ms)),
         ];
-        rows.map(|(key, value)| format!("{key:<10} {value}")).join("\n")
+        let mut words = rows.map(|(key, value)| format!("{key:<10} {value}")).join("\n");
+        if let Some(importing) = &self.importing {
+            let since = ago(unix_ms_now().saturating_sub(importing.since_unix_ms));
+            words += &format!(
+                "\nimport     unfinished ({}, begun {since}): it holds a part of its image at most, and nobody else can \
+                 attach it; unless that import still runs: evolute volume delete {} --force",
+                importing.holder, self.name
+            );
+        }
+        words
     }
 }
 
@@ -79,7 +95,11 @@ pub fn volume_table(volumes: &[VolumeView]) -> String {
     let rows: Vec<Vec<String>> = volumes
         .iter()
         .map(|v| {
-            let attached = v.attached.as_ref().map_or("-".to_owned(), |a| a.holder.clone());
+            let attached = match (&v.importing, &v.attached) {
+                (Some(importing), _) => format!("{} (import unfinished)", importing.holder),
+                (None, Some(attached)) => attached.holder.clone(),
+                (None, None) => "-".to_owned(),
+            };
             vec![v.name.clone(), human(v.size_bytes), human(v.allocated_bytes), human(v.used_bytes), attached]
         })
         .collect();

@@ -4,6 +4,7 @@
 //! The programs are found beside `evolute`; where they are not built the test says so and passes (`make` builds them first).
 
 use std::fs::{self, File};
+use std::io::BufRead;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -190,7 +191,9 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
         last["written_bytes"].as_u64().is_some_and(|written| written < 2 << 20),
         "holes are not written: {last}"
     );
-    assert_eq!(dev.ask(&["volume", "show", "debian"])["size_bytes"], 6 << 20);
+    let debian = dev.ask(&["volume", "show", "debian"]);
+    assert_eq!((&debian["size_bytes"], &debian["importing"]), (&Value::from(6 << 20), &Value::Null));
+    assert_eq!(debian["used_bytes"], last["written_bytes"], "no report has come since");
     assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
     let again = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--into", "debian"]);
     assert_eq!(again.status.code(), Some(2), "it is not empty any more");
@@ -217,6 +220,82 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     assert_eq!(pids.iter().filter(|pid| is_alive(**pid)).count(), 5);
     dev.signal(Signal::KILL);
     until("the children's end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+}
+
+struct Import {
+    child: Child,
+    created: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl Import {
+    /// Runs until its volume is made.
+    fn begin(dev: &Dev, file: &Path, name: &str) -> Self {
+        let mut child = Command::new(EVOLUTE)
+            .args(["--mds", &dev.mds(), "--json", "volume", "import"])
+            .arg(file)
+            .args(["--name", name])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("starts");
+        let mut created = std::io::BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = String::new();
+        created.read_line(&mut line).expect("a line");
+        assert!(line.contains("created"), "{line}");
+        Self { child, created }
+    }
+
+    fn end_by(mut self, signal: Signal) -> ExitStatus {
+        kill(u64::from(self.child.id()), signal);
+        let _ = std::io::copy(&mut self.created, &mut std::io::sink());
+        self.child.wait().expect("ours")
+    }
+}
+
+/// A terminal goes away, a process is killed. What is left under the name must not be taken for the image, and the same
+/// command has to work again, or to say what to do.
+#[test]
+fn half_an_image_is_never_left_under_the_name_as_if_it_were_whole() {
+    if !programs_are_built() {
+        return;
+    }
+    let temporary = tempfile::tempdir().expect("tempdir");
+    let dir = temporary.path().join("c");
+    let dev = Dev::start(&dir, &["--mds-port", "0"]);
+    let file = temporary.path().join("image.raw");
+    let bytes = image(&file);
+    // No copy ends while two of three chunkservers stand still.
+    let still: Vec<u64> =
+        (0..2).map(|at| dev.running()["chunkservers"][at]["pid"].as_u64().expect("a pid")).collect();
+    still.iter().for_each(|pid| kill(*pid, Signal::STOP));
+    for signal in [Signal::HUP, Signal::QUIT] {
+        let ended = Import::begin(&dev, &file, "half").end_by(signal);
+        assert_eq!(ended.code(), Some(130), "{signal:?}");
+        assert_eq!(dev.evolute(&["volume", "show", "half"]).status.code(), Some(3), "{signal:?}");
+    }
+    Import::begin(&dev, &file, "half").end_by(Signal::KILL);
+    still.iter().for_each(|pid| kill(*pid, Signal::CONT));
+
+    assert!(dev.ask(&["volume", "show", "half"])["importing"].is_object());
+    let again = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--name", "half"]);
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert_eq!(again.status.code(), Some(4), "{said}");
+    assert!(said.contains("unfinished import") && said.contains("volume delete half --force"), "{said}");
+    let refused = Client::attach("half", &[dev.mds()], "a guest").expect_err("half an image").to_string();
+    assert!(refused.contains("unfinished import"), "{refused}");
+
+    assert_eq!(dev.ask(&["volume", "delete", "half", "--force"])["deleted"], "half");
+    let again = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--name", "half"]);
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+    assert!(read_back(&dev.mds(), "half", bytes.len()) == bytes);
+
+    // The terminal of the cluster itself goes away.
+    let mut dev = dev;
+    let pids = dev.pids();
+    dev.signal(Signal::HUP);
+    assert!(until("the end", || dev.child.try_wait().expect("ours")).success());
+    assert_eq!(pids.iter().filter(|pid| is_alive(**pid)).count(), 0);
+    assert!(fs::read_to_string(dir.with_extension("out")).expect("said").ends_with("stopped\n"), "in order");
 }
 
 /// One process for all volumes: it dies and comes back with both, and the loss of one is not that of the other.

@@ -11,9 +11,10 @@ use evolute_cli::failure::Failure;
 use evolute_cli::mds::Mds;
 use evolute_protocol::rpc::volumes_server::{Volumes, VolumesServer};
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, CreateVolumeRequest, DeleteVolumeRequest,
-    DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest, ListVolumesResponse,
-    MapRequest, Segment, ShowVolumeRequest, Volume, VolumeMap,
+    AbandonImportRequest, AbandonImportResponse, AllocateSegmentRequest, AttachRequest, AttachResponse,
+    BeginImportRequest, CreateVolumeRequest, DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest,
+    DetachResponse, ErrorWord, FinishImportRequest, FinishImportResponse, ListVolumesRequest,
+    ListVolumesResponse, MapRequest, Segment, ShowVolumeRequest, Volume, VolumeMap,
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
@@ -77,6 +78,24 @@ impl Volumes for FakeMds {
     }
     async fn map(&self, _: Request<MapRequest>) -> Result<Response<VolumeMap>, Status> {
         self.answer(VolumeMap::default()).await
+    }
+
+    async fn begin_import(&self, _: Request<BeginImportRequest>) -> Result<Response<Volume>, Status> {
+        self.answer(Volume::default()).await
+    }
+
+    async fn finish_import(
+        &self,
+        _: Request<FinishImportRequest>,
+    ) -> Result<Response<FinishImportResponse>, Status> {
+        self.answer(FinishImportResponse::default()).await
+    }
+
+    async fn abandon_import(
+        &self,
+        _: Request<AbandonImportRequest>,
+    ) -> Result<Response<AbandonImportResponse>, Status> {
+        self.answer(AbandonImportResponse::default()).await
     }
 }
 

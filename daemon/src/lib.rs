@@ -197,11 +197,12 @@ pub fn read_config<T: DeserializeOwned>(path: &Path) -> anyhow::Result<T> {
     toml::from_str(&text).with_context(|| format!("the configuration {} is not valid", path.display()))
 }
 
-/// The wish to stop: SIGTERM, SIGINT, or SIGHUP. There is nothing that could be read again while a program runs, so a
-/// terminal that goes away ends it in good order; under `nohup` it goes on.
+/// The wish to stop: SIGTERM, SIGINT, SIGQUIT (Ctrl-\\) or SIGHUP. There is nothing that could be read again while a
+/// program runs, so a terminal that goes away ends it in good order; under `nohup` it goes on.
 pub struct Stop {
     terminate: Signal,
     interrupt: Signal,
+    quit: Signal,
     hang_up: Option<Signal>,
 }
 
@@ -215,6 +216,7 @@ impl Stop {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("cannot catch SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("cannot catch SIGINT")?,
+            quit: signal(SignalKind::quit()).context("cannot catch SIGQUIT")?,
             hang_up,
         })
     }
@@ -230,6 +232,7 @@ impl Stop {
         tokio::select! {
             _ = self.terminate.recv() => {}
             _ = self.interrupt.recv() => {}
+            _ = self.quit.recv() => {}
             _ = hang_up => {}
         }
     }

@@ -13,10 +13,11 @@ mod generated {
     tonic::include_proto!("evolute.v1");
 }
 pub use generated::{
-    AcceptMdsRequest, AcceptMdsResponse, AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment,
-    ChangeMembers, ChunkserverAddress, ChunkserverStatus, ClusterStatus, CopysetInventory, CopysetRoute,
-    CopysetStatus, CreateReplica, CreateVolumeRequest, DecideRequest, DecideResponse, Decision,
-    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, DropVolume, Health, Inventory,
+    AbandonImportRequest, AbandonImportResponse, AcceptMdsRequest, AcceptMdsResponse, AllocateSegmentRequest,
+    AttachRequest, AttachResponse, Attachment, BeginImportRequest, ChangeMembers, ChunkserverAddress,
+    ChunkserverStatus, ClusterStatus, CopysetInventory, CopysetRoute, CopysetStatus, CreateReplica,
+    CreateVolumeRequest, DecideRequest, DecideResponse, Decision, DeleteVolumeRequest, DeleteVolumeResponse,
+    DetachRequest, DetachResponse, DropVolume, FinishImportRequest, FinishImportResponse, Health, Inventory,
     ListVolumesRequest, ListVolumesResponse, MapRequest, MdsState, MdsStatus, MemberReport, Order, Orders,
     RecallResponse, RegisterRequest, RegisterResponse, RemoveReplica, RepairReason, RepairStage,
     RepairStatus, ReplicaReport, ReplicaRoute, ReplicaStatus, Report, RetireRequest, RetireResponse, Role,

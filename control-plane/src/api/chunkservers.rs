@@ -25,7 +25,7 @@ use crate::mds::{Mds, unix_ms};
 use crate::port::Caller;
 use crate::standing::Now;
 use crate::state::command::{ChunkserverStarted, RegisterChunkserver, Started, UpdateChunkserver};
-use crate::state::topology::{DEFAULT_POOL, check_address, check_place_name};
+use crate::state::topology::{DEFAULT_POOL, cannot_move, check_address, check_place_name};
 use crate::state::{Chunkserver, Command, Done, State};
 
 /// A stream begins with a report; whoever says nothing at all is cut off.
@@ -199,6 +199,7 @@ async fn register_again(
         server: request.server.clone(),
         capacity_bytes: request.capacity_bytes,
         version: request.version.clone(),
+        zone: request.zone.clone(),
     };
     let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
     let mut news = mds.news();
@@ -206,13 +207,11 @@ async fn register_again(
         news.mark_unchanged();
         let answer = mds.replicated.read(|state| {
             let known = prove(mds, state, id, &request.token, &request.instance, request.mds_seen.as_ref())?;
-            if known.zone != request.zone {
-                return Err(invalid(format!(
-                    "{id} is in zone {}, its copysets were placed by that: it cannot move to zone {}",
-                    known.zone, request.zone
-                )));
+            if known.zone != request.zone && state.holds_replicas(id) {
+                return Err(invalid(cannot_move(id, known, &request.zone)));
             }
-            let same = known.address == update.address
+            let same = known.zone == update.zone
+                && known.address == update.address
                 && known.server == update.server
                 && known.capacity_bytes == update.capacity_bytes
                 && known.version == update.version;

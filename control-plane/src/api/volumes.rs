@@ -1,4 +1,4 @@
-//! Volumes: create, list, show, delete, attach, detach, segments, the map.
+//! Volumes: create, list, show, delete, attach, detach, segments, the map, imports.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -7,9 +7,11 @@ use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES};
 use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
 use evolute_protocol::rpc::volumes_server;
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, Attachment, CopysetRoute, CreateVolumeRequest,
-    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest,
-    ListVolumesResponse, MapRequest, ReplicaRoute, Segment, ShowVolumeRequest, Volume, VolumeMap,
+    AbandonImportRequest, AbandonImportResponse, AllocateSegmentRequest, AttachRequest, AttachResponse,
+    Attachment, BeginImportRequest, CopysetRoute, CreateVolumeRequest, DeleteVolumeRequest,
+    DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, FinishImportRequest,
+    FinishImportResponse, ListVolumesRequest, ListVolumesResponse, MapRequest, ReplicaRoute, Segment,
+    ShowVolumeRequest, Volume, VolumeMap,
 };
 use sha2::{Digest, Sha256};
 use tonic::{Request, Response, Status};
@@ -22,7 +24,9 @@ use crate::mds::{Mds, unix_ms};
 use crate::placement::room::best;
 use crate::placement::segment;
 use crate::placement::volume::{Candidate, choose};
-use crate::state::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach};
+use crate::state::command::{
+    AbandonImport, AllocateSegment, Attach, BeginImport, CreateVolume, DeleteVolume, Detach, FinishImport,
+};
 use crate::state::reign::FORGOTTEN_HOLDER;
 use crate::state::volume::{WIDTH_MAX, check_holder, check_name, check_size, no_volume_named};
 use crate::state::{self, Command, Copyset, Done, State};
@@ -32,20 +36,10 @@ impl volumes_server::Volumes for Volumes {
     async fn create(&self, request: Request<CreateVolumeRequest>) -> Result<Response<Volume>, Status> {
         let (mds, request) = (&self.0, request.into_inner());
         check_name(&request.name).and_then(|()| check_size(request.size_bytes)).map_err(invalid)?;
-        let width = match request.width {
-            0 => mds.limits.volume_width,
-            width if width <= WIDTH_MAX => width as usize,
-            width => {
-                return Err(invalid(format!("a volume spreads over 1 to {WIDTH_MAX} copysets, not {width}")));
-            }
-        };
-        mds.may_give().await?;
-        let copysets =
-            mds.replicated.read(|state| place_volume(state, &mds.reports(), width, Instant::now())).await??;
         let command = CreateVolume {
             name: request.name,
             size_bytes: request.size_bytes,
-            copysets: copysets.into_iter().map(|id| id.0).collect(),
+            copysets: place(mds, request.width).await?,
             at_unix_ms: unix_ms(),
         };
         match mds.carry_out(Command::CreateVolume(command)).await? {
@@ -147,6 +141,67 @@ impl volumes_server::Volumes for Volumes {
         }
         Ok(Response::new(map(mds, id).await?))
     }
+
+    async fn begin_import(&self, request: Request<BeginImportRequest>) -> Result<Response<Volume>, Status> {
+        let (mds, request) = (&self.0, request.into_inner());
+        check_name(&request.name).and_then(|()| check_holder(&request.by)).map_err(invalid)?;
+        mds.may_give().await?;
+        let copysets = match request.existing {
+            true => Vec::new(),
+            false => {
+                check_size(request.size_bytes).map_err(invalid)?;
+                place(mds, request.width).await?
+            }
+        };
+        let command = BeginImport {
+            name: request.name.clone(),
+            size_bytes: request.size_bytes,
+            copysets,
+            existing: request.existing,
+            by: request.by,
+            at_unix_ms: unix_ms(),
+        };
+        match mds.carry_out(Command::BeginImport(command)).await? {
+            Done::Created { volume } => Ok(Response::new(show(mds, volume).await?)),
+            Done::Plain => self.show(Request::new(ShowVolumeRequest { name: request.name })).await,
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn finish_import(
+        &self,
+        request: Request<FinishImportRequest>,
+    ) -> Result<Response<FinishImportResponse>, Status> {
+        let FinishImportRequest { volume_id, attachment, used_bytes } = request.into_inner();
+        self.0.carry_out(Command::FinishImport(FinishImport { volume: volume_id, attachment })).await?;
+        self.0.reports().imported(VolumeId(volume_id), used_bytes, Instant::now());
+        Ok(Response::new(FinishImportResponse {}))
+    }
+
+    async fn abandon_import(
+        &self,
+        request: Request<AbandonImportRequest>,
+    ) -> Result<Response<AbandonImportResponse>, Status> {
+        let AbandonImportRequest { volume_id, by } = request.into_inner();
+        self.0.may_give().await?;
+        self.0.carry_out(Command::AbandonImport(AbandonImport { volume: volume_id, by })).await?;
+        Ok(Response::new(AbandonImportResponse {}))
+    }
+}
+
+/// The copysets of a new volume; a width of 0 leaves it to us.
+async fn place(mds: &Mds, width: u32) -> Result<Vec<u32>, Status> {
+    let width = match width {
+        0 => mds.limits.volume_width,
+        width if width <= WIDTH_MAX => width as usize,
+        width => {
+            return Err(invalid(format!("a volume spreads over 1 to {WIDTH_MAX} copysets, not {width}")));
+        }
+    };
+    mds.may_give().await?;
+    let copysets =
+        mds.replicated.read(|state| place_volume(state, &mds.reports(), width, Instant::now())).await??;
+    Ok(numbers(&copysets))
 }
 
 fn numbers(copysets: &[CopysetId]) -> Vec<u32> {
@@ -247,6 +302,10 @@ fn describe(id: VolumeId, volume: &state::Volume, used_bytes: u64) -> Volume {
         }),
         created_unix_ms: volume.created_unix_ms,
         used_bytes,
+        importing: volume.importing.as_ref().map(|importing| Attachment {
+            holder: importing.by.clone(),
+            since_unix_ms: importing.since_unix_ms,
+        }),
     }
 }
 
@@ -265,6 +324,15 @@ fn used_bytes(state: &State, reports: &Reports, now: Instant) -> BTreeMap<Volume
     for ((volume, _), (_, used)) in best {
         let sum = sums.entry(volume).or_default();
         *sum = sum.saturating_add(used);
+    }
+    // The last reports may be older than the last bytes of an image.
+    for (&id, volume) in state.volumes() {
+        let members = volume.copysets.iter().filter_map(|copyset| state.copysets().get(copyset));
+        let members = members.flat_map(Copyset::everyone).map(|replica| replica.chunkserver);
+        if let Some(written) = reports.imported_since(id, members, now) {
+            let sum = sums.entry(id).or_default();
+            *sum = written.max(*sum);
+        }
     }
     sums
 }

@@ -45,6 +45,8 @@ pub struct Reports {
     interval: Duration,
     streams: u64,
     began: Instant,
+    /// What imports wrote that ended lately, and when.
+    imported: BTreeMap<VolumeId, (u64, Instant)>,
 }
 
 #[derive(Debug)]
@@ -110,7 +112,7 @@ pub struct KnownLeader {
 
 impl Reports {
     pub fn new(interval: Duration, now: Instant) -> Self {
-        Self { of: BTreeMap::new(), interval, streams: 0, began: now }
+        Self { of: BTreeMap::new(), interval, streams: 0, began: now, imported: BTreeMap::new() }
     }
 
     pub fn interval(&self) -> Duration {
@@ -245,6 +247,25 @@ impl Reports {
             .collect();
         took.sort_unstable();
         took.get(took.len().checked_sub(1)? / 2).copied()
+    }
+
+    /// An import ended, having written this much.
+    pub fn imported(&mut self, volume: VolumeId, bytes: u64, now: Instant) {
+        let lately = self.interval * MISSED_REPORTS_MAX;
+        self.imported.retain(|_, (_, at)| now.saturating_duration_since(*at) <= lately);
+        self.imported.insert(volume, (bytes, now));
+    }
+
+    /// What an import wrote into a volume, as long as one of those that hold it has not reported since.
+    pub fn imported_since(
+        &self,
+        volume: VolumeId,
+        mut members: impl Iterator<Item = ChunkserverId>,
+        now: Instant,
+    ) -> Option<u64> {
+        let &(bytes, at) = self.imported.get(&volume)?;
+        let silent = |id| self.is_online(id, now) && self.of.get(&id).is_some_and(|p| p.heard <= Some(at));
+        members.any(silent).then_some(bytes)
     }
 
     /// Who leads, by the newest term anybody online among `members` knows of.

@@ -58,6 +58,12 @@ pub enum Command {
     ChunkserverStarted(ChunkserverStarted),
     #[prost(message, tag = "51")]
     DecideChunkserver(DecideChunkserver),
+    #[prost(message, tag = "60")]
+    BeginImport(BeginImport),
+    #[prost(message, tag = "61")]
+    FinishImport(FinishImport),
+    #[prost(message, tag = "62")]
+    AbandonImport(AbandonImport),
 }
 
 /// The cluster gets its name. The first one wins; the outcome says which that was.
@@ -104,6 +110,9 @@ pub struct UpdateChunkserver {
     pub capacity_bytes: u64,
     #[prost(string, tag = "5")]
     pub version: String,
+    /// Only where no copyset was placed by it; empty: as it is.
+    #[prost(string, tag = "60")]
+    pub zone: String,
 }
 
 /// This start of a chunkserver is the newest there is: whatever lacks it later is an older copy.
@@ -417,11 +426,47 @@ pub struct AdoptedSegment {
     pub chunk_copysets: Vec<u32>,
 }
 
+/// A volume is about to get an image: a new one, or one that is there and empty. The mark stays until the image is whole.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BeginImport {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(uint64, tag = "2")]
+    pub size_bytes: u64,
+    #[prost(uint32, repeated, tag = "3")]
+    pub copysets: Vec<u32>,
+    /// Size and copysets are those of the volume that is there.
+    #[prost(bool, tag = "4")]
+    pub existing: bool,
+    #[prost(string, tag = "5")]
+    pub by: String,
+    #[prost(uint64, tag = "6")]
+    pub at_unix_ms: u64,
+}
+
+/// The holder of this attachment has copied the whole image, and gives the volume back.
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+pub struct FinishImport {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    #[prost(uint32, tag = "2")]
+    pub attachment: u32,
+}
+
+/// This import ends without its image: what it filled goes.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct AbandonImport {
+    #[prost(uint64, tag = "1")]
+    pub volume: u64,
+    #[prost(string, tag = "2")]
+    pub by: String,
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct Entry {
     #[prost(
         oneof = "Command",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 40, 41, 42, 50, 51"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 40, 41, 42, 50, 51, 60, 61, 62"
     )]
     command: Option<Command>,
 }

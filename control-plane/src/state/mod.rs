@@ -19,6 +19,7 @@
 
 pub mod command;
 pub mod copyset;
+mod import;
 pub mod outcome;
 pub mod record;
 pub mod reign;
@@ -95,6 +96,9 @@ impl State {
             Command::BeginReign(c) => self.begin_reign(c, &mut changes),
             Command::Adopt(c) => self.adopt(c, &mut changes),
             Command::Accept(_) => self.accept(&mut changes),
+            Command::BeginImport(c) => self.begin_import(c, &mut changes),
+            Command::FinishImport(c) => self.finish_import(c, &mut changes),
+            Command::AbandonImport(c) => self.abandon_import(c, &mut changes),
         };
         assert!(outcome.is_ok() || changes.is_empty(), "a refused command changed {changes:?}");
         (outcome, changes)

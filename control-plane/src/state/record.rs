@@ -10,6 +10,7 @@ use prost::Message;
 
 use super::command::Started;
 use super::copyset::{Copyset, Pending, Replica};
+use super::import::Importing;
 use super::reign::Reign;
 use super::replace::Reason;
 use super::topology::Chunkserver;
@@ -215,6 +216,8 @@ struct VolumeRecord {
     attached: Option<AttachedRecord>,
     #[prost(uint64, tag = "6")]
     created_unix_ms: u64,
+    #[prost(message, optional, tag = "60")]
+    importing: Option<AttachedRecord>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -312,6 +315,11 @@ impl State {
                         secret_hash: attached.secret_hash,
                     }),
                     created_unix_ms: volume.created_unix_ms,
+                    importing: volume.importing.clone().map(|importing| AttachedRecord {
+                        holder: importing.by,
+                        since_unix_ms: importing.since_unix_ms,
+                        ..AttachedRecord::default()
+                    }),
                 }
                 .encode_to_vec()
             }
@@ -429,6 +437,9 @@ impl State {
                     copysets: record.copysets.into_iter().map(CopysetId).collect(),
                     attachment: record.attachment,
                     attached: record.attached.map(attached),
+                    importing: record
+                        .importing
+                        .map(|record| Importing { by: record.holder, since_unix_ms: record.since_unix_ms }),
                     created_unix_ms: record.created_unix_ms,
                     segments: std::collections::BTreeMap::new(),
                 };

@@ -227,6 +227,7 @@ impl State {
             copysets: Vec::new(),
             attachment: 0,
             attached: None,
+            importing: None,
             created_unix_ms: adopted.at_unix_ms,
             segments: std::collections::BTreeMap::new(),
         });

@@ -10,9 +10,10 @@ use proptest::prelude::{
 };
 
 use super::command::{
-    AllocateSegment, Attach, BeginReplace, CancelReplace, CreateCopysets, CreateVolume, CreatedReplica,
-    DeleteVolume, Detach, InitCluster, NewCopyset, RegisterChunkserver, ReplaceDone, ReplaceUndone,
-    ReplicasCreated, RetireChunkserver, UpdateChunkserver, VolumeDropped,
+    AbandonImport, AllocateSegment, Attach, BeginImport, BeginReplace, CancelReplace, CreateCopysets,
+    CreateVolume, CreatedReplica, DeleteVolume, Detach, FinishImport, InitCluster, NewCopyset,
+    RegisterChunkserver, ReplaceDone, ReplaceUndone, ReplicasCreated, RetireChunkserver, UpdateChunkserver,
+    VolumeDropped,
 };
 use super::volume::ATTACHMENT_MAX;
 use super::{Command, Done, Outcome, Reason, State, Why};
@@ -241,6 +242,117 @@ fn attachment_numbers_stay_below_the_fence_of_a_deleted_volume() {
     assert_eq!(why(run(&mut state, &attach("web", "a", true))), Why::Invalid);
 }
 
+fn begin_import(name: &str, existing: bool, by: &str) -> Command {
+    let copysets = if existing { vec![] } else { vec![1, 2] };
+    let (name, by) = (name.to_owned(), by.to_owned());
+    Command::BeginImport(BeginImport { name, size_bytes: 3 * GIB, copysets, existing, by, at_unix_ms: 1000 })
+}
+
+fn finish_import(volume: u64, attachment: u32) -> Command {
+    Command::FinishImport(FinishImport { volume, attachment })
+}
+
+fn abandon_import(volume: u64, by: &str) -> Command {
+    Command::AbandonImport(AbandonImport { volume, by: by.to_owned() })
+}
+
+/// An import dies at any step; nobody may take what it leaves for a whole image, and it may not take anybody else's
+/// volume with it.
+#[test]
+fn half_an_image_is_attached_by_nobody_but_its_import() {
+    let mut state = cluster();
+    run(&mut state, &create("empty", &[1])).expect("created");
+    run(&mut state, &create("held", &[1])).expect("created");
+    run(&mut state, &attach("held", "host-a", false)).expect("attached");
+    run(&mut state, &create("written", &[1])).expect("created");
+    run(&mut state, &attach("written", "host-a", false)).expect("attached");
+    run(&mut state, &allocate(3, 1, 0, 1)).expect("allocated");
+    run(&mut state, &detach(3, 1)).expect("detached");
+    let attached = |volume, attachment| Ok(Done::Attached { volume: VolumeId(volume), attachment });
+    let created = |volume| Ok(Done::Created { volume: VolumeId(volume) });
+    for (step, (command, expected)) in [
+        (begin_import("held", true, "i"), Err(Why::AttachedElsewhere)),
+        (begin_import("written", true, "i"), Err(Why::Invalid)),
+        (begin_import("nothing", true, "i"), Err(Why::NotFound)),
+        (begin_import("empty", false, "i"), Err(Why::Exists)),
+        (begin_import("new", false, ""), Err(Why::Invalid)),
+        (begin_import("new", false, "i"), created(4)),
+        (begin_import("new", false, "j"), Err(Why::Exists)),
+        (begin_import("new", true, "j"), Err(Why::Exists)),
+        (create("new", &[1]), Err(Why::Exists)),
+        (attach("new", "host-a", true), Err(Why::Invalid)), // before the import attached
+        (attach("new", "i", false), attached(4, 1)),
+        (attach("new", "host-a", true), Err(Why::Invalid)), // not by takeover either
+        (attach("new", "i", false), attached(4, 2)),        // its answer was lost
+        (finish_import(4, 1), Err(Why::FencedOut)),
+        (detach(4, 2), Ok(Done::Plain)),
+        (attach("new", "host-a", false), Err(Why::Invalid)), // given back, and still half
+        (finish_import(4, 2), Err(Why::FencedOut)),
+        (attach("new", "i", false), attached(4, 3)),
+        (finish_import(4, 3), Ok(Done::Plain)),
+        (finish_import(4, 3), Ok(Done::Plain)), // its answer was lost
+        (abandon_import(4, "i"), Err(Why::Invalid)), // too late: it is whole, and stays
+        (attach("new", "host-a", false), attached(4, 4)),
+        // Into one that is there.
+        (begin_import("empty", true, "k"), Ok(Done::Plain)),
+        (attach("empty", "host-a", true), Err(Why::Invalid)),
+        (attach("empty", "k", false), attached(1, 1)),
+        (delete("empty", true), Ok(Done::Plain)), // the way out that a person has
+        (create("empty", &[1]), created(5)),
+        (abandon_import(1, "k"), Ok(Done::Plain)), // its number is dead, its name is another volume's
+        (attach("empty", "host-a", false), attached(5, 1)),
+        (begin_import("left", false, "l"), created(6)),
+        (abandon_import(6, "m"), Err(Why::Invalid)),
+        (abandon_import(6, "l"), Ok(Done::Plain)),
+        (attach("left", "l", false), Err(Why::NotFound)),
+        (abandon_import(6, "l"), Ok(Done::Plain)),
+        (finish_import(6, 1), Err(Why::NotFound)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        assert_eq!(run(&mut state, &command).map_err(|r| r.why), expected, "step {step}: {command:?}");
+    }
+    assert!(state.volume_named("new").is_some() && state.dropping().contains_key(&VolumeId(6)));
+    run(&mut state, &begin_import("left", false, "import on host-a, process 7")).expect("created");
+    let refused = run(&mut state, &attach("left", "host-b", true)).expect_err("half an image").message;
+    assert!(refused.contains("unfinished import") && refused.contains("process 7"), "{refused}");
+    // The mark outlives a restart.
+    let mut loaded = State::default();
+    for (key, value) in state.records() {
+        loaded.load(&key, &value).expect("a record");
+    }
+    assert_eq!(loaded, state);
+}
+
+#[test]
+fn an_empty_chunkserver_moves_to_another_zone_and_one_with_replicas_stays() {
+    let mut state = cluster();
+    run(&mut state, &register(4, "default")).expect("registered");
+    let update = |chunkserver, zone: &str| {
+        Command::UpdateChunkserver(UpdateChunkserver {
+            chunkserver,
+            address: "127.0.0.1:9".to_owned(),
+            server: "s".to_owned(),
+            capacity_bytes: 1,
+            version: "0".to_owned(),
+            zone: zone.to_owned(),
+        })
+    };
+    for (command, expected) in [
+        (update(4, "b"), Ok(Done::Plain)),
+        (update(4, ""), Ok(Done::Plain)), // written before zones could change
+        (update(4, "no zone"), Err(Why::Invalid)),
+        (update(1, "b"), Err(Why::Invalid)),
+        (update(1, "a"), Ok(Done::Plain)),
+        (begin(1, 2, 4, Reason::Silent), Ok(Done::Plain)),
+        (update(4, "c"), Err(Why::Invalid)), // about to be a member
+    ] {
+        assert_eq!(run(&mut state, &command).map_err(|r| r.why), expected, "{command:?}");
+    }
+    assert_eq!(state.chunkservers()[&ChunkserverId(4)].zone, "b");
+}
+
 #[test]
 fn a_segment_is_allocated_once() {
     let mut state = cluster();
@@ -393,6 +505,7 @@ fn any_command() -> BoxedStrategy<Command> {
             server: "s".to_owned(),
             capacity_bytes: GIB * u64::from(n),
             version: n.to_string(),
+            zone: format!("z{n}"),
         })),
         (id(), proptest::collection::vec([id(), id(), id()], 0..3)).prop_map(|(seen, m)| copysets(seen, &m)),
         // The likely ones, or there would hardly ever be a copyset.
@@ -408,6 +521,13 @@ fn any_command() -> BoxedStrategy<Command> {
         (0_u64..6, id()).prop_map(|(volume, attachment)| detach(volume, attachment)),
         (0_u64..6, id(), id(), id())
             .prop_map(|(v, attachment, segment, c)| allocate(v, attachment, segment, c)),
+        (name(), any::<bool>(), any::<bool>()).prop_map(|(name, existing, other)| begin_import(
+            name,
+            existing,
+            if other { "a" } else { "b" }
+        )),
+        (0_u64..6, id()).prop_map(|(volume, attachment)| finish_import(volume, attachment)),
+        (0_u64..6).prop_map(|volume| abandon_import(volume, "a")),
         any_replacement(),
         any_replacement(),
     ]

@@ -46,6 +46,15 @@ pub struct Chunkserver {
     pub dead: bool,
 }
 
+/// Why a chunkserver stays in its zone, and the way out.
+pub fn cannot_move(id: ChunkserverId, known: &Chunkserver, zone: &str) -> String {
+    format!(
+        "{id} is in zone {}, and its copysets were placed by that: start it with --zone {0}; to move it to zone {zone}, \
+         empty it first (evolute chunkserver retire {} --wait)",
+        known.zone, id.0
+    )
+}
+
 /// Zone and server names: what an operator types, and a status line shows.
 pub fn check_place_name(what: &str, name: &str) -> Result<(), String> {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
@@ -137,6 +146,11 @@ impl State {
         Ok(Done::Registered { chunkserver: id, token: command.token.clone() })
     }
 
+    /// Is it a member of any copyset, or about to be one?
+    pub fn holds_replicas(&self, id: ChunkserverId) -> bool {
+        self.copysets.values().any(|copyset| copyset.everyone().any(|replica| replica.chunkserver == id))
+    }
+
     pub(super) fn retire_chunkserver(
         &mut self,
         command: &RetireChunkserver,
@@ -204,7 +218,7 @@ impl State {
         Ok(Done::Plain)
     }
 
-    /// The zone is not among what may change: the copysets were placed by it.
+    /// The zone changes only while no copyset was placed by it.
     pub(super) fn update_chunkserver(
         &mut self,
         command: &UpdateChunkserver,
@@ -216,9 +230,22 @@ impl State {
             return refuse(Why::Invalid, message);
         }
         let id = ChunkserverId(command.chunkserver);
-        let Some(chunkserver) = self.chunkservers.get_mut(&id) else {
+        let Some(known) = self.chunkservers.get(&id) else {
             return refuse(Why::NotFound, format!("there is no {id}"));
         };
+        let moves = !command.zone.is_empty() && command.zone != known.zone;
+        if moves {
+            if let Err(message) = check_place_name("zone", &command.zone) {
+                return refuse(Why::Invalid, message);
+            }
+            if self.holds_replicas(id) {
+                return refuse(Why::Invalid, cannot_move(id, known, &command.zone));
+            }
+        }
+        let chunkserver = self.chunkservers.get_mut(&id).expect("found above");
+        if moves {
+            chunkserver.zone = command.zone.clone();
+        }
         chunkserver.address = command.address.clone();
         chunkserver.server = command.server.clone();
         chunkserver.capacity_bytes = command.capacity_bytes;

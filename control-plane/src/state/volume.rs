@@ -14,6 +14,7 @@ use evolute_protocol::geometry::{CHUNKS_PER_SEGMENT, SEGMENT_BYTES, VOLUME_BYTES
 use evolute_protocol::id::{CopysetId, SegmentIndex, VolumeId};
 
 use super::command::{AllocateSegment, Attach, CreateVolume, DeleteVolume, Detach, VolumeDropped};
+use super::import::Importing;
 use super::outcome::{Done, Outcome, Refused, Why, refuse};
 use super::reign::FORGOTTEN_HOLDER;
 use super::{Changes, Key, State};
@@ -39,6 +40,8 @@ pub struct Volume {
     /// The number given at the latest attach; 0: never attached.
     pub attachment: u32,
     pub attached: Option<Attached>,
+    /// An import that has not ended: the volume holds a part of its image at most.
+    pub importing: Option<Importing>,
     pub created_unix_ms: u64,
     pub segments: BTreeMap<SegmentIndex, SegmentMap>,
 }
@@ -142,8 +145,8 @@ impl State {
         if let Some(id) = copysets.iter().find(|id| !self.copysets.contains_key(id)) {
             return refuse(Why::NotFound, format!("there is no {id}"));
         }
-        if self.names.contains_key(&command.name) {
-            return refuse(Why::Exists, format!("a volume named {} exists", command.name));
+        if let Some((_, there)) = self.volume_named(&command.name) {
+            return refuse(Why::Exists, exists(there));
         }
         // 2^64 volumes are not reached by counting.
         self.given.volume += 1;
@@ -155,6 +158,7 @@ impl State {
             copysets,
             attachment: 0,
             attached: None,
+            importing: None,
             created_unix_ms: command.at_unix_ms,
             segments: BTreeMap::new(),
         };
@@ -172,13 +176,17 @@ impl State {
         {
             return refuse(Why::AttachedElsewhere, is_attached(&command.name, attached));
         }
-        self.names.remove(&command.name);
-        let volume = self.volumes.remove(&id).expect("a name points to a volume");
+        self.drop_volume(id, changes);
+        Ok(Done::Plain)
+    }
+
+    pub(super) fn drop_volume(&mut self, id: VolumeId, changes: &mut Changes) {
+        let volume = self.volumes.remove(&id).expect("its caller found it");
+        self.names.remove(&volume.name);
         changes.extend(volume.segments.keys().map(|&segment| Key::Segment(id, segment)));
         // All of its copysets: a writer fences every one of them, with or without chunks there.
         self.dropping.insert(id, volume.copysets.into_iter().collect());
         changes.extend([Key::Volume(id), Key::Dropping(id)]);
-        Ok(Done::Plain)
     }
 
     pub(super) fn volume_dropped(&mut self, command: &VolumeDropped, changes: &mut Changes) -> Outcome {
@@ -202,6 +210,12 @@ impl State {
             return refuse(Why::NotFound, no_volume_named(&command.name));
         };
         let volume = self.volumes.get_mut(&id).expect("a name points to a volume");
+        if let Some(importing) = &volume.importing
+            && importing.by != command.holder
+        {
+            // Not by takeover either: half an image must not boot.
+            return refuse(Why::Invalid, importing.is_unfinished(&command.name));
+        }
         if let Some(attached) = &volume.attached
             && !attached.yields_to(command)
         {
@@ -277,7 +291,15 @@ pub(crate) fn no_volume_named(name: &str) -> String {
     format!("there is no volume named {shown:?}")
 }
 
-fn is_attached(name: &str, attached: &Attached) -> String {
+/// Why a name is taken.
+fn exists(there: &Volume) -> String {
+    match &there.importing {
+        Some(importing) => importing.is_unfinished(&there.name),
+        None => format!("a volume named {} exists", there.name),
+    }
+}
+
+pub(super) fn is_attached(name: &str, attached: &Attached) -> String {
     format!("volume {name} is attached at {} since {}", attached.holder, utc(attached.since_unix_ms / 1000))
 }
 

@@ -30,7 +30,6 @@ async fn only_the_one_with_the_token_is_that_chunkserver() {
         ),
         (RegisterRequest { cluster_id: vec![1], ..good() }, ErrorWord::WrongCluster),
         (RegisterRequest { chunkserver: 77, ..good() }, ErrorWord::NotFound),
-        (RegisterRequest { zone: "z2".into(), ..good() }, ErrorWord::Invalid),
         (RegisterRequest { token: vec![], ..good() }, ErrorWord::Invalid),
         (RegisterRequest { cluster_id: vec![], ..good() }, ErrorWord::Invalid),
         (RegisterRequest { chunkserver: 0, ..good() }, ErrorWord::Invalid),

@@ -14,9 +14,11 @@ use evolute_protocol::geometry::{CHUNK_BYTES, GIB, MIB};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId};
 use evolute_protocol::rpc::volumes_server::{Volumes, VolumesServer};
 use evolute_protocol::rpc::{
-    AllocateSegmentRequest, AttachRequest, AttachResponse, CLUSTER_KEY, CopysetRoute, CreateVolumeRequest,
-    DeleteVolumeRequest, DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, ListVolumesRequest,
-    ListVolumesResponse, MapRequest, ReplicaRoute, Segment, ShowVolumeRequest, Volume, VolumeMap,
+    AbandonImportRequest, AbandonImportResponse, AllocateSegmentRequest, AttachRequest, AttachResponse,
+    BeginImportRequest, CLUSTER_KEY, CopysetRoute, CreateVolumeRequest, DeleteVolumeRequest,
+    DeleteVolumeResponse, DetachRequest, DetachResponse, ErrorWord, FinishImportRequest,
+    FinishImportResponse, ListVolumesRequest, ListVolumesResponse, MapRequest, ReplicaRoute, Segment,
+    ShowVolumeRequest, Volume, VolumeMap,
 };
 use tonic::{Request, Response, Status};
 
@@ -159,6 +161,24 @@ impl Volumes for Service {
         &self,
         _: Request<DeleteVolumeRequest>,
     ) -> Result<Response<DeleteVolumeResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn begin_import(&self, _: Request<BeginImportRequest>) -> Result<Response<Volume>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn finish_import(
+        &self,
+        _: Request<FinishImportRequest>,
+    ) -> Result<Response<FinishImportResponse>, Status> {
+        Err(Status::unimplemented(""))
+    }
+
+    async fn abandon_import(
+        &self,
+        _: Request<AbandonImportRequest>,
+    ) -> Result<Response<AbandonImportResponse>, Status> {
         Err(Status::unimplemented(""))
     }
 }
