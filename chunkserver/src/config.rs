@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
+use evolute_protocol::{NotAnAddress, mds_addresses};
 use serde::Deserialize;
 
 /// Stores replicas of chunks on one disk, for an Evolute cluster.
@@ -185,6 +186,8 @@ pub enum ConfigError {
     OutOfRange { name: &'static str, range: &'static str, value: u64 },
     #[error("--{0} must not be empty, longer than 128 bytes, or have spaces or control characters")]
     BadName(&'static str),
+    #[error("--mds: {0}")]
+    Mds(#[from] NotAnAddress),
 }
 
 impl Args {
@@ -216,10 +219,11 @@ impl Args {
         if self.mds.is_empty() {
             return Err(ConfigError::Missing("mds"));
         }
+        let mds = mds_addresses(&self.mds)?;
         Ok(Config {
             data_dir: self.data_dir.ok_or(ConfigError::Missing("data-dir"))?,
             existing: self.existing,
-            mds: self.mds,
+            mds,
             listen: self.listen.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 7710))),
             advertise: self.advertise,
             zone: name("zone", self.zone.unwrap_or_else(|| "default".into()))?,

@@ -33,6 +33,9 @@ use crate::shard::{Judgement, ReplicaOfReport, ShardHandle, ShardReport, ToShard
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// As [`CALL_TIMEOUT`], of a registration, which may have to wait for a predecessor's end and for a commit.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(15);
+/// One that lets a registration wait answers pings all the while. One that does not is silent, and another one may not be.
+const REGISTER_PING: Duration = Duration::from_secs(1);
+const REGISTER_SILENCE: Duration = Duration::from_secs(2);
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 /// Short: a control plane that was started again gives no numbers before most of its chunkservers are back.
 const RETRY_LAST: Duration = Duration::from_secs(1);
@@ -130,7 +133,8 @@ async fn register(
         starts: starts.all.iter().map(started).collect(),
         decided: decided.into(),
     };
-    let mut client = ChunkserversClient::new(channel(mds));
+    let pinged = endpoint(mds).http2_keep_alive_interval(REGISTER_PING).keep_alive_timeout(REGISTER_SILENCE);
+    let mut client = ChunkserversClient::new(pinged.connect_lazy());
     match tokio::time::timeout(REGISTER_TIMEOUT, client.register(request)).await {
         Ok(answer) => Ok(answer?.into_inner()),
         Err(_) => Err(Status::unavailable("no answer")),
@@ -179,6 +183,10 @@ fn reason(status: &Status) -> String {
 }
 
 fn channel(mds: &str) -> Channel {
+    endpoint(mds).connect_lazy()
+}
+
+fn endpoint(mds: &str) -> Endpoint {
     // An address that is none fails like one that does not answer: by name, when it is called.
     Endpoint::from_shared(format!("http://{mds}"))
         .unwrap_or_else(|_| Endpoint::from_static("http://0.0.0.0:0"))
@@ -186,7 +194,6 @@ fn channel(mds: &str) -> Channel {
         .http2_keep_alive_interval(Duration::from_secs(5))
         .keep_alive_timeout(Duration::from_secs(5))
         .keep_alive_while_idle(true)
-        .connect_lazy()
 }
 
 /// Reports and obeys, for as long as this process may be this chunkserver. Cancel-safe: nothing is lost that the next
@@ -531,7 +538,34 @@ pub(crate) fn role(role: evolute_raft::Role) -> Role {
 
 #[cfg(test)]
 mod tests {
-    use super::{ErrorWord, Verdict};
+    use std::sync::Arc;
+
+    use super::{ErrorWord, Introduction, MdsMemory, StartDecision, Starts, Verdict, register};
+
+    /// A control plane that stands still accepts connections for ever. Only the bound of a registration ended this.
+    #[tokio::test]
+    async fn a_silent_control_plane_is_left_before_a_registration_may_last() {
+        let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let dir = tempfile::tempdir().expect("temp dir");
+        let who = Introduction {
+            mds: Vec::new(),
+            address: "127.0.0.1:1".into(),
+            zone: "z".into(),
+            server: "s".into(),
+            capacity_bytes: 1,
+            instance: vec![1; 16],
+            heartbeat_interval_s: None,
+            memory: Arc::new(MdsMemory::open(dir.path()).expect("opened")),
+        };
+        let mds = silent.local_addr().expect("an address").to_string();
+        let left =
+            register(&mds, &who, None, &Starts::default(), StartDecision::None).await.expect_err("silent");
+        assert_ne!(
+            left.message(),
+            "no answer",
+            "its silence was noticed, not only that the answer did not come"
+        );
+    }
 
     #[test]
     fn only_its_own_control_plane_ends_a_chunkserver_that_has_an_identity() {

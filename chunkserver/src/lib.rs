@@ -18,6 +18,7 @@ mod handover;
 pub mod heartbeat;
 pub mod impossible;
 pub mod inspect;
+pub mod loopback;
 pub mod mds_memory;
 mod neighbours;
 pub mod others;

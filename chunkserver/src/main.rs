@@ -15,6 +15,7 @@ use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::heartbeat::{self, Introduction};
 use evolute_chunkserver::impossible::repair;
 use evolute_chunkserver::inspect::inspect;
+use evolute_chunkserver::loopback;
 use evolute_chunkserver::mds_memory::MdsMemory;
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
@@ -100,6 +101,7 @@ async fn serve(config: Config) -> Result<()> {
         Some(address) => address.clone(),
         None => listener.local_addr()?.to_string(),
     };
+    warn_if_only_here(address.clone(), config.mds.clone());
     let memory = MdsMemory::open(data_dir.path()).context("cannot open mds-obeyed in the data directory")?;
     let who = Introduction {
         mds: config.mds.clone(),
@@ -168,6 +170,19 @@ async fn serve(config: Config) -> Result<()> {
     };
     joined?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     why
+}
+
+/// Looks up names, which can take long: on a thread of its own.
+fn warn_if_only_here(address: String, mds: Vec<String>) {
+    std::thread::spawn(move || {
+        if let Some(elsewhere) = loopback::mds_elsewhere(&address, &mds) {
+            tracing::warn!(
+                "others are told {address}, which is loopback, and the control plane is not on this machine alone \
+                 ({elsewhere}): nobody elsewhere reaches this chunkserver; give --listen or --advertise an address that \
+                 they reach"
+            );
+        }
+    });
 }
 
 /// What the shard's thread ended with, as far as it could be seen.

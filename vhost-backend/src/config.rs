@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use evolute_protocol::{NotAnAddress, mds_addresses};
 use serde::Deserialize;
 
 use crate::connections::DISKS_MAX;
@@ -149,6 +150,8 @@ pub enum ConfigError {
     TooMany(usize),
     #[error("--disk takes the place of --{0}: give one of them")]
     DiskAnd(&'static str),
+    #[error("--mds: {0}")]
+    Mds(#[from] NotAnAddress),
 }
 
 /// Bytes of a virtio disk's serial number.
@@ -191,6 +194,7 @@ impl Args {
         if self.mds.is_empty() {
             return Err(ConfigError::Missing("mds"));
         }
+        let mds = mds_addresses(&self.mds)?;
         let queues = self.queues.unwrap_or(256);
         if !(1..=256).contains(&queues) {
             return Err(ConfigError::Queues(queues));
@@ -203,7 +207,7 @@ impl Args {
             disks,
             lists_disks: !self.disk.is_empty(),
             access: self.access()?,
-            mds: self.mds,
+            mds,
             state_dir: self.state_dir,
             takeover: self.takeover,
             read_only: self.read_only,

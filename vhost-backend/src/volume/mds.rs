@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, SegmentIndex};
 use evolute_protocol::rpc::volumes_client::VolumesClient;
 use evolute_protocol::rpc::{CLUSTER_KEY, ErrorWord, Segment, VolumeMap};
+use evolute_protocol::{NotAnAddress, mds_addresses};
 use tonic::metadata::AsciiMetadataValue;
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
@@ -40,19 +41,16 @@ pub type Endpoints = Vec<(String, Endpoint)>;
 pub struct BadAddress(pub String);
 
 pub fn endpoints(addresses: &[String]) -> Result<Endpoints, BadAddress> {
-    if addresses.is_empty() {
-        return Err(BadAddress(String::new()));
-    }
+    let addresses = mds_addresses(addresses).map_err(|why| match why {
+        NotAnAddress::Nothing => BadAddress(String::new()),
+        NotAnAddress::This(address) => BadAddress(address),
+    })?;
     addresses.iter().map(|address| endpoint(address)).collect()
 }
 
 fn endpoint(address: &str) -> Result<(String, Endpoint), BadAddress> {
-    let bad = || BadAddress(address.to_owned());
-    let has_port = address.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    if !has_port {
-        return Err(bad());
-    }
-    let endpoint = Endpoint::from_shared(format!("http://{address}")).map_err(|_| bad())?;
+    let endpoint =
+        Endpoint::from_shared(format!("http://{address}")).map_err(|_| BadAddress(address.to_owned()))?;
     let endpoint = endpoint.connect_timeout(CONNECT_MAX).timeout(CALL_MAX).tcp_nodelay(true);
     Ok((address.to_owned(), endpoint))
 }
