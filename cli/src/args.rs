@@ -24,7 +24,8 @@ const EXIT_STATUS: &str = "Exit status: 0 done · 1 failed · 2 wrong usage, siz
 {EXIT_STATUS}
 What --json prints: docs/cli.md"))]
 pub struct Args {
-    /// Addresses of the control plane, HOST:PORT, several separated by commas; asked in turn until one leads
+    /// Addresses of the control plane, HOST:PORT, several separated by commas; asked in turn until one leads. One that
+    /// is empty is refused, also that of EVOLUTE_MDS
     #[arg(
         long,
         global = true,
@@ -220,6 +221,12 @@ pub struct DevArgs {
     /// Serve all volumes by one backend process, as for the disks of one virtual machine, instead of one each
     #[arg(long)]
     pub one_backend: bool,
+    /// Permissions of the sockets, for `evolute-vhost --socket-mode`, which checks them
+    #[arg(long, value_name = "OCTAL")]
+    pub socket_mode: Option<String>,
+    /// Group of the sockets, by name or number, for `evolute-vhost --socket-group`
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
     /// Put the data (not sockets, logs and ports) under this directory, for instance on /dev/shm
     #[arg(long, value_name = "DIR", visible_alias = "chunkserver-dir-base")]
     pub data_on: Option<PathBuf>,

@@ -6,7 +6,7 @@
 use std::fs::{self, File};
 use std::io::BufRead;
 use std::net::TcpListener;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -169,7 +169,12 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     assert!(first["volumes"][0]["qemu"].as_str().is_some_and(|line| line.contains("share=on")));
     let volume = dev.ask(&["volume", "show", "disk"]);
     assert_eq!((&volume["size_bytes"], volume["attached"].is_object()), (&Value::from(64 << 20), true));
-    assert_eq!(dev.ask(&["cluster", "status"])["chunkservers"].as_array().map(Vec::len), Some(3));
+    let known = dev.ask(&["cluster", "status"])["chunkservers"].clone();
+    assert_eq!(known.as_array().map(Vec::len), Some(3));
+    for at in 0..3 {
+        assert_eq!(known[at]["id"], at + 1);
+        assert_eq!(known[at]["address"], first["chunkservers"][at]["address"], "chunkserver-{}", at + 1);
+    }
 
     // The same directory is served once.
     let second = Command::new(EVOLUTE).arg("dev").arg("--dir").arg(&dir).output().expect("runs");
@@ -215,11 +220,16 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     assert_eq!(dev.running()["volumes"][0]["volume"], "disk");
     assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
 
-    // Even killed it leaves nothing running.
+    // Even killed it leaves nothing running; the next one waits for what is ending just now.
     let pids = dev.pids();
     assert_eq!(pids.iter().filter(|pid| is_alive(**pid)).count(), 5);
     dev.signal(Signal::KILL);
+    drop(dev);
+    let dev = Dev::start(&dir, &["--socket-mode", "0666"]);
     until("the children's end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(()));
+    let mode = fs::metadata(&socket).expect("a socket").permissions().mode();
+    assert_eq!(mode & 0o777, 0o666);
+    drop(dev);
 }
 
 struct Import {

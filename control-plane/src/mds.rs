@@ -5,6 +5,7 @@
 //! ```
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -56,6 +57,7 @@ pub struct Mds {
     pub replicated: Replicated,
     pub limits: Limits,
     pub address: SocketAddr,
+    pub data_dir: PathBuf,
     reports: Mutex<Reports>,
     transfers: Mutex<Transfers>,
     progress: Mutex<Progress>,
@@ -157,6 +159,10 @@ impl Mds {
         self.news.subscribe()
     }
 
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.borrow()
+    }
+
     /// Waits until this MDS stops. Cancel-safe.
     pub async fn stopping(&self) {
         // An error means that the sender is gone, and with it everything to wait for.
@@ -208,6 +214,7 @@ impl Server {
             replicated,
             limits: config.limits,
             address,
+            data_dir: config.data_dir.clone(),
             reports: Mutex::new(Reports::new(config.report_interval, Instant::now())),
             transfers: Mutex::default(),
             progress: Mutex::default(),

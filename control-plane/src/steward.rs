@@ -72,6 +72,10 @@ async fn turn(mds: &Mds) -> Result<(), NoOutcome> {
         })
         .await?;
     for decision in decisions {
+        // There can be thousands, and each waits for the disk; the next MDS decides the rest.
+        if mds.is_stopping() {
+            break;
+        }
         match decision {
             Decision::Propose(command) => {
                 tracing::info!(?command, "decided");

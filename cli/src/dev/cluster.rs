@@ -36,6 +36,8 @@ pub struct Wanted {
     pub volumes: Vec<DevVolume>,
     /// One process for all volumes.
     pub one_backend: bool,
+    pub socket_mode: Option<String>,
+    pub socket_group: Option<String>,
     pub copysets_min: u32,
     pub start_timeout: Duration,
     pub restarts_max: Option<u32>,
@@ -163,6 +165,7 @@ impl<P: Fn(&str)> Cluster<P> {
             let name = format!("chunkserver-{number}");
             let zone = format!("z{number}");
             let data = self.server_data(&name)?;
+            let is_new = !data.exists();
             let arguments = arguments(&[
                 ("--data-dir", data.clone().into()),
                 ("--mds", loopback(self.kept.mds_port).into()),
@@ -172,14 +175,21 @@ impl<P: Fn(&str)> Cluster<P> {
             ]);
             let spec = self.spec(&name, self.wanted.programs.chunkserver.clone(), arguments, deadline);
             let log = spec.log.clone();
-            starts.push(Process::start(spec, self.events.clone()));
-            running.push(RunningChunkserver {
-                zone,
-                process: RunningProcess { name, pid: 0, address, data, log },
-            });
+            let mut chunkserver =
+                RunningChunkserver { zone, process: RunningProcess { name, pid: 0, address, data, log } };
+            let start = Process::start(spec, self.events.clone());
+            if is_new {
+                // The control plane numbers them as they come: new ones one by one, so that names and numbers agree.
+                let (process, pid) = start.await?;
+                chunkserver.process.pid = pid;
+                self.processes.push(process);
+            } else {
+                starts.push(async move { start.await.map(|(process, pid)| (i, process, pid)) });
+            }
+            running.push(chunkserver);
         }
-        for (chunkserver, (process, pid)) in running.iter_mut().zip(try_join_all(starts).await?) {
-            chunkserver.process.pid = pid;
+        for (i, process, pid) in try_join_all(starts).await? {
+            running[i].process.pid = pid;
             self.processes.push(process);
         }
         Ok(running)
@@ -275,7 +285,7 @@ impl<P: Fn(&str)> Cluster<P> {
     /// The process that serves these.
     fn backend(&self, served: &[RunningVolume], deadline: Instant) -> Result<Spec, Failure> {
         let mds = ("--mds", loopback(self.kept.mds_port).into());
-        let arguments = match served {
+        let mut arguments = match served {
             [only] if !self.wanted.one_backend => arguments(&[
                 ("--socket-path", only.socket.clone().into()),
                 ("--volume", only.volume.clone().into()),
@@ -292,6 +302,11 @@ impl<P: Fn(&str)> Cluster<P> {
                 arguments(&pairs)
             }
         };
+        let access =
+            [("--socket-mode", &self.wanted.socket_mode), ("--socket-group", &self.wanted.socket_group)];
+        for (flag, value) in access {
+            arguments.extend(value.iter().flat_map(|value| [flag.into(), value.into()]));
+        }
         Ok(self.spec(&served[0].name, self.wanted.programs.vhost.clone(), arguments, deadline))
     }
 

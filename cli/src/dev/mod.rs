@@ -33,12 +33,14 @@ pub async fn run(output: Output, args: Box<DevArgs>) -> Result<(), Failure> {
     }
     let layout = Layout::open(&args.dir)?;
     let programs = programs(args.bin_dir.as_deref())?;
-    let kept = settle(&layout, &args)?;
+    let kept = settle(&layout, &args).await?;
     let (events_out, mut events) = mpsc::unbounded_channel();
     let wanted = Wanted {
         programs,
         volumes: args.volumes.clone(),
         one_backend: args.one_backend,
+        socket_mode: args.socket_mode.clone(),
+        socket_group: args.socket_group.clone(),
         copysets_min: args.copysets,
         start_timeout: args.start_timeout,
         restarts_max: args.restarts,
@@ -117,7 +119,7 @@ fn programs(bin_dir: Option<&Path>) -> Result<Programs, Failure> {
 }
 
 /// Ports, data and volumes: what the last start kept, changed by what this one asks for.
-fn settle(layout: &Layout, args: &DevArgs) -> Result<Kept, Failure> {
+async fn settle(layout: &Layout, args: &DevArgs) -> Result<Kept, Failure> {
     let data_on = match &args.data_on {
         Some(path) => Some(std::path::absolute(path).map_err(Failure::io("finding --data-on"))?),
         None => None,
@@ -154,9 +156,10 @@ fn settle(layout: &Layout, args: &DevArgs) -> Result<Kept, Failure> {
             Kept::new(mds, [a, b, c], data_on)
         }
     };
-    ports::expect_free(kept.mds_port, "control plane", instead)?;
+    let data = layout.data(&kept);
+    ports::expect_free(kept.mds_port, "control plane", instead, &data).await?;
     for (i, port) in kept.chunkserver_ports.iter().enumerate() {
-        ports::expect_free(*port, &format!("chunkserver {}", i + 1), instead)?;
+        ports::expect_free(*port, &format!("chunkserver {}", i + 1), instead, &data).await?;
     }
     for volume in &args.volumes {
         layout.socket(&volume.name)?;

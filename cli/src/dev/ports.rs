@@ -5,6 +5,9 @@ use std::collections::HashSet;
 use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::path::Path;
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
 
 use crate::failure::Failure;
 
@@ -13,6 +16,10 @@ use crate::failure::Failure;
 const RANGE: std::ops::Range<u16> = 20_000..32_768;
 /// Where every tool looks for a control plane when nobody says otherwise.
 pub const MDS_PORT: u16 = 7700;
+
+/// How long a process that was killed is waited for. It takes as long as the kernel needs to give its memory back.
+const ENDING_MAX: Duration = Duration::from_secs(5);
+const ENDING_POLL: Duration = Duration::from_millis(50);
 
 pub fn is_free(port: u16) -> bool {
     TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).is_ok()
@@ -35,12 +42,22 @@ pub fn choose<const N: usize>(seed: u64) -> Result<[u16; N], Failure> {
     Ok(ports)
 }
 
-/// Refuses with the name of whoever listens there; `instead` is the other way out.
-pub fn expect_free(port: u16, wanted_by: &str, instead: &str) -> Result<(), Failure> {
-    if is_free(port) {
-        return Ok(());
-    }
-    let holder = match holder(port) {
+/// Refuses with the name of whoever listens there; `instead` is the other way out. A process of this cluster, with its
+/// data under `data`, or one that cannot be seen, may be ending just now: its `evolute dev` was killed.
+pub async fn expect_free(port: u16, wanted_by: &str, instead: &str, data: &Path) -> Result<(), Failure> {
+    let deadline = Instant::now() + ENDING_MAX;
+    let held_by = loop {
+        if is_free(port) {
+            return Ok(());
+        }
+        let held_by = holder(port);
+        let may_end = held_by.as_ref().is_none_or(|(_, command)| command.contains(&*data.to_string_lossy()));
+        if !may_end || Instant::now() >= deadline {
+            break held_by;
+        }
+        sleep(ENDING_POLL).await;
+    };
+    let holder = match held_by {
         Some((pid, name)) => format!("process {pid} ({name})"),
         None => "another process (of another user, or ending just now)".to_owned(),
     };
@@ -97,6 +114,7 @@ fn holds(process: &Path, inodes: &HashSet<String>) -> bool {
 #[cfg(test)]
 mod tests {
     use std::net::TcpListener;
+    use std::path::Path;
 
     use super::{choose, expect_free, is_free};
 
@@ -109,13 +127,28 @@ mod tests {
         }
     }
 
-    #[test]
-    fn a_taken_port_names_its_holder() {
+    #[tokio::test]
+    async fn a_taken_port_names_its_holder() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let port = listener.local_addr().expect("address").port();
         assert!(!is_free(port));
-        let refused = expect_free(port, "control plane", "think again").expect_err("taken").to_string();
+        let refused = expect_free(port, "control plane", "think again", Path::new("/nobody's")).await;
+        let refused = refused.expect_err("taken").to_string();
         let me = std::process::id().to_string();
         assert!(refused.contains(&port.to_string()) && refused.contains(&me), "{refused}");
+    }
+
+    /// The `evolute dev` before this one was killed, and its processes are about to follow it.
+    #[tokio::test]
+    async fn a_port_of_a_process_that_is_ending_is_waited_for() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let port = listener.local_addr().expect("address").port();
+        let mine = std::env::args().next().expect("this test's program");
+        let ending = async {
+            tokio::task::yield_now().await;
+            drop(listener);
+        };
+        let (free, ()) = tokio::join!(expect_free(port, "control plane", "wait", Path::new(&mine)), ending);
+        free.expect("free by now");
     }
 }

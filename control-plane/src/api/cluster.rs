@@ -1,5 +1,6 @@
 //! The cluster as an operator sees it.
 
+use std::path::Path;
 use std::time::Instant;
 
 use evolute_protocol::id::ChunkserverId;
@@ -36,10 +37,12 @@ impl cluster_server::Cluster for Cluster {
             .read(|state| {
                 let (reports, now) = (mds.reports(), Instant::now());
                 let mut health = health::judge(state, &reports, &mds.limits, now);
-                let standing = standing_in_words(mds, state);
+                let mut standing = standing_in_words(mds, state);
+                let full = free_bytes(&mds.data_dir).and_then(|free| disk_in_words(&mds.data_dir, free));
+                let amiss = mds.standing().is_held() || state.is_put_back() || full.is_some();
+                standing.extend(full);
                 if !standing.is_empty() {
                     health.reasons.splice(0..0, standing);
-                    let amiss = mds.standing().is_held() || state.is_put_back();
                     health.health = match health.health {
                         Health::Ok | Health::Unknown if amiss => Health::Degraded,
                         Health::Ok => Health::Unknown,
@@ -190,6 +193,25 @@ fn standing_in_words(mds: &Mds, state: &State) -> Vec<String> {
     words
 }
 
+/// Below this the MDS cannot make many more files of its log, each of 8 MiB, nor of its state.
+const ROOM_BYTES_MIN: u64 = 64 << 20;
+
+fn free_bytes(data_dir: &Path) -> Option<u64> {
+    let disk = rustix::fs::statvfs(data_dir).ok()?;
+    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+fn disk_in_words(data_dir: &Path, free_bytes: u64) -> Option<String> {
+    (free_bytes < ROOM_BYTES_MIN).then(|| {
+        format!(
+            "the disk of this MDS is full: {} MiB are free where {} is; volumes cannot be created, attached or given space \
+             once nothing is: free some there",
+            free_bytes >> 20,
+            data_dir.display()
+        )
+    })
+}
+
 fn going_on_means(now: &Now) -> Vec<String> {
     let text: &[&str] = match now {
         Now::Waiting { .. } | Now::Telling => &[
@@ -204,4 +226,20 @@ fn going_on_means(now: &Now) -> Vec<String> {
         Now::Confirmed => &["going on means: copysets are created, balanced and repaired again"],
     };
     text.iter().map(|&text| text.to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{ROOM_BYTES_MIN, disk_in_words, free_bytes};
+
+    #[test]
+    fn a_full_disk_of_the_mds_is_said_and_one_with_room_is_not() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        assert!(free_bytes(dir.path()).is_some() && free_bytes(&dir.path().join("none")).is_none());
+        let words = disk_in_words(Path::new("/srv/mds"), ROOM_BYTES_MIN - 1).expect("full");
+        assert!(words.contains("63 MiB") && words.contains("/srv/mds"), "{words}");
+        assert_eq!(disk_in_words(Path::new("/srv/mds"), ROOM_BYTES_MIN), None);
+    }
 }
