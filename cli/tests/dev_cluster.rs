@@ -53,6 +53,8 @@ struct Dev {
 impl Dev {
     fn start(dir: &Path, more: &[&str]) -> Self {
         let ready_file = dir.with_extension("ready");
+        // That of one that was killed would say that this one is up.
+        let _ = fs::remove_file(&ready_file);
         let out = File::create(dir.with_extension("out")).expect("create");
         let err = out.try_clone().expect("clone");
         let child = Command::new(EVOLUTE)
