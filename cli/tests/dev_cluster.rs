@@ -356,6 +356,7 @@ fn one_backend_serves_several_volumes() {
             mds: vec![dev.mds()],
             holder: "a test".to_owned(),
             secret: Secret::random(),
+            former_secret: None,
             takeover: true,
             state_dir: None,
             capacity: Capacity::default(),

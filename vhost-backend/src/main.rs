@@ -156,6 +156,8 @@ impl Disk {
             mds: config.mds.clone(),
             holder: format!("{}:{place}", rustix::system::uname().nodename().to_string_lossy()),
             secret: Secret::of_place(config.state_dir.as_deref(), &place).map_err(AttachError::State)?,
+            // It may have run without a state directory until now.
+            former_secret: Some(Secret::of_boot(&place)),
             takeover: config.takeover,
             state_dir: config.state_dir.clone(),
             capacity: capacity.clone(),

@@ -73,10 +73,11 @@ impl volumes_server::Volumes for Volumes {
     }
 
     async fn attach(&self, request: Request<AttachRequest>) -> Result<Response<AttachResponse>, Status> {
-        let (mds, AttachRequest { name, holder, takeover, secret }) = (&self.0, request.into_inner());
+        let (mds, request) = (&self.0, request.into_inner());
+        let AttachRequest { name, holder, takeover, secret, former_secret } = request;
         check_name(&name).map_err(|_| ErrorWord::NotFound.status(no_volume_named(&name)))?;
         check_holder(&holder).map_err(invalid)?;
-        let secret_hash = secret_hash(&secret)?;
+        let (secret_hash, former_secret_hash) = (secret_hash(&secret)?, secret_hash(&former_secret)?);
         mds.may_give().await?;
         let unknown = mds.replicated.read(|state| {
             let attached = state.volume_named(&name)?.1.attached.as_ref()?;
@@ -88,7 +89,8 @@ impl volumes_server::Volumes for Volumes {
                  else gets it unasked before: evolute cluster accept-mds"
             )));
         }
-        let command = Attach { name, holder, takeover, at_unix_ms: unix_ms(), secret_hash };
+        let command =
+            Attach { name, holder, takeover, at_unix_ms: unix_ms(), secret_hash, former_secret_hash };
         let (id, attachment) = match mds.carry_out(Command::Attach(command)).await? {
             Done::Attached { volume, attachment } => (volume, attachment),
             other => return Err(unexpected(&other)),

@@ -234,6 +234,9 @@ pub struct Attach {
     /// SHA-256 of the holder's secret; empty: it told none.
     #[prost(bytes = "vec", tag = "5")]
     pub secret_hash: Vec<u8>,
+    /// Of one by which the same place may have attached before.
+    #[prost(bytes = "vec", tag = "6")]
+    pub former_secret_hash: Vec<u8>,
 }
 
 #[derive(Clone, Copy, PartialEq, prost::Message)]

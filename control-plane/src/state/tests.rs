@@ -54,7 +54,7 @@ fn delete(name: &str, force: bool) -> Command {
 
 fn attach(name: &str, holder: &str, takeover: bool) -> Command {
     let (name, holder) = (name.to_owned(), holder.to_owned());
-    Command::Attach(Attach { name, holder, takeover, at_unix_ms: 1000, secret_hash: Vec::new() })
+    Command::Attach(Attach { name, holder, takeover, at_unix_ms: 1000, ..Attach::default() })
 }
 
 fn detach(volume: u64, attachment: u32) -> Command {
@@ -202,6 +202,10 @@ fn a_holder_is_who_has_its_secret_and_not_who_has_its_name() {
         let (name, holder) = ("web".to_owned(), holder.to_owned());
         Command::Attach(Attach { name, holder, secret_hash, ..Attach::default() })
     };
+    let moved = |holder: &str, secret: &[u8], former: &[u8]| {
+        let Command::Attach(attach) = with(holder, secret) else { unreachable!("made above") };
+        Command::Attach(Attach { former_secret_hash: former.to_vec(), ..attach })
+    };
     let attached = |attachment| Ok(Done::Attached { volume: VolumeId(1), attachment });
     let mut state = cluster();
     run(&mut state, &create("web", &[1])).expect("created");
@@ -214,7 +218,11 @@ fn a_holder_is_who_has_its_secret_and_not_who_has_its_name() {
         (attach("web", "node", false), Err(Why::AttachedElsewhere)), // the name alone
         (with("node.example.net", b"mine"), attached(4)),            // it was renamed
         (with("node", b""), Err(Why::AttachedElsewhere)),
-        (attach("web", "host-b", true), attached(5)),
+        (moved("node", b"of its directory", b"another's"), Err(Why::AttachedElsewhere)),
+        (moved("node", b"of its directory", b"mine"), attached(5)), // it was given a state directory
+        (with("node", b"mine"), Err(Why::AttachedElsewhere)),
+        (with("node", b"of its directory"), attached(6)),
+        (attach("web", "host-b", true), attached(7)),
         (with("node.example.net", b"mine"), Err(Why::AttachedElsewhere)),
     ]
     .into_iter()

@@ -59,7 +59,7 @@ impl Attached {
     fn yields_to(&self, command: &Attach) -> bool {
         let known = match self.secret_hash.is_empty() {
             true => self.holder == command.holder,
-            false => self.secret_hash == command.secret_hash,
+            false => [&command.secret_hash, &command.former_secret_hash].contains(&&self.secret_hash),
         };
         known || self.holder == FORGOTTEN_HOLDER || command.takeover
     }

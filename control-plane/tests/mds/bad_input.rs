@@ -64,7 +64,13 @@ async fn requests_that_cannot_be_right_are_refused_by_name() {
         assert_eq!(word(client.attach(attach).await), ErrorWord::Invalid);
     }
     for secret in [1, 31, 33, 4096].map(|bytes| vec![0; bytes]) {
-        let attach = AttachRequest { name: "web".into(), holder: "h".into(), takeover: true, secret };
+        let attach = AttachRequest {
+            name: "web".into(),
+            holder: "h".into(),
+            takeover: true,
+            secret,
+            ..AttachRequest::default()
+        };
         assert_eq!(word(client.attach(attach).await), ErrorWord::Invalid);
     }
     client

@@ -29,7 +29,13 @@ async fn a_killed_mds_forgets_nothing_it_answered() {
         let create = CreateVolumeRequest { name: name.clone(), size_bytes: 64 * GIB, width: 0 };
         let volume = client.create(create).await.expect("created").into_inner();
         assert_eq!(volume.id, u64::from(round) + 1, "no number is given twice");
-        let attach = AttachRequest { name, holder: "host-a".into(), takeover: false, secret: vec![7; 32] };
+        let attach = AttachRequest {
+            name,
+            holder: "host-a".into(),
+            takeover: false,
+            secret: vec![7; 32],
+            ..AttachRequest::default()
+        };
         for _ in 0..=round {
             client.attach(attach.clone()).await.expect("attached");
         }

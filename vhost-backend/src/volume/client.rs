@@ -142,6 +142,7 @@ impl Client {
             mds: mds.to_vec(),
             holder: holder.to_owned(),
             secret: Secret::random(),
+            former_secret: None,
             takeover: false,
             state_dir: None,
             capacity: Capacity::default(),

@@ -53,6 +53,8 @@ pub struct ControlOptions {
     pub holder: String,
     /// Whoever has it is the holder, under any name, and may attach again.
     pub secret: Secret,
+    /// By which the same place may have attached before.
+    pub former_secret: Option<Secret>,
     /// Fence out whoever else holds the volume.
     pub takeover: bool,
     /// Where to remember the attachment, so that a restart needs no MDS.
@@ -446,6 +448,7 @@ impl Controller {
             holder: self.options.holder.clone(),
             takeover: self.options.takeover,
             secret: self.options.secret.bytes().to_vec(),
+            former_secret: self.options.former_secret.map_or_else(Vec::new, |former| former.bytes().to_vec()),
         };
         let answer = self.mds.call("attach", |mut mds| {
             let request = request.clone();

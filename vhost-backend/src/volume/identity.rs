@@ -40,14 +40,16 @@ impl Secret {
     /// Of one place on this machine, the same whenever it is asked for: by what the state directory keeps, or without one
     /// by what this boot of the machine has to itself.
     pub fn of_place(state_dir: Option<&Path>, place: &str) -> Result<Self, StateError> {
-        let machine = Machine::this();
-        let (kind, seed) = match state_dir {
-            Some(directory) => ("state", Holder::of(directory, &machine)?.secret),
-            None => {
-                ("boot", format!("{} {:?}", machine.boot.clone().unwrap_or_default(), machine.machine_id))
-            }
-        };
-        Ok(Self(hash(&[kind.as_bytes(), seed.as_bytes(), place.as_bytes()])))
+        let Some(directory) = state_dir else { return Ok(Self::of_boot(place)) };
+        let kept = Holder::of(directory, &Machine::this())?.secret;
+        Ok(Self(hash(&[b"state", kept.as_bytes(), place.as_bytes()])))
+    }
+
+    /// What a place is known by that has no state directory.
+    pub fn of_boot(place: &str) -> Self {
+        let Machine { machine_id, boot, .. } = Machine::this();
+        let [id, boot] = [machine_id, boot].map(Option::unwrap_or_default);
+        Self(hash(&[b"boot", id.as_bytes(), boot.as_bytes(), place.as_bytes()]))
     }
 
     pub fn bytes(&self) -> &[u8] {
@@ -187,9 +189,9 @@ mod tests {
         assert_eq!(first, of(one.path(), PLACE));
         assert_ne!(first, of(one.path(), "/run/evolute/vm2.sock"));
         assert_ne!(first, of(other.path(), PLACE), "as on two hosts of one name");
-        let boot = |place| Secret::of_place(None, place).expect("no directory");
-        assert_eq!(boot(PLACE), boot(PLACE));
-        assert_ne!(boot(PLACE), boot("/run/evolute/vm2.sock"));
+        let without = |place| Secret::of_place(None, place).expect("no directory");
+        assert_eq!(without(PLACE), Secret::of_boot(PLACE));
+        assert_ne!(without(PLACE), without("/run/evolute/vm2.sock"));
         assert_ne!(Secret::random(), Secret::random());
     }
 

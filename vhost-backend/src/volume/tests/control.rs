@@ -254,7 +254,8 @@ fn options(mds: &[SocketAddr], state_dir: Option<&Path>) -> ControlOptions {
         volume: "disk".into(),
         mds: mds.iter().map(ToString::to_string).collect(),
         holder: "host:/run/disk.sock".into(),
-        secret: Secret::of_place(None, "/run/disk.sock").expect("no directory"),
+        secret: Secret::of_boot("/run/disk.sock"),
+        former_secret: None,
         takeover: false,
         state_dir: state_dir.map(Path::to_path_buf),
         capacity: Capacity::default(),
@@ -400,7 +401,7 @@ fn what_is_remembered_is_of_who_has_the_secret_whatever_its_host_is_called() {
     let plane = Plane::start(&cluster);
     drop(client(&[plane.address], Some(directory.path())).expect("attached"));
     let with = |holder: &str, place: &str| {
-        let secret = Secret::of_place(None, place).expect("no directory");
+        let secret = Secret::of_boot(place);
         let options = options(&[plane.address], Some(directory.path()));
         let options = ControlOptions { holder: holder.into(), secret, ..options };
         Client::attach_with(options, VolumeOptions::default())
