@@ -40,6 +40,7 @@ pub mod split;
 
 mod admit;
 mod answers;
+mod failing;
 mod followers;
 mod mds;
 mod pace;
@@ -60,6 +61,7 @@ use tracing::{error, info, warn};
 use self::attach::Attachment;
 use self::changing::Changing;
 use self::control::{Ask, ControlLink, News, SegmentRefused};
+use self::failing::Failing;
 use self::inflight::{Admitted, Bounds, Key, Operation, Pending, Sequences, Slab};
 use self::pace::Pace;
 use self::peers::Peers;
@@ -182,6 +184,7 @@ pub struct Volume {
     segments_held_since: Option<Instant>,
     /// The operator was told that requests wait to be attached.
     attaching_held: bool,
+    failing: Failing,
     deadline: Option<Instant>,
     jitter: Jitter,
     counters: Counters,
@@ -225,6 +228,7 @@ impl Volume {
             pace: Pace::default(),
             segments_held_since: None,
             attaching_held: false,
+            failing: Failing::default(),
             deadline: None,
             jitter: Jitter::default(),
             counters: Counters::default(),
@@ -316,7 +320,10 @@ impl Volume {
                     SegmentRefused::NoSpace => Failure::NoSpace,
                     SegmentRefused::Invalid => Failure::Io,
                 };
-                waiting.into_iter().for_each(|key| self.fail_operation(key, failure));
+                for key in waiting {
+                    self.note_failure(failure);
+                    self.fail_operation(key, failure);
+                }
             }
         }
     }
@@ -371,6 +378,32 @@ impl Volume {
         self.completed.push((ticket, outcome));
     }
 
+    /// Its guest hears of an I/O error, whatever it was; here is why.
+    fn note_failure(&mut self, failure: Failure) {
+        let Some(volume) = self.attachment.as_ref().map(|attachment| attachment.volume) else { return };
+        if !self.failing.note(failure, self.now) {
+            return;
+        }
+        match failure {
+            Failure::NoSpace => warn!(
+                "{volume}: writes that need new space fail from now on (I/O errors for the guest): the cluster is full. Delete \
+                 volumes, discard (fstrim) or add chunkservers; `evolute cluster status` says how much is free"
+            ),
+            Failure::Io => warn!(
+                "{volume}: requests fail from now on (I/O errors for the guest): no replica can vouch for these bytes. \
+                 `evolute cluster status` names the damaged blocks"
+            ),
+            Failure::ReadOnly => warn!("{volume}: writes fail from now on: it is read-only"),
+        }
+    }
+
+    fn tell_failures_over(&mut self) {
+        while let Some(over) = self.failing.take_over(self.now) {
+            let what = if over.failure() == Failure::NoSpace { "for want of space" } else { "any more" };
+            info!("no request fails {what}; {} did, within {:.1} s", over.count, over.lasted().as_secs_f64());
+        }
+    }
+
     /// When [`Volume::settle`] has something to do although nothing happens.
     fn next_deadline(&mut self) -> Option<Instant> {
         if self.stage == Stage::Stopped {
@@ -383,6 +416,7 @@ impl Volume {
             }
         };
         consider(self.next_look);
+        consider(self.failing.deadline());
         for peer in self.peers.iter() {
             consider(peer.deadline(self.now));
         }
@@ -418,6 +452,7 @@ impl Backing for Volume {
             self.peers.leave();
         }
         self.wind_clock();
+        self.tell_failures_over();
         self.deadline = self.next_deadline();
     }
 

@@ -442,6 +442,9 @@ fn each_refusal_ends_as_it_should() {
         cluster.state().fault(SERVERS[0]).refuse_next = refusals.clone().into();
         let outcome = rig.write(0, pattern(1, 4096));
         assert_eq!(outcome, expected, "{refusals:?}");
+        let now = rig.volume.now + Duration::from_secs(3600);
+        let told = rig.volume.failing.take_over(now).map(|episode| Outcome::Failed(episode.failure()));
+        assert_eq!(told, Some(expected).filter(|expected| *expected != Outcome::Done));
         cluster.state().fault(SERVERS[0]).refuse_next.clear();
     }
     assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::Map)));
@@ -498,7 +501,9 @@ fn a_full_cluster_is_told_at_once_and_only_to_those_who_need_room() {
     let homeless = rig.submit(Request::Write { offset: 3 * GIB, data: Bytes::from(pattern(1, 4096)) });
     rig.until("asked", |rig| rig.segments_asked() == [3]);
     rig.control.news.send(News::Segment { segment: SegmentIndex(3), result: Err(SegmentRefused::NoSpace) });
+    assert!(rig.volume.failing.deadline().is_none());
     assert_eq!(rig.wait(homeless), Outcome::Failed(Failure::NoSpace));
+    assert!(rig.volume.failing.deadline().is_some(), "the log says why, and when it is over");
     assert_eq!(rig.write(0, pattern(2, 4096)), Outcome::Done);
     // Room was made; the next write asks again.
     let again = rig.submit(Request::Write { offset: 3 * GIB, data: Bytes::from(pattern(3, 4096)) });
