@@ -52,6 +52,11 @@ impl Peer {
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
         Peer { pid, name: name.trim_end().to_owned() }
     }
+
+    /// None: it is in another container.
+    pub fn pid(&self) -> Option<i32> {
+        Some(self.pid).filter(|pid| *pid > 0)
+    }
 }
 
 impl Peer {

@@ -11,6 +11,7 @@ use super::callers::{Caller, Header, Said};
 use super::command::Commands;
 use super::lifeline::Lifeline;
 use super::session::Session;
+use super::sharing::HOW_TO_SHARE;
 use super::sizing::{Asking, Channel, SAY_EVERY};
 use super::sparingly::Sparingly;
 use super::{DeviceConfig, DeviceError};
@@ -18,6 +19,8 @@ use super::{DeviceConfig, DeviceError};
 /// What the log says of them: strangers leave the owner its share.
 pub struct Lines {
     pub owner: Sparingly,
+    /// Whom they are about.
+    pub owner_pid: Option<i32>,
     pub others: Sparingly,
 }
 
@@ -35,6 +38,7 @@ pub struct FrontEnd {
     /// Has asked how large the disk is, and waits for the answer.
     asking: Option<Asking>,
     said_size: Option<Instant>,
+    lacks_memory: bool,
 }
 
 impl FrontEnd {
@@ -46,7 +50,8 @@ impl FrontEnd {
     ) -> io::Result<FrontEnd> {
         let stream = caller.stream.try_clone()?;
         let line = Arc::new(Lifeline::of(stream.try_clone()?));
-        let session = Arc::new(Mutex::new(Session::new(config, commands, line.clone())));
+        let session = Session::new(config, commands, caller.peer.clone(), line.clone());
+        let session = Arc::new(Mutex::new(session));
         let handler = BackendReqHandler::from_stream(stream, session.clone());
         let (asking, said_size) = (None, None);
         let starting_max = config.starting_max;
@@ -58,14 +63,16 @@ impl FrontEnd {
             session,
             line,
             is_owner: false,
+            lacks_memory: false,
             asking,
             said_size,
         })
     }
 
-    /// It has said more than questions: the disk is its own until it leaves.
+    /// It has said more than questions: the disk is its own until it leaves. Not if it wants rings to run and gives no
+    /// memory for them: it has no use for the disk.
     pub fn is_owner(&self) -> bool {
-        self.is_owner
+        self.is_owner && !self.lacks_memory
     }
 
     /// Its session was ended from inside, see `lifeline.rs`.
@@ -160,8 +167,21 @@ impl FrontEnd {
             Ok(()) => {
                 if !self.is_owner && !is_question(request) {
                     self.is_owner = true;
+                    if std::mem::replace(&mut lines.owner_pid, peer.pid()) != peer.pid() {
+                        lines.owner.somebody_new(now);
+                    }
                     lines.owner.tell(now, |unsaid| tracing::info!(unsaid, "front end connected: {peer}"));
                 }
+                let lacks_memory = self.session().lacks_memory();
+                if lacks_memory && !self.lacks_memory {
+                    lines.owner.tell(now, |unsaid| {
+                        tracing::warn!(
+                            unsaid,
+                            "{peer} gives no guest memory for its rings, because it is not shared: the guest will hang. {HOW_TO_SHARE}"
+                        );
+                    });
+                }
+                self.lacks_memory = lacks_memory;
                 Ok(true)
             }
             Err(Error::ReqHandlerError(error)) if error.kind() == io::ErrorKind::BrokenPipe => {

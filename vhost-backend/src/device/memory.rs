@@ -24,8 +24,10 @@ use vm_memory::{
     VolatileSlice,
 };
 
+use super::callers::Peer;
 use super::lifeline::{Cause, Lifeline};
 use super::mapped::Watch;
+use super::sharing::{HOW_TO_SHARE, is_private};
 
 /// Regions a front end may add: what QEMU's own limit for memory slots asks for.
 pub const MEMORY_SLOTS_MAX: usize = 509;
@@ -141,6 +143,8 @@ pub enum RegionRefused {
     TooShort,
     #[error("its file may be shrunk under us")]
     Unsealed,
+    #[error("the guest's memory is not shared with us: what the guest writes is not there. {HOW_TO_SHARE}")]
+    Private,
     #[error("it overlaps another region")]
     Overlaps,
     #[error("too many regions")]
@@ -190,17 +194,18 @@ impl Entry {
 }
 
 /// What the front end told us to map, by its own addresses.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct MemoryTable {
     entries: Vec<Entry>,
     require_sealed: bool,
+    front_end: Peer,
     /// Of the session that it belongs to.
     line: Arc<Lifeline>,
 }
 
 impl MemoryTable {
-    pub fn new(require_sealed: bool, line: Arc<Lifeline>) -> MemoryTable {
-        MemoryTable { entries: Vec::new(), require_sealed, line }
+    pub fn new(require_sealed: bool, front_end: Peer, line: Arc<Lifeline>) -> MemoryTable {
+        MemoryTable { entries: Vec::new(), require_sealed, front_end, line }
     }
 
     /// The whole table anew. On refusal the old one stays. True: something of it is gone.
@@ -209,7 +214,7 @@ impl MemoryTable {
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
     ) -> Result<bool, RegionRefused> {
-        let mut new = MemoryTable::new(self.require_sealed, self.line.clone());
+        let mut new = MemoryTable::new(self.require_sealed, self.front_end.clone(), self.line.clone());
         for (region, file) in regions.iter().zip(files) {
             new.add(region, file)?;
         }
@@ -244,6 +249,9 @@ impl MemoryTable {
             if !seals.contains(SealFlags::SHRINK) {
                 return Err(RegionRefused::Unsealed);
             }
+        }
+        if is_private(&self.front_end, user_addr, &file) {
+            return Err(RegionRefused::Private);
         }
         let size = usize::try_from(len).map_err(|_| RegionRefused::TooLarge)?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size)

@@ -41,6 +41,7 @@ pub(crate) mod queues;
 pub(crate) mod request;
 mod ring;
 mod session;
+mod sharing;
 mod sizing;
 mod socket;
 mod sparingly;

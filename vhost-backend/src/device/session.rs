@@ -26,6 +26,7 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
 use super::DeviceConfig;
+use super::callers::Peer;
 use super::command::{Command, Commands, IoThreadGone};
 use super::config_space::{
     ConfigSpace, QUEUE_SIZE_MAX, feature, features_offered, protocol_features_offered,
@@ -81,7 +82,7 @@ fn gone(why: IoThreadGone) -> Error {
 }
 
 impl Session {
-    pub fn new(config: &DeviceConfig, commands: Commands, line: Arc<Lifeline>) -> Session {
+    pub fn new(config: &DeviceConfig, commands: Commands, front_end: Peer, line: Arc<Lifeline>) -> Session {
         Session {
             offered: features_offered(config),
             queues: config.queues,
@@ -90,7 +91,7 @@ impl Session {
             line: line.clone(),
             features: 0,
             protocol_features: 0,
-            memory: MemoryTable::new(config.require_sealed_memory, line),
+            memory: MemoryTable::new(config.require_sealed_memory, front_end, line),
             rings: Vec::new(),
             inflight: None,
             log: None,
@@ -131,6 +132,15 @@ impl Session {
     /// Whether the front end hears of a refusal. Where it does not, the only honest answer is to hang up.
     pub fn acknowledges(&self) -> bool {
         self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// A ring is to run, and the front end has given no memory for it: QEMU gives none that it cannot share, and goes on.
+    pub fn lacks_memory(&self) -> bool {
+        let always_enabled = self.features & feature::PROTOCOL_FEATURES == 0;
+        let is_to_run = |ring: &RingConfig| {
+            ring.addresses.is_some() && ring.kick.is_some() && (ring.enabled || always_enabled)
+        };
+        self.memory.is_empty() && self.rings.iter().any(is_to_run)
     }
 
     fn ring(&mut self, index: u32) -> Result<(u16, &mut RingConfig)> {

@@ -159,7 +159,7 @@ impl<'a> Server<'a> {
             shortage: Shortage::default(),
             accept_after: None,
             pause_until: None,
-            lines: Lines { owner: Sparingly::new(now), others: Sparingly::new(now) },
+            lines: Lines { owner: Sparingly::new(now), owner_pid: None, others: Sparingly::new(now) },
         }
     }
 

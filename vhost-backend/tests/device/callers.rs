@@ -145,6 +145,30 @@ fn a_second_front_end_is_hung_up_on_at_once_and_both_are_named() {
     assert_eq!(refusal.matches(&me).count(), 2, "{refusal}");
 }
 
+/// QEMU with `-m 512` alone has no memory that it could share. It gives none, and starts its rings all the same; the guest
+/// hangs in its firmware.
+#[test]
+fn a_front_end_without_memory_is_told_what_to_type_and_keeps_the_disk_from_nobody() {
+    let (_disk, served) = serve();
+    let (memory, mut driver) = (GuestMemory::new(), Driver::new(0, 64));
+    let mut front_end = FrontEnd::connect(&served.path);
+    let is_told = |line: &String| line.contains("not shared") && line.contains("share=on");
+    front_end.start(&memory, &mut driver, 0);
+    wait_until("it is told", || served.said().iter().any(is_told));
+    Guest::start(&served).reads();
+    assert!(front_end.vhost.get_features().is_err(), "hung up on");
+    // Memory in time is all that was missing.
+    let mut late = FrontEnd::connect(&served.path);
+    let mut driver = Driver::new(0, 64);
+    late.start(&memory, &mut driver, 0);
+    late.set_memory(&memory);
+    late.vhost.set_vring_enable(0, true).expect("SET_VRING_ENABLE");
+    let mut guest = Guest { front_end: late, memory, driver };
+    guest.reads();
+    assert!(is_hung_up_on(&mut stranger(&served, &OWNER)));
+    guest.reads();
+}
+
 /// Whoever moves a guest to another VMM, or starts it anew, speaks as soon as the one before has hung up; what that one had
 /// to say last is heard first.
 #[test]

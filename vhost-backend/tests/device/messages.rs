@@ -11,6 +11,7 @@ use evolute_vhost_backend::device::{DeviceConfig, DeviceError, Endpoint, SocketA
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vm_memory::{FileOffset, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::{Disk, PATIENCE, Served};
@@ -258,6 +259,47 @@ fn unsealed_memory_is_refused_where_that_is_asked_for() {
     front_end.vhost.add_mem_region(&region).expect_err("it can be shrunk");
     rustix::fs::fcntl_add_seals(&file, rustix::fs::SealFlags::SHRINK).unwrap();
     front_end.vhost.add_mem_region(&region).expect("it cannot");
+}
+
+/// QEMU without `share=on`: the descriptor is a file of memory like any other, and the guest's writes are not in it. Rings
+/// would never move, and a second node's buffers would be written to the disk as zeroes.
+#[test]
+fn memory_that_the_front_end_does_not_share_is_refused_with_what_to_type() {
+    let (_disk, served) = serve(DeviceConfig::new(CAPACITY));
+    let len = 1 << 20;
+    let region = |flags, file: &File| {
+        let range = MmapRegion::<()>::build(
+            Some(FileOffset::new(file.try_clone().unwrap(), 0)),
+            len,
+            libc::PROT_READ | libc::PROT_WRITE,
+            flags | libc::MAP_NORESERVE,
+        );
+        range.expect("mapped")
+    };
+    let (file, other) = (memfd(len as u64), memfd(len as u64));
+    let private = region(libc::MAP_PRIVATE, &file);
+    let shared = region(libc::MAP_SHARED, &file);
+    let info = |mapping: &MmapRegion<()>, file: &File| VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: len as u64,
+        userspace_addr: mapping.as_ptr() as u64,
+        mmap_offset: 0,
+        mmap_handle: file.as_raw_fd(),
+    };
+    let mut front_end = FrontEnd::connect(&served.path);
+    front_end.vhost.set_mem_table(&[info(&private, &file)]).expect_err("it is not shared");
+    front_end.vhost.add_mem_region(&info(&private, &file)).expect_err("it is not shared");
+    // It is logged a moment after the answer.
+    let from = Instant::now();
+    let is_refusal = |line: &&String| line.contains("share=on") && line.contains("shared=on");
+    while served.said().iter().filter(is_refusal).count() < 2 {
+        assert!(from.elapsed() < PATIENCE, "{:?}", served.said());
+        std::thread::yield_now();
+    }
+    // Whoever else's address that is: nothing is known of this file's.
+    front_end.vhost.add_mem_region(&info(&private, &other)).expect("taken at its word");
+    front_end.vhost.remove_mem_region(&info(&private, &other)).expect("added");
+    front_end.vhost.set_mem_table(&[info(&shared, &file)]).expect("shared");
 }
 
 #[test]
