@@ -391,7 +391,7 @@ impl Volume {
             ),
             Failure::Io => warn!(
                 "{volume}: requests fail from now on (I/O errors for the guest): no replica can vouch for these bytes. \
-                 `evolute cluster status` names the damaged blocks"
+                 The chunkservers' logs name the damaged blocks, and `evolute chunkserver list` counts them"
             ),
             Failure::ReadOnly => warn!("{volume}: writes fail from now on: it is read-only"),
         }
