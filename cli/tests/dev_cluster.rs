@@ -45,6 +45,13 @@ fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// `evolute`, also where whoever runs this test ignores hangups (nohup): what is ignored at the start stays ignored.
+fn hears_hangups() -> Command {
+    let mut command = Command::new("env");
+    command.args(["--default-signal=HUP,QUIT", EVOLUTE]);
+    command
+}
+
 struct Dev {
     child: Child,
     ready_file: PathBuf,
@@ -57,7 +64,7 @@ impl Dev {
         let _ = fs::remove_file(&ready_file);
         let out = File::create(dir.with_extension("out")).expect("create");
         let err = out.try_clone().expect("clone");
-        let child = Command::new(EVOLUTE)
+        let child = hears_hangups()
             .args(["dev", "--start-timeout", "100", "--dir"])
             .arg(dir)
             .arg("--ready-file")
@@ -242,7 +249,7 @@ struct Import {
 impl Import {
     /// Runs until its volume is made.
     fn begin(dev: &Dev, file: &Path, name: &str) -> Self {
-        let mut child = Command::new(EVOLUTE)
+        let mut child = hears_hangups()
             .args(["--mds", &dev.mds(), "--json", "volume", "import"])
             .arg(file)
             .args(["--name", name])

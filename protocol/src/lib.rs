@@ -2,7 +2,7 @@
 //!
 //! - [`id`], [`epoch`], [`geometry`]: names, the fencing number, sizes.
 //! - [`checksum`]: the crc32c that travels with every piece of data from the guest to the disk.
-//! - [`mds_addresses`]: the control plane's addresses, as people give them.
+//! - [`mds_addresses()`]: the control plane's addresses, as people give them.
 //! - [`wire`]: the data path's frames; pure: bytes in, values out.
 //! - [`rpc`]: the control plane's services, generated from `proto/`; kept apart from [`wire`].
 //!
