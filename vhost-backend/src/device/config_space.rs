@@ -147,10 +147,6 @@ impl ConfigSpace {
         self.bytes[at..at + value.len()].copy_from_slice(value);
     }
 
-    pub fn knows_size(&self) -> bool {
-        self.capacity.get().is_some()
-    }
-
     /// Any range, zeroes beyond what we know: front ends of all ages ask for structures of their own length.
     pub fn read(&self, offset: u32, len: u32) -> Vec<u8> {
         let offset = (if offset >= LEGACY_OFFSET { offset - LEGACY_OFFSET } else { offset }) as usize;

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error};
@@ -12,7 +12,7 @@ use super::command::Commands;
 use super::lifeline::Lifeline;
 use super::session::Session;
 use super::sharing::HOW_TO_SHARE;
-use super::sizing::{Asking, Channel, SAY_EVERY};
+use super::sizing::{Answer, Sizing};
 use super::sparingly::Sparingly;
 use super::{DeviceConfig, DeviceError};
 
@@ -29,15 +29,11 @@ pub struct FrontEnd {
     pub caller: Caller,
     /// When it got its turn.
     pub since: Instant,
-    /// See [`DeviceConfig::starting_max`].
-    starting_max: Duration,
     handler: BackendReqHandler<Mutex<Session>>,
     session: Arc<Mutex<Session>>,
     line: Arc<Lifeline>,
+    pub sizing: Sizing,
     is_owner: bool,
-    /// Has asked how large the disk is, and waits for the answer.
-    asking: Option<Asking>,
-    said_size: Option<Instant>,
     lacks_memory: bool,
 }
 
@@ -53,20 +49,9 @@ impl FrontEnd {
         let session = Session::new(config, commands, caller.peer.clone(), line.clone());
         let session = Arc::new(Mutex::new(session));
         let handler = BackendReqHandler::from_stream(stream, session.clone());
-        let (asking, said_size) = (None, None);
-        let starting_max = config.starting_max;
-        Ok(FrontEnd {
-            caller,
-            since: now,
-            starting_max,
-            handler,
-            session,
-            line,
-            is_owner: false,
-            lacks_memory: false,
-            asking,
-            said_size,
-        })
+        let sizing = Sizing::new(config);
+        let (is_owner, lacks_memory) = (false, false);
+        Ok(FrontEnd { caller, since: now, handler, session, line, sizing, is_owner, lacks_memory })
     }
 
     /// It has said more than questions: the disk is its own until it leaves. Not if it wants rings to run and gives no
@@ -88,8 +73,9 @@ impl FrontEnd {
         }
         match self.caller.listen(now) {
             Said::Nothing | Said::Half => Ok(true),
-            Said::Message(_) if self.is_kept_waiting() && self.caller.has_hung_up() => Ok(false),
-            Said::Message(header) if self.waits_for_size(header, now) => Ok(true),
+            Said::Message(header) if is_one_of(header.request, &[FrontendReq::GET_CONFIG]) => {
+                self.answer_size(header, now, lines)
+            }
             Said::Message(header) => self.serve_message(header, now, lines),
             Said::Goodbye => {
                 if self.is_owner {
@@ -101,40 +87,24 @@ impl FrontEnd {
         }
     }
 
-    /// Its message is there and is not taken yet: waiting for more of it would not be waiting.
-    pub fn is_kept_waiting(&self) -> bool {
-        self.asking.is_some()
-    }
-
-    fn waits_for_size(&mut self, header: Header, now: Instant) -> bool {
-        if header.request != FrontendReq::GET_CONFIG as u32 || self.session().knows_size() {
-            self.asking = None;
-            return false;
-        }
+    fn answer_size(&mut self, header: Header, now: Instant, lines: &mut Lines) -> Result<bool, DeviceError> {
+        let waited = self.sizing.keeps_waiting();
         let peer = &self.caller.peer;
-        let starting_max = self.starting_max;
-        let asking = self.asking.get_or_insert_with(|| {
-            tracing::info!(%peer, "a front end asks for the size of a volume that is not known yet");
-            Asking::new(peer, starting_max, now)
-        });
-        if !asking.waits(now) {
-            self.asking = None;
+        match self.sizing.asked(peer, now) {
+            Answer::Say => return self.serve_message(header, now, lines),
+            Answer::Wait if waited => {}
+            Answer::Wait => self.lines(lines).tell(now, |unsaid| {
+                tracing::info!(%peer, unsaid, "a front end asks for the size of a volume that is not known yet");
+            }),
+            // An empty answer would be the way to refuse it, and the vhost crate's front ends wait for the rest for ever.
+            Answer::HangUp => {
+                self.lines(lines).tell(now, |unsaid| {
+                    tracing::warn!(%peer, unsaid, "hanging up on a front end: the size of its volume is not known yet");
+                });
+                return Ok(false);
+            }
         }
-        self.is_kept_waiting()
-    }
-
-    /// Whether it was told a size of nothing.
-    pub fn owes_size(&self) -> bool {
-        self.session().owes_size()
-    }
-
-    /// Says the true one, now and then until it is asked for.
-    pub fn tell_size(&mut self, now: Instant) {
-        if self.said_size.is_none_or(|said| now.duration_since(said) >= SAY_EVERY)
-            && self.session().tell_size()
-        {
-            self.said_size = Some(now);
-        }
+        Ok(!self.caller.has_hung_up())
     }
 
     fn serve_message(
@@ -143,18 +113,8 @@ impl FrontEnd {
         now: Instant,
         lines: &mut Lines,
     ) -> Result<bool, DeviceError> {
-        // An empty answer would be the way to refuse it, and the vhost crate's front ends wait for the rest of that for ever.
-        if request == FrontendReq::GET_CONFIG as u32 && !self.session().can_say_size() {
-            let peer = &self.caller.peer;
-            self.lines(lines).tell(now, |unsaid| {
-                tracing::warn!(%peer, unsaid, "hanging up on a front end: the size of its volume is not known yet");
-            });
-            return Ok(false);
-        }
-        if request == FrontendReq::SET_BACKEND_REQ_FD as u32
-            && let Some(channel) = Channel::peeked(&self.caller.stream)
-        {
-            self.session().set_channel(channel);
+        if is_one_of(request, &[FrontendReq::SET_BACKEND_REQ_FD]) {
+            self.sizing.hear_of_channel(&self.caller.stream);
         }
         let acknowledged = needs_reply && self.session().acknowledges() && is_acknowledged(request);
         let handled = self.handler.handle_request();
@@ -230,7 +190,7 @@ fn is_question(request: u32) -> bool {
         FrontendReq::GET_MAX_MEM_SLOTS,
         FrontendReq::GET_CONFIG,
     ];
-    questions.iter().any(|question| *question as u32 == request)
+    is_one_of(request, &questions)
 }
 
 /// Whether the crate answers a refusal of this message with an acknowledgement that says so. Messages with a reply
@@ -247,5 +207,9 @@ fn is_acknowledged(request: u32) -> bool {
         FrontendReq::SET_LOG_BASE,
         FrontendReq::GET_SHMEM_CONFIG,
     ];
-    !own_reply.iter().any(|own| *own as u32 == request)
+    !is_one_of(request, &own_reply)
+}
+
+fn is_one_of(request: u32, messages: &[FrontendReq]) -> bool {
+    messages.iter().any(|message| *message as u32 == request)
 }

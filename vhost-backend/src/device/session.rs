@@ -37,7 +37,6 @@ use super::lifeline::Lifeline;
 use super::memory::{DirtyLog, MEMORY_SLOTS_MAX, MemoryTable};
 use super::queues::Setup;
 use super::ring::Layout;
-use super::sizing::Channel;
 
 /// What the front end said about one ring so far.
 #[derive(Debug, Default)]
@@ -66,10 +65,6 @@ pub struct Session {
     rings: Vec<RingConfig>,
     inflight: Option<Arc<InflightRegion>>,
     log: Option<Arc<DirtyLog>>,
-    /// For what we say unasked.
-    channel: Option<Channel>,
-    /// It was told a size of nothing, because ours was not known yet.
-    owes_size: bool,
 }
 
 /// The front end asked for something we do not do, or not now.
@@ -95,38 +90,7 @@ impl Session {
             rings: Vec::new(),
             inflight: None,
             log: None,
-            channel: None,
-            owes_size: false,
         }
-    }
-
-    pub fn set_channel(&mut self, channel: Channel) {
-        self.channel = Some(channel);
-    }
-
-    /// Whether there is an answer to how large the disk is: the truth, or a nothing that can be corrected later.
-    pub fn can_say_size(&self) -> bool {
-        self.knows_size() || self.channel.is_some()
-    }
-
-    /// Whether the front end is still to be told how large the disk is.
-    pub fn owes_size(&self) -> bool {
-        self.owes_size
-    }
-
-    /// Says that the configuration changed, if the size is known by now. Whoever takes note asks for it anew; QEMU does only
-    /// while its guest drives the disk, so it is said until it is asked for.
-    /// True: it was said.
-    pub fn tell_size(&mut self) -> bool {
-        let due = self.owes_size && self.config_space.knows_size();
-        if due {
-            self.owes_size = self.channel.as_ref().is_some_and(Channel::configuration_changed);
-        }
-        due
-    }
-
-    pub fn knows_size(&self) -> bool {
-        self.config_space.knows_size()
     }
 
     /// Whether the front end hears of a refusal. Where it does not, the only honest answer is to hang up.
@@ -395,7 +359,6 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        self.owes_size = !self.config_space.knows_size();
         Ok(self.config_space.read(offset, size))
     }
 

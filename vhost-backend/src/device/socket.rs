@@ -166,12 +166,13 @@ impl<'a> Server<'a> {
     fn wait(&mut self, listener: Option<&UnixListener>, stop: &StopSignal) -> io::Result<Awake> {
         self.accept_after = self.accept_after.filter(|after| Instant::now() < *after);
         let accepts = listener.filter(|_| self.accept_after.is_none());
-        let speaks = |front_end: &&FrontEnd| !front_end.caller.has_half() && !front_end.is_kept_waiting();
+        let speaks =
+            |front_end: &&FrontEnd| !front_end.caller.has_half() && !front_end.sizing.keeps_waiting();
         let front_end = self.front_end.as_ref().filter(speaks);
         let looks = self.accept_after.is_some()
             || !self.waiting.are_all_silent()
             || front_end.is_some() != self.front_end.is_some();
-        let says = self.front_end.as_ref().is_some_and(FrontEnd::owes_size);
+        let says = self.front_end.as_ref().is_some_and(|front_end| front_end.sizing.owes());
         let mut polled = vec![PollFd::new(&stop.0, PollFlags::IN)];
         polled.extend(accepts.map(|listener| PollFd::new(listener, PollFlags::IN)));
         let callers = self.waiting.silent().chain(front_end.map(|front_end| &front_end.caller));
@@ -207,7 +208,7 @@ impl<'a> Server<'a> {
             self.front_end.take().map_or(Ok(()), FrontEnd::end)?;
         }
         if let Some(front_end) = &mut self.front_end {
-            front_end.tell_size(Instant::now());
+            front_end.sizing.tell(Instant::now());
         }
         Ok(())
     }
