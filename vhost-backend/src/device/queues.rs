@@ -8,9 +8,9 @@
 //!
 //! What always holds:
 //!
-//! - Nothing is taken from a ring while the disk's size is not known or the backing is not ready, while something abandoned may still change data
-//!   (it must not overtake what comes next), or while replayed writes are unanswered (design §5). Held rings lose
-//!   nothing: their kicks are remembered.
+//! - Nothing is taken from a ring while the disk's size is not known or the backing is not ready, while something
+//!   abandoned may still change data (it must not overtake what comes next), or while replayed writes are unanswered
+//!   (design §5). Held rings lose nothing: their kicks are remembered.
 //! - When a stop, a pause or a change of memory is acknowledged, nothing of those queues is out, and their memory is not
 //!   touched again. Each waits for answers as long as some come; then the rest is taken back from the backing, to be done
 //!   again, and the ring says so itself ([`Queue::settle`]): it may go on here, elsewhere, or from a snapshot.
@@ -291,11 +291,16 @@ impl Queues {
         self.has_ended() || !self.runnable.is_empty() && self.may_take(backing)
     }
 
-    fn may_take(&self, backing: &dyn Backing) -> bool {
+    /// Whether anything goes to the backing, also what is done again.
+    fn may_submit(&self, backing: &dyn Backing) -> bool {
         self.disk.capacity.get().is_some()
             && backing.ready()
             && !self.closing
             && self.tickets.orphans_changing_data() == 0
+    }
+
+    fn may_take(&self, backing: &dyn Backing) -> bool {
+        self.may_submit(backing)
             && self.bytes_in_flight < BYTES_IN_FLIGHT_MAX
             && self.replayed_changes_out == 0
             && self.awaited.is_empty()
@@ -303,11 +308,7 @@ impl Queues {
 
     /// Takes what the rings offer and hands it to the backing.
     pub fn serve(&mut self, backing: &mut dyn Backing, now: Instant) {
-        let known = self.disk.capacity.get().is_some();
-        if !known || !backing.ready() || self.closing || self.tickets.orphans_changing_data() > 0 {
-            return;
-        }
-        if !self.replay(backing, now) {
+        if !self.may_submit(backing) || !self.replay(backing, now) {
             return;
         }
         for _ in 0..self.runnable.len() {
