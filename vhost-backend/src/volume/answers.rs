@@ -201,10 +201,7 @@ impl Volume {
             }
             // A fence needs no room worth speaking of, and without it nothing ever goes on here.
             Move::Fail(_) if is_fence => self.wait_with_all(index, key, Duration::from_millis(100)),
-            Move::Fail(failure) => {
-                self.note_failure(failure);
-                self.fail_operation(key, failure);
-            }
+            Move::Fail(failure) => self.fail_and_tell(key, failure),
             Move::Stop { current } => self.fenced_out(current),
         }
     }

@@ -23,6 +23,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use evolute_daemon::in_one_line;
+use evolute_protocol::NotAnAddress;
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::{SegmentIndex, VolumeId};
 use evolute_protocol::rpc::{
@@ -33,7 +34,7 @@ use tracing::{error, info, warn};
 
 use super::attach::{Attachment, Remembered, StateError, StateFile};
 use super::identity::Secret;
-use super::mds::{self, BadAddress, BadMap, Endpoints, Mds, copysets_of, map_of, resolve};
+use super::mds::{self, BadMap, Endpoints, Mds, copysets_of, map_of, resolve};
 use super::routing::{Map, SegmentCopysets};
 use crate::backing::Capacity;
 use crate::io_thread::WakerHandle;
@@ -86,8 +87,8 @@ pub enum AttachError {
     Refused { volume: String, message: String },
     #[error("the state directory cannot be used")]
     State(#[from] StateError),
-    #[error("{0:?} is not an address of an MDS")]
-    MdsAddress(String),
+    #[error(transparent)]
+    MdsAddress(#[from] NotAnAddress),
     #[error("the control thread cannot be started")]
     Thread(#[source] io::Error),
     #[error("volume {0:?} was taken over by somebody else")]
@@ -209,7 +210,7 @@ pub struct Control {
 
 /// Starts the control thread, which attaches the volume at once.
 pub fn start(options: ControlOptions) -> Result<(Control, ControlLink), AttachError> {
-    let mds = mds::endpoints(&options.mds).map_err(|BadAddress(address)| AttachError::MdsAddress(address))?;
+    let mds = mds::endpoints(&options.mds)?;
     let state = match &options.state_dir {
         Some(directory) => Some(StateFile::new(directory, &options.volume)?),
         None => None,
@@ -274,7 +275,7 @@ impl Control {
 
     /// Ends the thread and keeps the volume, for a successor with the same state directory.
     pub fn stop(self) {
-        let _ = self.asks.send(Ask::Stop);
+        self.give_up();
         if self.thread.join().is_err() {
             error!("the control thread has panicked");
         }
@@ -394,8 +395,11 @@ impl Controller {
 
     fn announce(&self, known: &Remembered, remembered: bool) {
         if !self.options.capacity.tell(known.size_bytes) {
-            return self
-                .refuse(format!("it is another volume of that name by now, of {} bytes", known.size_bytes));
+            let size = known.size_bytes;
+            self.news.send(News::Lost);
+            let why = self.refused(format!("it is another volume of that name by now, of {size} bytes"));
+            let _ = self.told.send(Err(why));
+            return;
         }
         let attachment = Attachment {
             volume: known.volume,
@@ -457,11 +461,7 @@ impl Controller {
         let known = match answer.await {
             Ok(answer) => match self.attached(answer).await {
                 Ok(known) => known,
-                Err(what) => {
-                    let volume = self.options.volume.clone();
-                    let message = format!("its answer does not make sense: {what}");
-                    return Err(AttachError::Refused { volume, message });
-                }
+                Err(what) => return Err(self.refused(format!("its answer does not make sense: {what}"))),
             },
             Err(refusal) => {
                 let volume = self.options.volume.clone();
@@ -470,7 +470,7 @@ impl Controller {
                     ErrorWord::AttachedElsewhere => {
                         AttachError::AttachedElsewhere { volume, message: refusal.message }
                     }
-                    _ => AttachError::Refused { volume, message: refusal.message },
+                    _ => self.refused(refusal.message),
                 });
             }
         };
@@ -491,9 +491,8 @@ impl Controller {
         self.news.send(News::Lost);
     }
 
-    fn refuse(&self, message: String) {
-        self.news.send(News::Lost);
-        let _ = self.told.send(Err(AttachError::Refused { volume: self.options.volume.clone(), message }));
+    fn refused(&self, message: String) -> AttachError {
+        AttachError::Refused { volume: self.options.volume.clone(), message }
     }
 
     async fn attached(&self, answer: evolute_protocol::rpc::AttachResponse) -> Result<Remembered, BadMap> {

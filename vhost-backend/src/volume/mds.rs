@@ -36,21 +36,14 @@ const WAIT_MAX: Duration = Duration::from_secs(1);
 /// The addresses of all MDS, checked: each as it was given, and as it is called.
 pub type Endpoints = Vec<(String, Endpoint)>;
 
-/// This cannot be the address of an MDS; empty: none was given.
-#[derive(Debug)]
-pub struct BadAddress(pub String);
-
-pub fn endpoints(addresses: &[String]) -> Result<Endpoints, BadAddress> {
-    let addresses = mds_addresses(addresses).map_err(|why| match why {
-        NotAnAddress::Nothing => BadAddress(String::new()),
-        NotAnAddress::This(address) => BadAddress(address),
-    })?;
+pub fn endpoints(addresses: &[String]) -> Result<Endpoints, NotAnAddress> {
+    let addresses = mds_addresses(addresses)?;
     addresses.iter().map(|address| endpoint(address)).collect()
 }
 
-fn endpoint(address: &str) -> Result<(String, Endpoint), BadAddress> {
-    let endpoint =
-        Endpoint::from_shared(format!("http://{address}")).map_err(|_| BadAddress(address.to_owned()))?;
+fn endpoint(address: &str) -> Result<(String, Endpoint), NotAnAddress> {
+    let endpoint = Endpoint::from_shared(format!("http://{address}"))
+        .map_err(|_| NotAnAddress::This(address.to_owned()))?;
     let endpoint = endpoint.connect_timeout(CONNECT_MAX).timeout(CALL_MAX).tcp_nodelay(true);
     Ok((address.to_owned(), endpoint))
 }

@@ -320,10 +320,7 @@ impl Volume {
                     SegmentRefused::NoSpace => Failure::NoSpace,
                     SegmentRefused::Invalid => Failure::Io,
                 };
-                for key in waiting {
-                    self.note_failure(failure);
-                    self.fail_operation(key, failure);
-                }
+                waiting.into_iter().for_each(|key| self.fail_and_tell(key, failure));
             }
         }
     }
@@ -378,7 +375,12 @@ impl Volume {
         self.completed.push((ticket, outcome));
     }
 
-    /// Its guest hears of an I/O error, whatever it was; here is why.
+    /// The guest hears of an I/O error, whatever it was; the operator hears why.
+    fn fail_and_tell(&mut self, key: Key, failure: Failure) {
+        self.note_failure(failure);
+        self.fail_operation(key, failure);
+    }
+
     fn note_failure(&mut self, failure: Failure) {
         let Some(volume) = self.attachment.as_ref().map(|attachment| attachment.volume) else { return };
         if !self.failing.note(failure, self.now) {
