@@ -279,13 +279,19 @@ fn long_absence(cluster: &Cluster, rest: &[usize]) {
     }
 }
 
-#[test]
-fn the_log_kept_for_a_member_that_is_away_is_bounded_and_it_comes_back_by_a_snapshot() {
-    let mut cluster = Cluster::with_limits(3, RETAIN);
+/// Three that are equal, one of whom does not lead and is about to be away, and the rest.
+fn one_to_be_away() -> (Cluster, usize, Vec<usize>) {
+    let cluster = Cluster::with_limits(3, RETAIN);
     fill(&cluster, &[0, 1, 2], 0..5);
     cluster.equal(&[0, 1, 2]);
     let away = (cluster.leader() + 1) % 3;
-    let rest: Vec<usize> = (0..3).filter(|&at| at != away).collect();
+    let rest = (0..3).filter(|&at| at != away).collect();
+    (cluster, away, rest)
+}
+
+#[test]
+fn the_log_kept_for_a_member_that_is_away_is_bounded_and_it_comes_back_by_a_snapshot() {
+    let (mut cluster, away, rest) = one_to_be_away();
     cluster.process(away).checkpoint();
     cluster.kill(away);
     long_absence(&cluster, &rest);
@@ -298,11 +304,7 @@ fn the_log_kept_for_a_member_that_is_away_is_bounded_and_it_comes_back_by_a_snap
 /// It stands for election with the vote of the one that lags, and needs it again to commit anything.
 #[test]
 fn a_leader_brings_up_the_only_member_that_is_left_before_it_serves() {
-    let mut cluster = Cluster::with_limits(3, RETAIN);
-    fill(&cluster, &[0, 1, 2], 0..5);
-    cluster.equal(&[0, 1, 2]);
-    let away = (cluster.leader() + 1) % 3;
-    let rest: Vec<usize> = (0..3).filter(|&at| at != away).collect();
+    let (mut cluster, away, rest) = one_to_be_away();
     cluster.kill(away);
     long_absence(&cluster, &rest);
     bounded(&cluster, &rest);
@@ -343,11 +345,7 @@ fn a_member_that_hears_and_never_answers_does_not_hold_the_log_either() {
 
 #[test]
 fn a_member_away_for_a_short_time_catches_up_from_the_log() {
-    let mut cluster = Cluster::with_limits(3, RETAIN);
-    fill(&cluster, &[0, 1, 2], 0..5);
-    cluster.equal(&[0, 1, 2]);
-    let away = (cluster.leader() + 1) % 3;
-    let rest: Vec<usize> = (0..3).filter(|&at| at != away).collect();
+    let (mut cluster, away, rest) = one_to_be_away();
     cluster.kill(away);
     fill(&cluster, &rest, 5..50);
     rest.iter().for_each(|&at| cluster.process(at).checkpoint());

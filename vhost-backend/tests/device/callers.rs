@@ -3,13 +3,12 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use evolute_vhost_backend::device::DeviceConfig;
 use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
-use crate::disk::{Disk, PATIENCE, Served};
+use crate::disk::{Disk, PATIENCE, Served, wait_until};
 use crate::front_end::{Driver, F_EVENT_IDX, F_PROTOCOL, F_VERSION_1, FrontEnd, GuestMemory, IN, place};
 
 const CAPACITY: u64 = 1 << 20;
@@ -67,14 +66,6 @@ fn is_hung_up_on(stream: &mut UnixStream) -> bool {
             Ok(_) => {}
             Err(error) => return error.kind() == std::io::ErrorKind::ConnectionReset,
         }
-    }
-}
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let from = Instant::now();
-    while !condition() {
-        assert!(from.elapsed() < PATIENCE, "waited in vain until {what}");
-        std::thread::yield_now();
     }
 }
 

@@ -196,6 +196,14 @@ impl State {
     }
 }
 
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let from = Instant::now();
+    while !condition() {
+        assert!(from.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::yield_now();
+    }
+}
+
 type MakeBacking = Box<dyn FnOnce(WakerHandle, Seat) -> Box<dyn Backing> + Send>;
 
 /// What a device writes into its log.

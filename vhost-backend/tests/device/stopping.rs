@@ -11,7 +11,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserDirtyLogRegion};
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
-use crate::disk::{Disk, PATIENCE, Served};
+use crate::disk::{Disk, Served, wait_until};
 use crate::front_end::{
     D, Driver, FAR, FREE, FrontEnd, GuestMemory, IN, NEXT, OUT, REGION_LEN, WRITE, data_of, header, memfd,
     place, slot_at, status_of,
@@ -189,14 +189,6 @@ fn mapped(memory: &GuestMemory) -> usize {
     maps.lines()
         .filter(|line| line.split_whitespace().nth(4).is_some_and(|ino| inodes.iter().any(|i| i == ino)))
         .count()
-}
-
-fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
-    let from = Instant::now();
-    while !condition() {
-        assert!(from.elapsed() < PATIENCE, "waited in vain until {what}");
-        std::thread::yield_now();
-    }
 }
 
 #[test]
