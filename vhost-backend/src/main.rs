@@ -64,10 +64,11 @@ fn run(args: Args) -> Result<()> {
         config.disks.iter().map(|disk| endpoint(disk, config.access)).collect::<Result<Vec<_>>>()?;
     let io = Arc::new(IoLoop::start(config.spin).context("cannot start the I/O thread")?);
     let mut disks = Vec::new();
-    for (disk, endpoint) in config.disks.iter().zip(endpoints) {
+    let begun = config.disks.iter().zip(endpoints).try_for_each(|(disk, endpoint)| {
         disks.push(Disk::attach(&config, &io, disk.clone(), endpoint)?);
-    }
-    let ended = serve(&config, &mut disks, &stop);
+        Ok(())
+    });
+    let ended = begun.and_then(|()| serve(&config, &mut disks, &stop));
     evolute_daemon::notify::stopping();
     let stopped = stop_all(disks);
     // The last one: every device has let go of it.
