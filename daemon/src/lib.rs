@@ -84,6 +84,7 @@ fn filter() -> (EnvFilter, Option<String>) {
     let directives: Result<Vec<Directive>, _> =
         text.split(',').filter(|piece| !piece.is_empty()).map(str::parse).collect();
     let filter = match directives {
+        Ok(none) if none.is_empty() => EnvFilter::new("error"),
         Ok(all) => all.into_iter().fold(EnvFilter::new("off"), EnvFilter::add_directive),
         Err(error) => return unusable(format!("EVOLUTE_LOG={text:?} is not used: {error}")),
     };

@@ -23,6 +23,7 @@ fn the_process() {
     for n in 0..20_000 {
         tracing::info!(n, "something that happened on a path that must not wait");
     }
+    tracing::error!("something went wrong");
     match role.as_str() {
         "panics" => panic!("on purpose"),
         _ => evolute_daemon::last_words("the process: could not go on"),
@@ -102,6 +103,16 @@ fn what_is_wrong_with_the_setting_of_the_log_waits_for_nobody_and_ends_nothing()
         "{:?}",
         text.get(..300)
     );
+}
+
+#[test]
+fn a_setting_that_says_nothing_lets_errors_through() {
+    let (reader, writer) = rustix::pipe::pipe().expect("a pipe");
+    let child = process_with("fails", "", writer);
+    let mut text = String::new();
+    File::from(reader).read_to_string(&mut text).expect("read");
+    end(child);
+    assert!(text.contains("something went wrong") && !text.contains("something that happened"), "{text}");
 }
 
 #[test]
