@@ -24,7 +24,9 @@ async fn cluster() -> (Mds, [Chunkserver; 4]) {
     until("everybody has its share", || async {
         let status = status(mds.address).await;
         let replicas: Vec<_> = status.chunkservers.iter().map(|c| c.replicas).collect();
-        is_quiet(&status) && replicas == [8, 8, 4, 4]
+        // What was moved away may still be there, for a moment.
+        let here: Vec<_> = chunkservers.iter().map(Chunkserver::replicas).collect();
+        is_quiet(&status) && replicas == [8, 8, 4, 4] && here == [8, 8, 4, 4]
     })
     .await;
     let Ok(chunkservers) = <[Chunkserver; 4]>::try_from(chunkservers) else { panic!("four") };
