@@ -26,6 +26,8 @@ pub struct Process {
     arguments: Vec<OsString>,
     log: PathBuf,
     ready_file: Option<PathBuf>,
+    folder: Option<PathBuf>,
+    variables: Vec<(&'static str, OsString)>,
     child: Option<Child>,
 }
 
@@ -43,6 +45,8 @@ impl Process {
             arguments: arguments.into_iter().map(Into::into).collect(),
             log: scene.log(&format!("{name}.log")),
             ready_file: None,
+            folder: None,
+            variables: Vec::new(),
             child: None,
         }
     }
@@ -52,6 +56,18 @@ impl Process {
         let path = scene.folder().join(format!("{}.ready", self.name));
         self.arguments.extend(["--ready-file".into(), path.clone().into()]);
         self.ready_file = Some(path);
+        self
+    }
+
+    /// Where its relative paths are.
+    pub fn in_folder(mut self, folder: &Path) -> Process {
+        self.folder = Some(folder.to_owned());
+        self
+    }
+
+    /// One more in its environment.
+    pub fn with_variable(mut self, name: &'static str, value: impl Into<OsString>) -> Process {
+        self.variables.push((name, value.into()));
         self
     }
 
@@ -79,6 +95,10 @@ impl Process {
         writeln!(log, "── {} {}", self.program.display(), words.join(" "))?;
         let mut command = Command::new(&self.program);
         command.args(&self.arguments).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        if let Some(folder) = &self.folder {
+            command.current_dir(folder);
+        }
         die_with_the_test(&mut command);
         let child = command.spawn().with_context(|| format!("cannot start {}", self.program.display()))?;
         self.child = Some(child);

@@ -64,7 +64,7 @@ segments_at:
 
         .section .bss
         .align 4096
-        .globl directory
+        .globl root
 root:   .skip 4096
 directory: .skip 4096
 tables: .skip 16384
