@@ -111,7 +111,7 @@ fn next_words(mds: &str, volume: &str) -> String {
     let (mds, volume) = (quoted(mds), quoted(volume));
     format!(
         "a backend gives it to a guest:\n  \
-         evolute-vhost --mds {mds} --volume {volume} --socket-path /run/evolute/{volume}.sock --state-dir /var/lib/evolute/{volume}\n\
+         mkdir -p /run/evolute && evolute-vhost --mds {mds} --volume {volume} --socket-path /run/evolute/{volume}.sock --state-dir /var/lib/evolute/{volume}\n\
          and QEMU attaches it, with shared memory (evolute-vhost --help has the whole line), by:\n  \
          -chardev socket,id=disk,path=/run/evolute/{volume}.sock,reconnect=1 -device vhost-user-blk-pci,chardev=disk\n\
          in a cluster of `evolute dev`, start that again with --volume {volume}: it prints the lines"
@@ -318,7 +318,7 @@ mod tests {
     fn what_to_type_after_an_import_can_be_pasted() {
         let words = next_words("10.0.0.1:7700,[::1]:7700", "debian");
         assert!(
-            words.contains("evolute-vhost --mds '10.0.0.1:7700,[::1]:7700' --volume debian --socket-path /run/evolute/debian.sock"),
+            words.contains("mkdir -p /run/evolute && evolute-vhost --mds '10.0.0.1:7700,[::1]:7700' --volume debian --socket-path /run/evolute/debian.sock"),
             "{words}"
         );
         assert!(words.contains("path=/run/evolute/debian.sock,reconnect=1"), "{words}");

@@ -18,7 +18,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use evolute_daemon::shell::quoted_path;
+use rustix::fs::{CWD, FlockOperation, Mode, OFlags, RenameFlags, flock, renameat_with};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -50,14 +51,44 @@ pub enum ListenError {
     Served,
     #[error("there is {0} with this name, and only a socket that nobody serves any more is replaced")]
     Occupied(&'static str),
-    #[error("the path has {0} bytes; a socket's has at most 107")]
+    #[error("the path has {0} bytes; a socket's has at most 107: name one in a directory such as /run/evolute")]
     TooLong(usize),
+    /// After a reboot, too: /run is made anew by it.
+    #[error("its directory does not exist: mkdir -p {}", quoted_path(.0))]
+    NoDirectory(PathBuf),
+    #[error("{} is no directory: name a socket in one", .0.display())]
+    NotInDirectory(PathBuf),
+    #[error(
+        "this user ({user}) may not make a socket in {}: run it as one who may, or name a socket in another directory",
+        .directory.display()
+    )]
+    NotAllowed { directory: PathBuf, user: u32, #[source] source: io::Error },
+    #[error("the file system of {} is read-only: name a socket in another directory, such as /run/evolute", .0.display())]
+    ReadOnly(PathBuf),
     #[error("the lock of its directory is held by somebody else")]
     Locked,
     #[error("cannot give it mode {0:o} and its group")]
     Access(u32, #[source] io::Error),
     #[error(transparent)]
     Io(#[from] io::Error),
+}
+
+impl ListenError {
+    /// What a system call about this path came to, as whoever named the path can mend it.
+    fn at(path: &Path, errno: Errno) -> ListenError {
+        let directory = directory_of(path).to_owned();
+        match errno {
+            Errno::NAMETOOLONG => ListenError::TooLong(path.as_os_str().len()),
+            Errno::NOENT => ListenError::NoDirectory(directory),
+            Errno::NOTDIR => ListenError::NotInDirectory(directory),
+            Errno::ACCESS | Errno::PERM => {
+                let user = rustix::process::geteuid().as_raw();
+                ListenError::NotAllowed { directory, user, source: errno.into() }
+            }
+            Errno::ROFS => ListenError::ReadOnly(directory),
+            other => other.into(),
+        }
+    }
 }
 
 impl From<Errno> for ListenError {
@@ -94,10 +125,7 @@ fn kind(of: fs::FileType) -> &'static str {
 impl Listening {
     /// Binds now, so that a front end can connect while the rest still starts.
     pub fn at(path: &Path, access: SocketAccess) -> Result<Listening, ListenError> {
-        let address = SocketAddrUnix::new(path).map_err(|errno| match errno {
-            Errno::NAMETOOLONG => ListenError::TooLong(path.as_os_str().len()),
-            other => other.into(),
-        })?;
+        let address = SocketAddrUnix::new(path).map_err(|errno| ListenError::at(path, errno))?;
         let _lock = lock_directory(path)?;
         remove_dead(path, &address)?;
         let socket = rustix::net::socket_with(
@@ -107,7 +135,7 @@ impl Listening {
             None,
         )?;
         // It fails where anything is: nothing is ever replaced by it.
-        rustix::net::bind(&socket, &address)?;
+        rustix::net::bind(&socket, &address).map_err(|errno| ListenError::at(path, errno))?;
         let mut made = Listening {
             listener: UnixListener::from(socket),
             path: path.to_owned(),
@@ -139,10 +167,16 @@ impl Drop for Listening {
     }
 }
 
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
 /// Held by whoever makes or removes a socket in this directory; a lock on the directory itself leaves no file behind.
 fn lock_directory(path: &Path) -> Result<File, ListenError> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let directory = File::open(parent)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory_of(path), flags, Mode::empty())
+        .map_err(|errno| ListenError::at(path, errno))?;
+    let directory = File::from(directory);
     let until = Instant::now() + LOCK_PATIENCE;
     loop {
         match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
@@ -234,6 +268,8 @@ mod tests {
     use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
     use std::path::Path;
 
+    use rustix::io::Errno;
+
     use super::{ListenError, Listening, SocketAccess, group_of};
 
     fn listen(path: &Path) -> Result<Listening, ListenError> {
@@ -305,6 +341,37 @@ mod tests {
         assert!(!path.exists(), "it takes its socket away");
         let long = dir.path().join("s".repeat(120));
         assert!(matches!(listen(&long), Err(ListenError::TooLong(_))));
+    }
+
+    /// /run is empty after every boot, and the path is often pasted.
+    #[test]
+    fn a_directory_that_is_not_there_is_named_with_what_makes_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let missing = dir.path().join("a run");
+        let refused = listen(&missing.join("disk.sock")).expect_err("refused").to_string();
+        let mends = format!("mkdir -p '{}'", missing.display());
+        assert!(refused.contains(&mends), "{refused}");
+        let mended = std::process::Command::new("sh").args(["-c", &mends]).status().expect("sh");
+        assert!(mended.success());
+        listen(&missing.join("disk.sock")).expect("that was all");
+    }
+
+    #[test]
+    fn why_a_directory_holds_no_socket_is_said() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("vm1.raw");
+        fs::write(&file, "an image").expect("written");
+        let refused = listen(&file.join("disk.sock")).expect_err("refused").to_string();
+        assert!(refused.contains(&format!("{} is no directory", file.display())), "{refused}");
+        for (errno, why) in [
+            (Errno::ACCESS, "may not make a socket in /run/evolute"),
+            (Errno::PERM, "may not make a socket in /run/evolute"),
+            (Errno::ROFS, "the file system of /run/evolute is read-only"),
+        ] {
+            let refused = ListenError::at(Path::new("/run/evolute/disk.sock"), errno).to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+        assert!(ListenError::at(Path::new("disk.sock"), Errno::NOTDIR).to_string().starts_with(". is no"));
     }
 
     #[test]

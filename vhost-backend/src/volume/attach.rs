@@ -64,8 +64,22 @@ pub enum StateError {
     Damaged(PathBuf),
     #[error("{path}: written by a newer program (version {version}; this one knows {VERSION})")]
     Newer { path: PathBuf, version: u32 },
+    #[error("{} cannot be made: make it for this user, or name another one with --state-dir", .directory.display())]
+    Make {
+        directory: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("{0:?} cannot be a volume's name")]
     Name(String),
+}
+
+impl StateError {
+    /// The directory is there when this returns.
+    pub fn make(directory: &Path) -> Result<(), StateError> {
+        fs::create_dir_all(directory)
+            .map_err(|source| StateError::Make { directory: directory.to_owned(), source })
+    }
 }
 
 /// The file's first words: what it is, its version, the checksum of everything behind the first line.
@@ -85,11 +99,7 @@ impl StateFile {
         {
             return Err(StateError::Name(volume.to_owned()));
         }
-        fs::create_dir_all(directory).map_err(|source| StateError::Io {
-            path: directory.to_owned(),
-            verb: "made",
-            source,
-        })?;
+        StateError::make(directory)?;
         Ok(Self { path: directory.join(format!("{volume}.attachment")) })
     }
 

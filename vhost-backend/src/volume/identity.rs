@@ -111,6 +111,7 @@ impl Holder {
             let path = path.clone();
             move |source| StateError::Io { path, verb, source }
         };
+        StateError::make(directory)?;
         if let Some(kept) = Self::load(&path)? {
             if kept.is_of(machine) {
                 return Ok(kept);
@@ -149,7 +150,6 @@ impl Holder {
 
     /// On disk when this returns, unless somebody else's is there by then.
     fn put(&self, directory: &Path, path: &Path) -> io::Result<()> {
-        fs::create_dir_all(directory)?;
         let beside = directory.join(format!("{FILE}.{}", std::process::id()));
         let mut file =
             OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
@@ -178,6 +178,17 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;
+
+    #[test]
+    fn a_state_directory_that_cannot_be_made_is_named_with_what_to_do() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("file");
+        fs::write(&file, "").expect("written");
+        let directory = file.join("vm1");
+        let refused = Holder::of(&directory, &Machine::this()).expect_err("refused").to_string();
+        let expected = format!("{} cannot be made: make it for this user, or", directory.display());
+        assert!(refused.starts_with(&expected), "{refused}");
+    }
 
     const PLACE: &str = "/run/evolute/vm1.sock";
 
