@@ -24,7 +24,7 @@ use evolute_vhost_backend::volume::{Volume, VolumeOptions};
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// The control plane gets this long to hear that the volume is free; it is not worth delaying a shutdown more.
 const DETACH_TIMEOUT: Duration = Duration::from_secs(2);
-/// Somebody else took the volume: not a failure of this program, and not to be restarted against.
+/// Somebody else took the volume, or deleted it: not a failure of this program, and not to be restarted against.
 const EXIT_TAKEN_OVER: u8 = 3;
 
 /// Somebody else's volume may be about to be let go of, as when a virtual machine moves. It is asked for this long; then the
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         Err(error) => {
             evolute_daemon::last_words(&format!("evolute-vhost: {error:#}"));
             match error.downcast_ref() {
-                Some(AttachError::TakenOver(_)) => ExitCode::from(EXIT_TAKEN_OVER),
+                Some(AttachError::TakenOver(_) | AttachError::Deleted(_)) => ExitCode::from(EXIT_TAKEN_OVER),
                 _ => ExitCode::FAILURE,
             }
         }

@@ -51,7 +51,9 @@ pub enum ListenError {
     Served,
     #[error("there is {0} with this name, and only a socket that nobody serves any more is replaced")]
     Occupied(&'static str),
-    #[error("the path has {0} bytes; a socket's has at most 107: name one in a directory such as /run/evolute")]
+    #[error(
+        "the path has {0} bytes; a socket's has at most 107: name one in a directory such as /run/evolute"
+    )]
     TooLong(usize),
     /// After a reboot, too: /run is made anew by it.
     #[error("its directory does not exist: mkdir -p {}", quoted_path(.0))]
@@ -62,7 +64,12 @@ pub enum ListenError {
         "this user ({user}) may not make a socket in {}: run it as one who may, or name a socket in another directory",
         .directory.display()
     )]
-    NotAllowed { directory: PathBuf, user: u32, #[source] source: io::Error },
+    NotAllowed {
+        directory: PathBuf,
+        user: u32,
+        #[source]
+        source: io::Error,
+    },
     #[error("the file system of {} is read-only: name a socket in another directory, such as /run/evolute", .0.display())]
     ReadOnly(PathBuf),
     #[error("the lock of its directory is held by somebody else")]

@@ -141,6 +141,9 @@ impl Volume {
         let jitter = self.jitter.next();
         let next = next_move(trouble, &self.standing(key, index, peer, trouble, failures, jitter));
         let from_target = self.routing[index].target == peer;
+        if let Trouble::Refused(refusal) = trouble {
+            self.note_refusal(index, peer, refusal);
+        }
         match trouble {
             Trouble::Stale => self.counters.stale_reads += 1,
             Trouble::DamagedOnTheWay | Trouble::Refused(Refusal::Damaged) => self.counters.damaged += 1,

@@ -91,8 +91,13 @@ pub enum AttachError {
     MdsAddress(#[from] NotAnAddress),
     #[error("the control thread cannot be started")]
     Thread(#[source] io::Error),
-    #[error("volume {0:?} was taken over by somebody else")]
+    #[error("volume {0:?} was taken over by somebody else: `evolute volume show` says by whom")]
     TakenOver(String),
+    /// Not by this program: nothing but `volume delete` does it.
+    #[error(
+        "volume {0:?} was deleted while this had it attached (`evolute volume delete`, with --force): its data are gone, and its          guest's disk has ended; remove that disk from the guest, and do not start this again"
+    )]
+    Deleted(String),
     /// It ended, which it does only when told to.
     #[error("the control thread is gone")]
     Gone,
@@ -107,8 +112,8 @@ pub enum Ask {
     Map,
     /// What was remembered is of no use any more: attach through the control plane.
     AttachAnew,
-    /// The cluster says that somebody else writes now; main should hear of it.
-    FencedOut,
+    /// The cluster says that our right to write ended with this epoch's; main should hear of it.
+    FencedOut(Epoch),
     /// Give the volume back, in this time. Says whether the control plane knows.
     Detach {
         timeout: Duration,
@@ -126,7 +131,7 @@ pub enum News {
         segment: SegmentIndex,
         result: Result<Box<SegmentCopysets>, SegmentRefused>,
     },
-    /// Somebody else owns the volume, or it was deleted.
+    /// Somebody else owns the volume, or it was deleted: main says which.
     Lost,
 }
 
@@ -341,7 +346,7 @@ impl Controller {
                 Ask::Segment(segment) => self.spawn(Question::Segment(segment)),
                 Ask::Map => self.spawn(Question::Map),
                 Ask::AttachAnew => self.spawn(Question::Attach),
-                Ask::FencedOut => self.tell_lost(),
+                Ask::FencedOut(by) => self.tell_lost(by == Epoch::DELETED),
                 Ask::Detach { timeout, done } => {
                     let detached = tokio::time::timeout(timeout, self.detach()).await;
                     let _ = done.send(detached.unwrap_or(false));
@@ -482,12 +487,14 @@ impl Controller {
         Ok(())
     }
 
-    fn tell_lost(&self) {
-        let _ = self.told.send(Err(AttachError::TakenOver(self.options.volume.clone())));
+    fn tell_lost(&self, deleted: bool) {
+        let volume = self.options.volume.clone();
+        let why = if deleted { AttachError::Deleted(volume) } else { AttachError::TakenOver(volume) };
+        let _ = self.told.send(Err(why));
     }
 
-    fn lost(&self) {
-        self.tell_lost();
+    fn lost(&self, deleted: bool) {
+        self.tell_lost(deleted);
         self.news.send(News::Lost);
     }
 
@@ -528,8 +535,7 @@ impl Controller {
         let map = match answer.await {
             Ok(map) => map_of(map).await,
             Err(refusal) if refusal.word == ErrorWord::NotFound => {
-                error!("{}: the volume was deleted", self.options.volume);
-                return self.lost();
+                return self.lost(true);
             }
             Err(refusal) => return warn!("the control plane does not give a map: {}", refusal.message),
         };
@@ -583,7 +589,7 @@ impl Controller {
                 match refusal.word {
                     ErrorWord::NoPlacement => Err(SegmentRefused::NoSpace),
                     ErrorWord::FencedOut | ErrorWord::NotFound | ErrorWord::AttachedElsewhere => {
-                        return self.lost();
+                        return self.lost(refusal.word == ErrorWord::NotFound);
                     }
                     _ => Err(SegmentRefused::Invalid),
                 }

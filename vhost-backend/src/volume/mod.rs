@@ -42,6 +42,7 @@ mod admit;
 mod answers;
 mod failing;
 mod followers;
+mod held;
 mod mds;
 mod pace;
 mod peers;
@@ -54,6 +55,7 @@ mod watch;
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
+use evolute_protocol::epoch::Epoch;
 use evolute_protocol::id::SegmentIndex;
 use evolute_protocol::wire::request::Lane;
 use tracing::{error, info, warn};
@@ -327,7 +329,7 @@ impl Volume {
 
     /// Fenced while serving: for ever. Fenced with an attachment from the state directory: it was an old one, and the
     /// control plane knows whether we may have a new one.
-    fn fenced_out(&mut self, by: evolute_protocol::epoch::Epoch) {
+    fn fenced_out(&mut self, by: Epoch) {
         let remembered = self.attachment.as_ref().is_some_and(|attachment| attachment.remembered);
         if self.stage == Stage::Fencing && remembered {
             info!("the attachment of before was replaced by epoch {by}; attaching anew");
@@ -344,8 +346,13 @@ impl Volume {
             self.control.ask(Ask::AttachAnew);
             return;
         }
-        self.control.ask(Ask::FencedOut);
-        self.stop(&format!("fenced out by epoch {by}"));
+        self.control.ask(Ask::FencedOut(by));
+        let why = if by == Epoch::DELETED {
+            "the volume was deleted".to_owned()
+        } else {
+            format!("fenced out by epoch {by}")
+        };
+        self.stop(&why);
     }
 
     /// The end of this volume for this process: nothing more is put out, everything fails.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use evolute_protocol::geometry::CHUNKS_PER_SEGMENT;
 use evolute_protocol::id::{ChunkIndex, ChunkserverId, ClusterId, CopysetId, SegmentIndex};
-use evolute_protocol::wire::reply::Freshness;
+use evolute_protocol::wire::reply::{Freshness, Refusal};
 use smallvec::SmallVec;
 
 use super::inflight::Key;
@@ -103,6 +103,8 @@ pub struct Route {
     pub probe: Option<Key>,
     /// A follower was last asked to lead in the place of one that we do not reach.
     pub take_over_asked: Option<Instant>,
+    /// What each last refused with, since something was answered here.
+    pub refusals: SmallVec<[(PeerIndex, Refusal); 3]>,
     /// The operator was told that I/O is held here, since then.
     pub held_since: Option<Instant>,
 }
@@ -126,6 +128,7 @@ impl Route {
             parked: VecDeque::new(),
             probe: None,
             take_over_asked: None,
+            refusals: SmallVec::new(),
             held_since: None,
         }
     }

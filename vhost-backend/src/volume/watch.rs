@@ -151,17 +151,20 @@ impl Volume {
         }
         let seconds = self.now.saturating_duration_since(since).as_secs_f64();
         let (copyset, target) = (self.name(index), self.peers[self.routing[index].target].id);
+        let why = self.why_held(index);
         if self.routing[index].confirmed {
-            warn!("I/O is held since {seconds:.1} s: {target} leads {copyset} and does not answer");
+            warn!("I/O is held since {seconds:.1} s: {target} leads {copyset} and does not do it: {why}");
         } else {
-            warn!("I/O is held since {seconds:.1} s, waiting for a leader of {copyset}");
+            warn!("I/O is held since {seconds:.1} s: nobody serves {copyset}: {why}");
         }
         self.routing[index].held_since = Some(since);
     }
 
     /// A copyset answers.
     pub(super) fn resumed(&mut self, index: RouteIndex) {
-        if let Some(since) = self.routing.get_mut(index).and_then(|route| route.held_since.take()) {
+        let Some(route) = self.routing.get_mut(index) else { return };
+        route.refusals.clear();
+        if let Some(since) = route.held_since.take() {
             let seconds = self.now.saturating_duration_since(since).as_secs_f64();
             let (copyset, target) = (self.name(index), self.peers[self.routing[index].target].id);
             info!("I/O goes on after {seconds:.1} s: {target} leads {copyset}");

@@ -475,7 +475,21 @@ fn a_full_cluster_and_a_deleted_volume_are_told() {
     let second = client(&[plane.address], None).expect("attached");
     plane.mds().deleted = true;
     second.write(0, data(1, 4096)).expect("taken");
-    assert!(matches!(second.flush(), Err(ClientError::Attach(AttachError::TakenOver(_)))));
+    assert!(matches!(second.flush(), Err(ClientError::Attach(AttachError::Deleted(_)))));
+}
+
+/// The chunkservers know it by the fence of a deleted volume before the control plane is asked for anything.
+#[test]
+fn a_volume_that_was_deleted_is_not_said_to_be_somebody_elses() {
+    let cluster = Cluster::start(1);
+    let plane = Plane::start(&cluster);
+    let guest = client(&[plane.address], None).expect("attached");
+    guest.write(0, data(1, 4096)).expect("taken");
+    guest.flush().expect("durable");
+    cluster.state().groups.values_mut().for_each(|group| group.epoch = Epoch::DELETED);
+    let refused = guest.write(0, data(2, 4096)).and_then(|()| guest.flush()).expect_err("deleted");
+    assert!(matches!(refused, ClientError::Attach(AttachError::Deleted(_))), "{refused:?}");
+    assert!(refused.to_string().contains("was deleted"), "{refused}");
 }
 
 /// It knows no such volume, or one of its own by the same number. Neither is ours: what needs an MDS waits for the right one.

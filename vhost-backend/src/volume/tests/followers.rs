@@ -292,7 +292,7 @@ fn a_follower_that_knows_of_our_end_ends_us() {
     cluster.state().groups.get_mut(&C1).expect("there").epoch = Epoch { attachment: 4, incarnation: 0 };
     cluster.state().fault(SERVERS[0]).hung = true;
     assert!(matches!(rig.perform(Request::Read { offset: 0, len: 512 }), Outcome::Failed(_)));
-    assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::FencedOut)));
+    assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::FencedOut(_))));
 }
 
 #[test]

@@ -381,7 +381,7 @@ fn a_fenced_volume_stops_for_ever() {
         assert_eq!(rig.wait(ticket), Outcome::Failed(Failure::Io));
     }
     assert_eq!(rig.perform(Request::Read { offset: 5 * GIB, len: 512 }), Outcome::Failed(Failure::Io));
-    assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::FencedOut)));
+    assert!(rig.asked.iter().any(|ask| matches!(ask, Ask::FencedOut(_))));
     let sent = rig.volume.counters().sent;
     rig.turn_for(Duration::from_millis(50));
     assert_eq!(rig.volume.counters().sent, sent, "it went on asking");

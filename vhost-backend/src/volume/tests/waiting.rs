@@ -93,6 +93,43 @@ fn what_was_never_sent_is_told_to_be_held() {
     });
 }
 
+/// "Waiting for a leader" was said of all of these.
+#[test]
+fn what_holds_io_is_said_of_each_chunkserver() {
+    let why = |rig: &Rig| {
+        let index = rig.volume.routing.indices().next().expect("a copyset");
+        rig.volume.why_held(index)
+    };
+    let (_cluster, mut rig) = idle_and_alone(quick());
+    write_at(&mut rig, 0);
+    let said = why(&rig);
+    assert!(said.contains("only 0 of its 3 chunkservers can be reached"), "{said}");
+    assert!(said.contains(&format!("{} cannot be reached", SERVERS[2])), "{said}");
+
+    for (refusal, words) in [
+        (Refusal::NotLeader { leader: None }, "says that nobody leads"),
+        (Refusal::Busy, "answers: busy"),
+        (Refusal::NoSuchCopyset, "answers: no replica of that copyset"),
+    ] {
+        let cluster = Cluster::start(1);
+        let mut rig = Rig::attached(&cluster, quick());
+        cluster.kill(SERVERS[1]);
+        for server in SERVERS {
+            cluster.state().fault(server).refuse = Some(refusal);
+        }
+        let ticket = write_at(&mut rig, 0);
+        let expected = format!("{} {words}", SERVERS[0]);
+        rig.until_by_its_own_clock("said", |rig| {
+            let said = why(rig);
+            said.contains(&expected) && said.contains(&format!("{} cannot be reached", SERVERS[1]))
+        });
+        SERVERS.iter().for_each(|server| cluster.state().fault(*server).refuse = None);
+        assert_eq!(rig.wait(ticket), Outcome::Done);
+        let said = why(&rig);
+        assert!(!said.contains(words), "it is over: {said}");
+    }
+}
+
 #[test]
 fn what_waits_for_a_segment_fails_after_the_limit_and_is_told_to_be_held_without_one() {
     let cluster = Cluster::start(3);
