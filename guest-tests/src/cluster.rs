@@ -203,6 +203,15 @@ impl<'a> Cluster<'a> {
         self.start_backend(&format!("{volume}-successor"), volume, "--takeover")
     }
 
+    /// A backend for a volume that another one still has, as on the host that a guest is about to be moved to: it is started
+    /// again and again by its unit until it gets the volume. Not started yet; and where its socket will be.
+    pub fn waiting_backend(&self, volume: &str) -> Result<(Process, PathBuf)> {
+        let name = format!("{volume}-next");
+        let socket = self.socket(&name);
+        let flags = format!("--socket-path {} --volume {volume}", socket.display());
+        Ok((self.describe_backend(&name, &flags)?, socket))
+    }
+
     /// Starts one backend for all of these, the disks of one guest, and gives their sockets. [`Cluster::backend`] knows it as
     /// `A+B`.
     pub fn serve_together(&mut self, volumes: &[&str]) -> Result<Vec<PathBuf>> {
@@ -228,6 +237,13 @@ impl<'a> Cluster<'a> {
     }
 
     fn run_backend(&mut self, name: &str, flags: &str) -> Result<()> {
+        let mut process = self.describe_backend(name, flags)?;
+        process.start()?;
+        self.backends.insert(name.to_string(), process);
+        Ok(())
+    }
+
+    fn describe_backend(&self, name: &str, flags: &str) -> Result<Process> {
         let process_name = format!("backend-{name}");
         let arguments = format!(
             "--mds {} --queues 4 --state-dir {} {flags}",
@@ -235,11 +251,7 @@ impl<'a> Cluster<'a> {
             folder(self.scene, &process_name)?
         );
         let program = self.programs.join("evolute-vhost");
-        let process = Process::new(self.scene, &process_name, program, words(&arguments));
-        let mut process = process.with_ready_file(self.scene);
-        process.start()?;
-        self.backends.insert(name.to_string(), process);
-        Ok(())
+        Ok(Process::new(self.scene, &process_name, program, words(&arguments)).with_ready_file(self.scene))
     }
 
     /// Stops the backend of a volume for good, cleanly.

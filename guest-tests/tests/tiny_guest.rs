@@ -3,14 +3,16 @@
 //! was, and what waited is done once it can be.
 
 use anyhow::{Result, ensure};
-use evolute_guest_tests::{Cluster, Scene, TinyGuest, Under, fault, story};
+use evolute_guest_tests::{Cluster, Process, Scene, TinyGuest, Under, fault, story, until};
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-/// Sectors that are in segments nobody has written: of a volume of 3 GiB, the second and the third.
+/// Sectors that are in segments nobody has written: of a volume of 4 GiB, the second to the fourth.
 const UNALLOCATED: u64 = 1 << 21;
 const ALSO_UNALLOCATED: u64 = 2 << 21;
+const LAST_UNALLOCATED: u64 = 3 << 21;
 /// Beyond the blocks that load writes.
 const ELSEWHERE: u64 = 9600;
 const CHECKED: [&str; 3] = ["done 256", "wrong 0", "errors 0"];
@@ -36,7 +38,7 @@ fn a_guest_of_qemu_goes_on_where_it_was_whatever_qemu_does() {
         let guest = saved_while_one_waits(&mut place, guest)?;
         let mut guest = saved_while_nothing_is_answered(&mut place, guest)?;
         rebooted(&place, &mut guest)?;
-        guest.end()?;
+        moved_to_another_backend(&mut place, guest)?;
         place.cluster.stop()
     })
 }
@@ -66,7 +68,7 @@ fn a_guest_of_cloud_hypervisor_goes_on_where_it_was_whatever_that_does() {
 impl<'a> Place<'a> {
     fn with_guest(scene: &'a Scene, under: Under) -> Result<(Place<'a>, TinyGuest)> {
         let mut cluster = Cluster::start(scene)?;
-        cluster.create_volume("disk", "3G")?;
+        cluster.create_volume("disk", "4G")?;
         let disk = cluster.serve("disk")?;
         let mut guest = TinyGuest::boot(scene, &under, &disk)?;
         guest.tell(LOAD)?;
@@ -154,24 +156,36 @@ fn saved_and_restored(place: &Place<'_>, mut guest: TinyGuest) -> Result<TinyGue
     Ok(guest)
 }
 
-/// One write cannot be answered, a later one was, and its buffer is used for something else.
-fn saved_while_one_waits(place: &mut Place<'_>, mut guest: TinyGuest) -> Result<TinyGuest> {
-    for (held, here) in [(UNALLOCATED, 8000), (ALSO_UNALLOCATED, 8800)] {
-        let mds = fault::freeze(place.cluster.mds())?;
-        guest.expect(&format!("hold {held} {here}"), &["held 1", "status 0"])?;
-        guest.stop()?;
-        if held == UNALLOCATED {
-            guest.go_on()?;
-        } else {
-            guest = place.through_a_file(guest)?;
-        }
-        place.scene.tell("stopped, and went on, with a write that waits");
-        mds.thaw();
-        guest.expect("held", &["status 0"])?;
-        guest.expect(&format!("read {held} 43690"), &["status 0", "differ 0"])?;
-        guest.expect(&format!("read {here} 52428"), &["status 0", "differ 0"])?;
-    }
+/// One write cannot be answered, a later one was, and its buffer is used for something else. Then what the VMM does.
+fn with_one_that_waits(
+    place: &mut Place<'_>,
+    mut guest: TinyGuest,
+    held: u64,
+    vmm_does: impl FnOnce(&Place<'_>, TinyGuest) -> Result<TinyGuest>,
+) -> Result<TinyGuest> {
+    let here = ELSEWHERE + 8 * (held >> 21);
+    let mds = fault::freeze(place.cluster.mds())?;
+    guest.expect(&format!("hold {held} {here}"), &["held 1", "status 0"])?;
+    let mut guest = vmm_does(place, guest)?;
+    mds.thaw();
+    guest.expect("held", &["status 0"])?;
+    guest.expect(&format!("read {held} 43690"), &["status 0", "differ 0"])?;
+    guest.expect(&format!("read {here} 52428"), &["status 0", "differ 0"])?;
     guest.expect("check", &CHECKED)?;
+    Ok(guest)
+}
+
+fn saved_while_one_waits(place: &mut Place<'_>, guest: TinyGuest) -> Result<TinyGuest> {
+    let guest = with_one_that_waits(place, guest, UNALLOCATED, |_, mut guest| {
+        guest.stop()?;
+        guest.go_on()?;
+        Ok(guest)
+    })?;
+    let guest = with_one_that_waits(place, guest, ALSO_UNALLOCATED, |place, mut guest| {
+        guest.stop()?;
+        place.through_a_file(guest)
+    })?;
+    place.scene.tell("stopped, and went on, also from a file, with a write that waits");
     Ok(guest)
 }
 
@@ -221,6 +235,46 @@ fn moved_within_the_host(place: &mut Place<'_>, mut guest: TinyGuest) -> Result<
         end_load(&mut guest)?;
     }
     guest.expect("check", &CHECKED)?;
-    place.scene.tell("and went on in other processes, to which it was moved under load");
+    let guest = with_one_that_waits(place, guest, LAST_UNALLOCATED, |place, guest| {
+        guest.migrate(place.scene, &place.disk)
+    })?;
+    place
+        .scene
+        .tell("and went on in other processes, to which it was moved under load and with a write that waits");
     Ok(guest)
+}
+
+/// From one VMM to another that has a backend of its own, as on another host: QEMU's new process wants its disk before the old
+/// one is done. That backend waits for the volume until the first one is stopped.
+fn moved_to_another_backend(place: &mut Place<'_>, mut guest: TinyGuest) -> Result<()> {
+    let (mut next, disk) = place.cluster.waiting_backend("disk")?;
+    let is_over = AtomicBool::new(false);
+    std::thread::scope(|threads| {
+        let unit = threads.spawn(|| kept_running(&mut next, &is_over));
+        let moved = (|| {
+            guest.tell(LOAD)?;
+            std::thread::sleep(A_MOMENT);
+            guest = guest.migrate(place.scene, &disk)?;
+            place.cluster.stop_serving("disk")?;
+            end_load(&mut guest)?;
+            guest.expect("check", &CHECKED)?;
+            place.scene.tell("and went on in another process, at another backend");
+            guest.end()
+        })();
+        is_over.store(true, Ordering::Relaxed);
+        moved.and(unit.join().expect("no panic"))
+    })
+}
+
+/// Started again whenever it ends, as its unit does, and stopped in the end.
+fn kept_running(process: &mut Process, is_over: &AtomicBool) -> Result<()> {
+    process.spawn()?;
+    until("the end of the test", Duration::from_secs(300), || {
+        if process.ended()?.is_some() {
+            process.wait_ended(A_MOMENT)?;
+            process.spawn()?;
+        }
+        Ok(is_over.load(Ordering::Relaxed).then_some(()))
+    })?;
+    process.stop()
 }
