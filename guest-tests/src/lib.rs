@@ -40,6 +40,6 @@ pub use guest::{Background, Boot, Guest};
 pub use images::Images;
 pub use process::Process;
 pub use scene::{Scene, demonstrate, story};
-pub use tiny::{TinyGuest, Under};
+pub use tiny::{Memory, TinyGuest, Under};
 pub use verify::{Verified, Verify, Verifying};
 pub use wait::until;

@@ -3,7 +3,7 @@
 //! was, and what waited is done once it can be.
 
 use anyhow::{Result, ensure};
-use evolute_guest_tests::{Cluster, Process, Scene, TinyGuest, Under, fault, story, until};
+use evolute_guest_tests::{Cluster, Memory, Process, Scene, TinyGuest, Under, fault, story, until};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,13 +52,16 @@ fn a_guest_of_cloud_hypervisor_goes_on_where_it_was_whatever_that_does() {
         return;
     };
     story(|scene| {
-        let (mut place, mut guest) = Place::with_guest(scene, under)?;
+        let (mut place, guest) = Place::with_guest(scene, under)?;
+        // First: it refuses to copy a guest's memory once its backend was away, or once it was read back or moved.
+        let mut guest = moved_within_the_host(&mut place, guest, Memory::Copied, 1)?;
         stopped_and_its_backend_killed(&mut place, &mut guest)?;
         disk_added_and_taken_out(&mut place, &mut guest)?;
         let guest = saved_and_restored(&place, guest)?;
         let guest = saved_while_one_waits(&mut place, guest)?;
         let guest = saved_while_nothing_is_answered(&mut place, guest)?;
-        let mut guest = moved_within_the_host(&mut place, guest)?;
+        let guest = moved_within_the_host(&mut place, guest, Memory::Given, 5)?;
+        let mut guest = moved_while_one_waits(&mut place, guest)?;
         rebooted(&place, &mut guest)?;
         guest.end()?;
         place.cluster.stop()
@@ -227,20 +230,28 @@ fn rebooted(place: &Place<'_>, guest: &mut TinyGuest) -> Result<()> {
 }
 
 /// From one VMM to another of the same host, at the same socket, which the first one leaves before the second one comes.
-fn moved_within_the_host(place: &mut Place<'_>, mut guest: TinyGuest) -> Result<TinyGuest> {
-    for _ in 0..5 {
+fn moved_within_the_host(
+    place: &mut Place<'_>,
+    mut guest: TinyGuest,
+    memory: Memory,
+    times: u32,
+) -> Result<TinyGuest> {
+    for _ in 0..times {
         guest.tell(LOAD)?;
         std::thread::sleep(A_MOMENT);
-        guest = guest.migrate(place.scene, &place.disk)?;
+        guest = guest.migrate(place.scene, &place.disk, memory)?;
         end_load(&mut guest)?;
     }
     guest.expect("check", &CHECKED)?;
+    place.scene.tell(format_args!("and went on in another process, {memory:?}, {times} times, under load"));
+    Ok(guest)
+}
+
+fn moved_while_one_waits(place: &mut Place<'_>, guest: TinyGuest) -> Result<TinyGuest> {
     let guest = with_one_that_waits(place, guest, LAST_UNALLOCATED, |place, guest| {
-        guest.migrate(place.scene, &place.disk)
+        guest.migrate(place.scene, &place.disk, Memory::Given)
     })?;
-    place
-        .scene
-        .tell("and went on in other processes, to which it was moved under load and with a write that waits");
+    place.scene.tell("and went on in another process, with a write that waits");
     Ok(guest)
 }
 
@@ -254,7 +265,7 @@ fn moved_to_another_backend(place: &mut Place<'_>, mut guest: TinyGuest) -> Resu
         let moved = (|| {
             guest.tell(LOAD)?;
             std::thread::sleep(A_MOMENT);
-            guest = guest.migrate(place.scene, &disk)?;
+            guest = guest.migrate(place.scene, &disk, Memory::Copied)?;
             place.cluster.stop_serving("disk")?;
             end_load(&mut guest)?;
             guest.expect("check", &CHECKED)?;

@@ -1,7 +1,7 @@
 //! cloud-hypervisor with the tiny guest, told over its HTTP API what to do.
 
 use super::http::{Asked, ask};
-use super::{ANSWERED_WITHIN, Begin, MEMORY_MIB, MOVED_WITHIN, Vmm, built, compile};
+use super::{ANSWERED_WITHIN, Begin, MEMORY_MIB, MOVED_WITHIN, Memory, Vmm, built, compile};
 use crate::process::Process;
 use crate::scene::Scene;
 use crate::wait::until;
@@ -132,8 +132,9 @@ impl Vmm for CloudHypervisor {
         self.put("vm.snapshot", &json!({ "destination_url": format!("file://{}", to.display()) })).map(|_| ())
     }
 
-    fn send(&mut self, to: &Path) -> Result<()> {
-        let to = json!({ "destination_url": format!("unix:{}", to.display()), "local": true });
+    fn send(&mut self, to: &Path, memory: Memory) -> Result<()> {
+        let to =
+            json!({ "destination_url": format!("unix:{}", to.display()), "local": memory == Memory::Given });
         self.put("vm.send-migration", &to).map(|_| ())
     }
 

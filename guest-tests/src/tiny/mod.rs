@@ -62,6 +62,15 @@ enum Begin<'a> {
     Receive { disk: &'a Path, at: &'a Path },
 }
 
+/// How a guest's memory gets to another process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// As it would to another host: while the guest runs, then what has changed since, also by the disk's backend.
+    Copied,
+    /// The same memory, given as a descriptor. Only cloud-hypervisor can.
+    Given,
+}
+
 /// What both can do.
 trait Vmm {
     /// The guest's first serial port, of which there is a new one after each start of the guest if it says so.
@@ -75,7 +84,7 @@ trait Vmm {
     fn has_plugged(&mut self) -> Result<bool>;
     fn save(&mut self, to: &Path) -> Result<()>;
     /// Gives the guest, which runs, to another one. Returns before that is done.
-    fn send(&mut self, to: &Path) -> Result<()>;
+    fn send(&mut self, to: &Path, memory: Memory) -> Result<()>;
     /// It has given, or cannot: an error says why.
     fn has_sent(&mut self) -> Result<bool>;
     /// It has what it receives, and runs it.
@@ -190,13 +199,13 @@ impl TinyGuest {
     }
 
     /// Moves it to another VMM of this host. `disk` is where that one finds its disk.
-    pub fn migrate(mut self, scene: &Scene, disk: &Path) -> Result<TinyGuest> {
+    pub fn migrate(mut self, scene: &Scene, disk: &Path, memory: Memory) -> Result<TinyGuest> {
         let at = scene.folder().join("migration.sock");
         if at.exists() {
             std::fs::remove_file(&at)?;
         }
         let mut there = self.under.start(scene, Begin::Receive { disk, at: &at })?;
-        self.vmm.send(&at)?;
+        self.vmm.send(&at, memory)?;
         until("the guest to be sent", MOVED_WITHIN, || Ok(self.vmm.has_sent()?.then_some(())))?;
         until("the guest to arrive", MOVED_WITHIN, || Ok(there.vmm.has_received()?.then_some(())))?;
         there.connect()?;

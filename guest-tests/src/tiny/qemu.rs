@@ -1,13 +1,13 @@
 //! QEMU with the tiny guest.
 
-use super::{ANSWERED_WITHIN, Begin, MEMORY_MIB, MOVED_WITHIN, Vmm, built};
+use super::{ANSWERED_WITHIN, Begin, MEMORY_MIB, MOVED_WITHIN, Memory, Vmm, built};
 use crate::accelerator::{Accelerator, qemu_version};
 use crate::guest::Call;
 use crate::process::Process;
 use crate::qmp::Qmp;
 use crate::scene::Scene;
 use crate::wait::until;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -113,7 +113,8 @@ impl Vmm for Qemu {
         until("the guest to be written to a file", MOVED_WITHIN, || Ok(self.has_sent()?.then_some(())))
     }
 
-    fn send(&mut self, to: &Path) -> Result<()> {
+    fn send(&mut self, to: &Path, memory: Memory) -> Result<()> {
+        ensure!(memory == Memory::Copied, "QEMU copies its guest's memory");
         self.qmp.run("migrate", json!({ "uri": format!("unix:{}", to.display()) })).map(|_| ())
     }
 
