@@ -604,17 +604,19 @@ impl Shard {
 
     fn report(&self) -> ShardReport {
         let (mut replicas, mut volumes) = (Vec::new(), Vec::new());
+        let uses = self.store.borrow().volume_uses();
         for copyset in self.registry.all() {
             let id = copyset.id();
-            let uses = self.store.borrow().volume_uses(id);
-            let data_bytes = uses.values().sum::<u64>() + self.store.borrow().arriving_bytes(id);
+            let ours = uses.range((id, VolumeId(0))..=(id, VolumeId(u64::MAX)));
+            let data_bytes =
+                ours.map(|(_, bytes)| bytes).sum::<u64>() + self.store.borrow().arriving_bytes(id);
             let state = copyset.state().borrow();
             if copyset.group().leadership().is_some() {
                 // Also those that use nothing: the control plane may remember more.
                 volumes.extend(state.writers().keys().map(|volume| VolumeUse {
                     volume: volume.0,
                     copyset: id.0,
-                    used_bytes: uses.get(volume).copied().unwrap_or(0),
+                    used_bytes: uses.get(&(id, *volume)).copied().unwrap_or(0),
                 }));
             }
             let dropped = apply::dropped(&state).collect();

@@ -16,7 +16,8 @@ pub struct VolumeView {
     name: String,
     size_bytes: u64,
     allocated_bytes: u64,
-    used_bytes: u64,
+    /// None: the chunkservers have not all said.
+    used_bytes: Option<u64>,
     width: u32,
     copysets: Vec<u32>,
     attachment: u32,
@@ -45,7 +46,7 @@ impl From<Volume> for VolumeView {
             name: volume.name,
             size_bytes: volume.size_bytes,
             allocated_bytes: volume.allocated_bytes,
-            used_bytes: volume.used_bytes,
+            used_bytes: (!volume.used_unknown).then_some(volume.used_bytes),
             width: volume.width,
             copysets: volume.copysets,
             attachment: volume.attachment,
@@ -71,7 +72,7 @@ impl VolumeView {
             ("id", self.id.to_string()),
             ("size", both(self.size_bytes)),
             ("allocated", both(self.allocated_bytes)),
-            ("used", both(self.used_bytes)),
+            ("used", self.used_bytes.map_or("not known yet".to_owned(), both)),
             ("attached", attached),
             ("copysets", if copysets.is_empty() { "none yet".to_owned() } else { copysets.join(" ") }),
             ("width", self.width.to_string()),
@@ -100,7 +101,8 @@ pub fn volume_table(volumes: &[VolumeView]) -> String {
                 (None, Some(attached)) => attached.holder.clone(),
                 (None, None) => "-".to_owned(),
             };
-            vec![v.name.clone(), human(v.size_bytes), human(v.allocated_bytes), human(v.used_bytes), attached]
+            let used = v.used_bytes.map_or("?".to_owned(), human);
+            vec![v.name.clone(), human(v.size_bytes), human(v.allocated_bytes), used, attached]
         })
         .collect();
     table(&["NAME", ">SIZE", ">ALLOCATED", ">USED", "ATTACHED BY"], &rows)

@@ -209,6 +209,7 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     assert_eq!((&debian["size_bytes"], &debian["importing"]), (&Value::from(6 << 20), &Value::Null));
     assert_eq!(debian["used_bytes"], last["written_bytes"], "no report has come since");
     assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
+    let written = debian["used_bytes"].clone();
     let again = dev.evolute(&["volume", "import", file.to_str().expect("UTF-8"), "--into", "debian"]);
     assert_eq!(again.status.code(), Some(2), "it is not empty any more");
 
@@ -227,6 +228,12 @@ fn a_cluster_survives_its_processes_and_comes_back_with_its_data() {
     let dev = Dev::start(&dir, &[]);
     assert_eq!(dev.mds(), first["mds"]["address"].as_str().expect("an address"));
     assert_eq!(dev.running()["volumes"][0]["volume"], "disk");
+    // No checkpoint has seen it, and before they have reported it is not known: neither is 0.
+    let used = until("what the volume uses", || {
+        let used = dev.ask(&["volume", "show", "debian"])["used_bytes"].clone();
+        (!used.is_null()).then_some(used)
+    });
+    assert_eq!(used, written);
     assert!(read_back(&dev.mds(), "debian", bytes.len()) == bytes);
 
     // Even killed it leaves nothing running; the next one waits for what is ending just now.

@@ -163,10 +163,11 @@ impl<'a> Cluster<'a> {
         self.evolute(&["cluster", "status"])
     }
 
-    /// The data in a volume, as its owner is told.
-    pub fn used_bytes(&self, volume: &str) -> Result<u64> {
+    /// The data in a volume, as its owner is told, once that is known.
+    pub fn used_bytes(&self, volume: &str) -> Result<Option<u64>> {
         let shown = self.evolute(&["volume", "show", volume])?;
-        shown["used_bytes"].as_u64().context("no `used_bytes` in volume show")
+        let used = shown.get("used_bytes").context("no `used_bytes` in volume show")?;
+        Ok(used.as_u64())
     }
 
     /// What `du` says of each chunkserver's chunk files.

@@ -209,9 +209,10 @@ impl ChunkStore {
         self.shard.borrow_mut().empty_trash(now_unix_ms, delay_ms);
     }
 
-    /// What each volume has in a replica here, in bytes, as of the last checkpoint. Counted, not scanned.
-    pub fn volume_uses(&self, copyset: CopysetId) -> BTreeMap<VolumeId, u64> {
-        self.shard.borrow().read_table().uses(copyset).collect()
+    /// What each volume has in each replica here, in bytes. Counted, not scanned: of a chunk that is in a file and was
+    /// changed since the last checkpoint, nobody knows how many blocks are in both; then it is the more of the two.
+    pub fn volume_uses(&self) -> BTreeMap<(CopysetId, VolumeId), u64> {
+        self.shard.borrow().volume_uses()
     }
 
     /// Bytes staged of a replica that is arriving.

@@ -172,6 +172,11 @@ fn chunk_mut<'a>(
 }
 
 impl ChunkLayer {
+    /// Of the blocks it knows. Those that became zeroes are among them only where something is below.
+    pub fn bytes(&self) -> u64 {
+        self.blocks.len() as u64 * BLOCK as u64
+    }
+
     pub fn block(&self, block: u16) -> Option<&Block> {
         self.blocks.get(&block)
     }

@@ -1,12 +1,12 @@
 //! The store's state on the shard thread: what is in memory, what is in files, what is open.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, Weak};
 use std::time::Instant;
 
-use evolute_protocol::geometry::{CHUNK_BYTES, MIB};
+use evolute_protocol::geometry::{BLOCK_BYTES, CHUNK_BYTES, MIB};
 use evolute_protocol::id::{ChunkKey, ClusterId, CopysetId, VolumeId};
 
 use crate::disk::{Disk, Space};
@@ -70,6 +70,30 @@ impl Shard {
 
     pub fn read_table(&self) -> RwLockReadGuard<'_, Table> {
         self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn volume_uses(&self) -> BTreeMap<(CopysetId, VolumeId), u64> {
+        let table = self.read_table();
+        let mut uses = table.uses().clone();
+        let draining = self.draining_layer().into_iter().flat_map(|layer| layer.chunks());
+        let changed: HashSet<_> = draining.chain(self.active.chunks()).map(|(key, _)| key).collect();
+        for key in changed {
+            let record = table.get(key);
+            let in_file = record.map_or(0, |record| record.blocks() * BLOCK_BYTES);
+            let (mut owner, mut now) = (record.map(|record| record.owner), in_file);
+            for layer in
+                [self.draining_layer().map(|layer| &**layer), Some(&self.active)].into_iter().flatten()
+            {
+                let Some(chunk) = layer.chunk(key) else { continue };
+                owner = chunk.owner.or(owner);
+                now = if chunk.base_gone { chunk.bytes() } else { now.max(chunk.bytes()) };
+            }
+            let Some(owner) = owner else { continue };
+            let used = uses.entry((owner.copyset, key.volume)).or_default();
+            *used = (*used + now).saturating_sub(in_file);
+        }
+        uses.retain(|_, used| *used > 0);
+        uses
     }
 
     pub fn owner(&self, copyset: CopysetId) -> Owner {

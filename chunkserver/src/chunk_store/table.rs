@@ -94,9 +94,8 @@ impl Table {
     }
 
     /// Bytes of blocks each volume has in a replica here.
-    pub fn uses(&self, copyset: CopysetId) -> impl Iterator<Item = (VolumeId, u64)> {
-        let all = (copyset, VolumeId(0))..=(copyset, VolumeId(u64::MAX));
-        self.uses.range(all).map(|((_, volume), bytes)| (*volume, *bytes))
+    pub fn uses(&self) -> &BTreeMap<(CopysetId, VolumeId), u64> {
+        &self.uses
     }
 
     /// The chunks that are here for a replica.

@@ -226,7 +226,7 @@ async fn show(mds: &Mds, id: VolumeId) -> Result<Volume, Status> {
         .read(|state| match state.volumes().get(&id) {
             Some(volume) => {
                 let used = used_bytes(state, &mds.reports(), Instant::now());
-                Ok(describe(id, volume, used.get(&id).copied().unwrap_or(0)))
+                Ok(describe(id, volume, used.get(&id).copied()))
             }
             None => Err(ErrorWord::NotFound.status(state.no_volume(id))),
         })
@@ -285,11 +285,11 @@ fn route(id: CopysetId, copyset: &Copyset, state: &State, reports: &Reports, now
 /// All volumes as the API shows them, by name.
 pub(super) fn all(state: &State, reports: &Reports, now: Instant) -> Vec<Volume> {
     let used = used_bytes(state, reports, now);
-    let describe = |(id, volume)| describe(id, volume, used.get(&id).copied().unwrap_or(0));
+    let describe = |(id, volume)| describe(id, volume, used.get(&id).copied());
     state.volumes_by_name().map(describe).collect()
 }
 
-fn describe(id: VolumeId, volume: &state::Volume, used_bytes: u64) -> Volume {
+fn describe(id: VolumeId, volume: &state::Volume, used_bytes: Option<u64>) -> Volume {
     Volume {
         id: id.0,
         name: volume.name.clone(),
@@ -303,7 +303,8 @@ fn describe(id: VolumeId, volume: &state::Volume, used_bytes: u64) -> Volume {
             since_unix_ms: attached.since_unix_ms,
         }),
         created_unix_ms: volume.created_unix_ms,
-        used_bytes,
+        used_bytes: used_bytes.unwrap_or(0),
+        used_unknown: used_bytes.is_none(),
         importing: volume.importing.as_ref().map(|importing| Attachment {
             holder: importing.by.clone(),
             since_unix_ms: importing.since_unix_ms,
@@ -311,7 +312,8 @@ fn describe(id: VolumeId, volume: &state::Volume, used_bytes: u64) -> Volume {
     }
 }
 
-/// Written bytes per volume: for each copyset what its leader says, or whoever said something when nobody leads.
+/// Written bytes per volume: for each copyset what its leader says, or whoever said something when nobody leads. Without
+/// those of which a part is not known, as after a start of this MDS.
 fn used_bytes(state: &State, reports: &Reports, now: Instant) -> BTreeMap<VolumeId, u64> {
     let mut best: BTreeMap<(VolumeId, CopysetId), (u64, u64)> = BTreeMap::new();
     for &id in state.chunkservers().keys() {
@@ -323,12 +325,18 @@ fn used_bytes(state: &State, reports: &Reports, now: Instant) -> BTreeMap<Volume
         }
     }
     let mut sums: BTreeMap<VolumeId, u64> = BTreeMap::new();
-    for ((volume, _), (_, used)) in best {
-        let sum = sums.entry(volume).or_default();
-        *sum = sum.saturating_add(used);
-    }
-    // The last reports may be older than the last bytes of an image.
     for (&id, volume) in state.volumes() {
+        // Where it has space; whoever writes there has fenced all of its copysets, and their leaders name it.
+        let written = !volume.segments.is_empty();
+        let said = volume.copysets.iter().map(|&copyset| match best.get(&(id, copyset)) {
+            Some((_, used)) => Some(*used),
+            None if written => None,
+            None => Some(0),
+        });
+        if let Some(sum) = said.sum::<Option<u64>>() {
+            sums.insert(id, sum);
+        }
+        // The last reports may be older than the last bytes of an image.
         let members = volume.copysets.iter().filter_map(|copyset| state.copysets().get(copyset));
         let members = members.flat_map(Copyset::everyone).map(|replica| replica.chunkserver);
         if let Some(written) = reports.imported_since(id, members, now) {
