@@ -326,7 +326,7 @@ async fn run(
     let standings = store.borrow().standings().map_err(ShardError::OpenStore)?;
     let confirmed = starts.all.is_empty();
     if !confirmed {
-        node.withhold_votes();
+        node.stand_aside();
     }
     let admitting = Rc::clone(&store);
     node.admit(move |bytes| admitting.borrow().admits(bytes));
@@ -407,7 +407,7 @@ struct Shard {
     repairs: Rc<Repairs>,
     scrubbed: Rc<Progress>,
     starts: RefCell<Starts>,
-    /// The directory is the newest there is.
+    /// The directory is the newest there is, and the control plane knows of this start.
     confirmed: Cell<bool>,
 }
 
@@ -534,7 +534,7 @@ impl Shard {
             self.store.borrow().put_starts(&starts)?;
         }
         if !self.confirmed.replace(true) {
-            self.registry.give_votes();
+            self.registry.take_part();
             let all = self.registry.all().into_iter();
             all.filter(|copyset| !copyset.created().joining).for_each(|it| drop(spawn_local(initialize(it))));
         }

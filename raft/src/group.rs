@@ -494,7 +494,7 @@ impl Group {
 
     /// Stands for election at once. Tests, and groups whose owner knows that the leader is gone.
     pub async fn elect(&self) -> Result<(), ChangeError> {
-        if !self.0.may_vote() {
+        if !self.0.takes_part() {
             return Ok(());
         }
         self.raft()?.trigger().elect(true).await.map_err(|_| ChangeError::Stopped)

@@ -142,8 +142,8 @@ pub(crate) struct Inner {
     rate: Rc<Rate>,
     intake: Rc<Intake>,
     pub(crate) groups: RefCell<BTreeMap<GroupId, Group>>,
-    /// See [`Node::withhold_votes`].
-    may_vote: Rc<Cell<bool>>,
+    /// See [`Node::stand_aside`].
+    takes_part: Rc<Cell<bool>>,
 }
 
 impl Node {
@@ -156,9 +156,9 @@ impl Node {
     pub fn with_limits(log: Log, peers: Peers, timing: Timing, limits: Limits) -> Self {
         let rate = Rc::new(Rate::new(limits.snapshot_bytes_per_second));
         let intake = Intake::new(log.clone());
-        let may_vote = Rc::new(Cell::new(true));
+        let takes_part = Rc::new(Cell::new(true));
         let groups = RefCell::default();
-        let inner = Rc::new(Inner { log, peers, timing, limits, rate, intake, groups, may_vote });
+        let inner = Rc::new(Inner { log, peers, timing, limits, rate, intake, groups, takes_part });
         let heartbeat = Duration::from_millis(timing.heartbeat_ms);
         tokio::task::spawn_local(hibernate::watch(Rc::downgrade(&inner), heartbeat));
         Self(inner)
@@ -172,17 +172,18 @@ impl Node {
         &self.0.peers
     }
 
-    /// Until [`Self::give_votes`] no replica of this thread votes or stands for election; it follows, and what it
-    /// acknowledges counts. For an owner who does not know yet whether its storage is the newest there was: one that was
-    /// put back to an older copy has forgotten votes, and entries that a candidate must have. Call it before any group is
-    /// started.
-    pub fn withhold_votes(&self) {
-        self.0.may_vote.set(false);
+    /// Until [`Self::take_part`] the replicas of this thread are to the others as if they were not here: none votes, stands
+    /// for election, or acknowledges anything. For an owner who does not know yet whether its storage is the newest there
+    /// was, and of whose start nobody may know: one that was put back to an older copy has forgotten votes, and entries
+    /// that a candidate must have; what it acknowledged before anybody knew of it could be put back unnoticed. Call it
+    /// before any group is started.
+    pub fn stand_aside(&self) {
+        self.0.takes_part.set(false);
     }
 
-    /// The storage is the newest.
-    pub fn give_votes(&self) {
-        if !self.0.may_vote.replace(true) {
+    /// The storage is the newest, and that it was started is known.
+    pub fn take_part(&self) {
+        if !self.0.takes_part.replace(true) {
             for raft in self.0.groups.borrow().values().filter_map(|group| group.0.running()) {
                 raft.runtime_config().elect(true);
             }
@@ -230,7 +231,7 @@ impl Node {
                 retain_bytes: inner.limits.log_retain_bytes,
             },
             inner.intake.clone(),
-            inner.may_vote.clone(),
+            inner.takes_part.clone(),
         );
         state.found(log.clone());
         log.tell(state.clone());
@@ -239,7 +240,7 @@ impl Node {
         let raft = Raft::new(me.0, config, network, log, machine)
             .await
             .map_err(|source| StartError::Raft { source: Box::new(source) })?;
-        raft.runtime_config().elect(inner.may_vote.get());
+        raft.runtime_config().elect(inner.takes_part.get());
         state.started(raft);
         let group = Group(state);
         inner.groups.borrow_mut().insert(id, group.clone());

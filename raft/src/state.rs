@@ -12,7 +12,7 @@ use crate::log::GroupLog;
 use crate::peer::Receiving;
 use crate::retain::Pins;
 use crate::succession::Succession;
-use crate::types::{LeaderId, LogId, Raft, SnapshotMeta, StoredMembership, Vote, position};
+use crate::types::{LogId, Raft, SnapshotMeta, StoredMembership, Vote, position};
 use crate::{GroupId, Member, Position, ReplicaId};
 
 /// How long a leader that was removed goes on, so that its followers learn that the change is committed.
@@ -62,8 +62,8 @@ pub(crate) struct State {
     pub election_max: Duration,
     /// A member that answered within it is there.
     pub lately: Duration,
-    /// See [`crate::Node::withhold_votes`]. Of all groups of the thread.
-    may_vote: Rc<Cell<bool>>,
+    /// See [`crate::Node::stand_aside`]. Of all groups of the thread.
+    takes_part: Rc<Cell<bool>>,
 }
 
 /// From where on what is applied here is a state the group has had.
@@ -97,7 +97,7 @@ impl State {
         checkpointed: SnapshotMeta,
         bounds: Bounds,
         intake: Rc<Intake>,
-        may_vote: Rc<Cell<bool>>,
+        takes_part: Rc<Cell<bool>>,
     ) -> Rc<Self> {
         Rc::new(Self {
             id,
@@ -127,7 +127,7 @@ impl State {
             command_bytes_max: bounds.command_bytes_max,
             election_max: bounds.election_max,
             lately: bounds.lately,
-            may_vote,
+            takes_part,
         })
     }
 
@@ -149,15 +149,9 @@ impl State {
         self.ceiling.get().map_or(Ok(()), |ceiling| ceiling.judge(self.term.get(), term))
     }
 
-    /// Whether this replica votes, and stands for election.
-    pub fn may_vote(&self) -> bool {
-        self.may_vote.get()
-    }
-
-    /// What a replica that does not vote answers a candidate with: the vote it has, which grants nothing.
-    pub fn own_vote(&self) -> Vote {
-        let vote = self.log().and_then(GroupLog::vote);
-        vote.unwrap_or(Vote { leader_id: LeaderId { term: 0, voted_for: 0 }, committed: false })
+    /// Whether this replica is there for the others: votes, stands for election, follows.
+    pub fn takes_part(&self) -> bool {
+        self.takes_part.get()
     }
 
     pub fn running(&self) -> Option<&Raft> {

@@ -180,7 +180,7 @@ impl State {
         if raft.handle_transfer_leader(void).await.is_err() {
             return;
         }
-        if !self.may_vote() || within(self.election_max, self.succession.stood.get()) {
+        if !self.takes_part() || within(self.election_max, self.succession.stood.get()) {
             return;
         }
         let Some(turn) = self.turn(leader.replica) else { return };
@@ -232,7 +232,7 @@ impl Group {
     /// does not reach the leader's. The leader does so if it can, but not again and again; nobody is told.
     pub fn take_over(&self) {
         let succession = &self.0.succession;
-        if !self.0.may_vote() || within(ASKED_EVERY, succession.asked.get()) {
+        if !self.0.takes_part() || within(ASKED_EVERY, succession.asked.get()) {
             return;
         }
         let Some(leader) = self.status().leader.filter(|leader| *leader != self.me()) else { return };

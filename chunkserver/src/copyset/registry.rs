@@ -201,9 +201,9 @@ impl Registry {
         Ok(resumed)
     }
 
-    /// See [`Node::withhold_votes`].
-    pub fn give_votes(&self) {
-        self.node.give_votes();
+    /// See [`Node::stand_aside`].
+    pub fn take_part(&self) {
+        self.node.take_part();
     }
 
     async fn start(

@@ -6,9 +6,10 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use evolute_chunkserver::shard::Judgement;
+use evolute_protocol::wire::reply::Reply;
 use evolute_raft::Role;
 
-use crate::client::Client;
+use crate::client::{Client, block};
 use crate::cluster::{COPYSET, Cluster};
 use crate::{FIRST, Model, VOLUME};
 
@@ -105,6 +106,30 @@ fn what_an_operator_accepts_counts_as_it_is() {
         "what was written after the copy is lost, as the operator was told"
     );
     assert_eq!(found, vec![1 + 1; 4096], "and what was there before is there");
+}
+
+/// Nobody but its directory knows of this start. If what it acknowledged counted, and the directory were put back to before
+/// the start, nothing would show that it lacks that.
+#[test]
+fn what_it_stores_counts_for_nothing_before_its_start_is_known() {
+    let mut cluster = Cluster::start(3);
+    cluster.client(1).fence(VOLUME, FIRST);
+    cluster.lead(2, 12);
+    let mut client = writer(&cluster, 2);
+    cluster.stop(1);
+    cluster.start_unjudged(1, "while no control plane is there");
+    cluster.stop(3);
+    let before = cluster.replica(2).and_then(|replica| replica.status.committed).expect("2 leads");
+    client.send_all(&[client.write_of(0, block(7), 1)]);
+    let until = Instant::now() + LONG_ENOUGH;
+    while Instant::now() < until {
+        let committed = cluster.replica(2).and_then(|replica| replica.status.committed);
+        assert_eq!(committed, Some(before), "2 alone is no majority");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    cluster.judge(1, Judgement::Newest);
+    assert!(matches!(client.take(), Reply::Done(_)));
+    assert_eq!(client.read(0, 4096), vec![7; 4096]);
 }
 
 /// Before the first checkpoint the votes, and all that was written, are in the log alone.

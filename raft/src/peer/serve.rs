@@ -160,9 +160,10 @@ impl Serving {
         }
     }
 
-    /// The group, if the replica that is meant is the one here.
+    /// The group, if the replica that is meant is the one here, and takes part.
     fn replica(&self, frame: &Frame, to: u64) -> Option<Group> {
-        let group = self.peers.group(frame.group).filter(|group| group.me().replica.0 == to);
+        let meant = |group: &Group| group.me().replica.0 == to && group.0.takes_part();
+        let group = self.peers.group(frame.group).filter(meant);
         if group.is_none() {
             self.outbox.frame(Kind::NotHere, frame.group, frame.session, |_| {});
         }
@@ -256,11 +257,6 @@ impl Serving {
             return Ok(());
         }
         let outbox = self.outbox.clone();
-        if !group.0.may_vote() {
-            let refused = VoteResponse::new(group.0.own_vote(), None, false);
-            outbox.frame(Kind::Voted, frame.group, frame.session, |out| put_vote_response(out, &refused));
-            return Ok(());
-        }
         group.0.vote_stirs();
         if !request.leadership_transfer
             && let Some(leader) = group.0.stands_by()
@@ -320,11 +316,6 @@ impl Serving {
             return Ok(());
         }
         group.0.stir();
-        if !group.0.may_vote() {
-            // Taken note of, no more: whoever handed over stands again in a while.
-            self.outbox.frame(Kind::Transferred, frame.group, frame.session, |_| {});
-            return Ok(());
-        }
         let outbox = self.outbox.clone();
         tokio::task::spawn_local(async move {
             let Some(raft) = group.0.running() else { return };
