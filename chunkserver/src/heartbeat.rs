@@ -27,10 +27,12 @@ use crate::copyset::members::MemberChange;
 use crate::copyset::state::Created;
 use crate::mds_memory::{self, MdsMemory};
 use crate::others::{Told, Trouble};
-use crate::shard::{Judgement, ReplicaOfReport, ShardHandle, ShardReport, ToShard};
+use crate::shard::{Judgement, Past, ReplicaOfReport, ShardHandle, ShardReport, ToShard};
 
 /// A control plane that does not answer within this is asked elsewhere.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// As [`CALL_TIMEOUT`], when somebody waits for this process to end.
+const END_TIMEOUT: Duration = Duration::from_secs(1);
 /// As [`CALL_TIMEOUT`], of a registration, which may have to wait for a predecessor's end and for a commit.
 const REGISTER_TIMEOUT: Duration = Duration::from_secs(15);
 /// One that lets a registration wait answers pings all the while. One that does not is silent, and another one may not be.
@@ -97,7 +99,7 @@ pub async fn first_registration(who: &Introduction) -> Result<RegisterResponse, 
     let (mut pause, mut complaints) = (RETRY_FIRST, Complaints::default());
     loop {
         for mds in &who.mds {
-            let status = match register(mds, who, None, &Starts::default(), StartDecision::None).await {
+            let status = match register(mds, who, None, &Past::default(), StartDecision::None).await {
                 Ok(response) => return Ok(response),
                 Err(status) => status,
             };
@@ -116,7 +118,7 @@ async fn register(
     mds: &str,
     who: &Introduction,
     identity: Option<&Identity>,
-    starts: &Starts,
+    past: &Past,
     decided: StartDecision,
 ) -> Result<RegisterResponse, Status> {
     let request = RegisterRequest {
@@ -130,8 +132,9 @@ async fn register(
         instance: who.instance.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         mds_seen: Some(who.memory.obeyed()),
-        starts: starts.all.iter().map(started).collect(),
+        starts: past.starts.all.iter().map(started).collect(),
         decided: decided.into(),
+        ends: past.ends.clone(),
     };
     let pinged = endpoint(mds).http2_keep_alive_interval(REGISTER_PING).keep_alive_timeout(REGISTER_SILENCE);
     let mut client = ChunkserversClient::new(pinged.connect_lazy());
@@ -149,6 +152,21 @@ fn started(start: &chunk_store::Start) -> Start {
 fn for_ever(status: &Status) -> Option<ErrorWord> {
     use ErrorWord::{Busy, MdsPutBack, NotLeader};
     ErrorWord::of(status).filter(|word| !matches!(word, Busy | MdsPutBack | NotLeader))
+}
+
+/// Tells the control plane that this process has ended in order, if one is there: a copy of the directory from before will
+/// not know of that.
+pub async fn end(who: &Introduction, identity: &Identity, starts: Starts) {
+    let past = Past { starts, ends: Vec::new() };
+    for mds in &who.mds {
+        let telling = register(mds, who, Some(identity), &past, StartDecision::None);
+        if let Ok(Ok(_)) = tokio::time::timeout(END_TIMEOUT, telling).await {
+            return;
+        }
+    }
+    tracing::info!(
+        "no control plane heard of the end; that is of use only if the directory is put back to an older copy"
+    );
 }
 
 /// What was said about each control plane that does not take us, so that a line is logged for a change and not for
@@ -208,11 +226,11 @@ pub async fn run(
     let mut decided = StartDecision::None;
     loop {
         for mds in &who.mds {
-            let Some(starts) = shard.starts().await else { return shard_stopped().await };
-            let over = match register(mds, who, Some(identity), &starts, decided).await {
+            let Some(past) = shard.past().await else { return shard_stopped().await };
+            let over = match register(mds, who, Some(identity), &past, decided).await {
                 Ok(answer) => {
                     complaints.over(mds);
-                    match settle(shard, &starts, &answer).await {
+                    match settle(shard, &past.starts, &answer).await {
                         Ok(Settled::Newest) => {
                             taken = true;
                             decided = StartDecision::None;
@@ -540,7 +558,7 @@ pub(crate) fn role(role: evolute_raft::Role) -> Role {
 mod tests {
     use std::sync::Arc;
 
-    use super::{ErrorWord, Introduction, MdsMemory, StartDecision, Starts, Verdict, register};
+    use super::{ErrorWord, Introduction, MdsMemory, Past, StartDecision, Verdict, register};
 
     /// A control plane that stands still accepts connections for ever. Only the bound of a registration ended this.
     #[tokio::test]
@@ -559,7 +577,7 @@ mod tests {
         };
         let mds = silent.local_addr().expect("an address").to_string();
         let left =
-            register(&mds, &who, None, &Starts::default(), StartDecision::None).await.expect_err("silent");
+            register(&mds, &who, None, &Past::default(), StartDecision::None).await.expect_err("silent");
         assert_ne!(
             left.message(),
             "no answer",

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::Parser;
 use evolute_chunkserver::addresses::Addresses;
-use evolute_chunkserver::chunk_store::{ChunkStore, Identity, StoreOptions};
+use evolute_chunkserver::chunk_store::{ChunkStore, Identity, Starts, StoreOptions};
 use evolute_chunkserver::config::{Args, Config, Task};
 use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::heartbeat::{self, Introduction};
@@ -168,7 +168,10 @@ async fn serve(config: Config) -> Result<()> {
         Ok(None) => (stopped(&handle, joined).await, Ok(())),
         Err(why) => (stopped(&handle, joined).await, Err(why)),
     };
-    joined?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let starts = joined?.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    if why.is_ok() {
+        heartbeat::end(&who, &identity, starts).await;
+    }
     why
 }
 
@@ -186,11 +189,11 @@ fn warn_if_only_here(address: String, mds: Vec<String>) {
 }
 
 /// What the shard's thread ended with, as far as it could be seen.
-type Ended = Result<std::thread::Result<Result<(), ShardError>>, tokio::task::JoinError>;
+type Ended = Result<std::thread::Result<Result<Starts, ShardError>>, tokio::task::JoinError>;
 
 async fn stopped(
     handle: &ShardHandle,
-    joined: tokio::task::JoinHandle<std::thread::Result<Result<(), ShardError>>>,
+    joined: tokio::task::JoinHandle<std::thread::Result<Result<Starts, ShardError>>>,
 ) -> Ended {
     handle.send(ToShard::Stop);
     joined.await

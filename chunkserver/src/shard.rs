@@ -16,7 +16,7 @@ use bytes::Bytes;
 use evolute_daemon::in_one_line;
 use evolute_protocol::geometry::MIB;
 use evolute_protocol::id::{CopysetId, ReplicaId, VolumeId};
-use evolute_protocol::rpc::{CopysetInventory, VolumeUse};
+use evolute_protocol::rpc::{CopysetInventory, LogEnd, VolumeUse};
 use evolute_raft::{
     Limits, Log, LogError, LogOptions, LogOwner, Node, Peers, ProcessId, Timing, WriteLatency,
 };
@@ -106,14 +106,22 @@ pub enum ToShard {
     Report(oneshot::Sender<ShardReport>),
     /// Everything that is here, for a control plane that forgot some of it.
     Recall(oneshot::Sender<Vec<CopysetInventory>>),
-    Starts(oneshot::Sender<Starts>),
+    Past(oneshot::Sender<Past>),
     /// What the control plane said to this start.
     Judged(Judgement, oneshot::Sender<()>),
     /// Close everything; the thread ends.
     Stop,
 }
 
-/// What the control plane said of the directory, by its starts. Durable when it is answered.
+/// What a directory knows of its past, for a control plane that may know more.
+#[derive(Debug, Clone, Default)]
+pub struct Past {
+    pub starts: Starts,
+    /// Where the logs of its replicas end.
+    pub ends: Vec<LogEnd>,
+}
+
+/// What the control plane said of the directory, by its past. Durable when it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Judgement {
     /// It is the newest: its replicas may vote.
@@ -189,11 +197,11 @@ impl ShardHandle {
         everything.await.ok()
     }
 
-    /// The starts of this directory; `None` once the shard stopped.
-    pub async fn starts(&self) -> Option<Starts> {
-        let (answer, starts) = oneshot::channel();
-        self.send(ToShard::Starts(answer));
-        starts.await.ok()
+    /// What this directory knows of its past; `None` once the shard stopped.
+    pub async fn past(&self) -> Option<Past> {
+        let (answer, past) = oneshot::channel();
+        self.send(ToShard::Past(answer));
+        past.await.ok()
     }
 
     /// Has the judgement taken note of; false: the shard stopped, or cannot.
@@ -209,10 +217,11 @@ impl ShardHandle {
     }
 }
 
-/// Starts the shard; returns once it serves. The thread's result says why it ended.
-pub async fn start(
-    options: ShardOptions,
-) -> Result<(ShardHandle, JoinHandle<Result<(), ShardError>>), ShardError> {
+/// The shard's thread: why it ended, or what starts its directory has then.
+pub type Thread = JoinHandle<Result<Starts, ShardError>>;
+
+/// Starts the shard; returns once it serves.
+pub async fn start(options: ShardOptions) -> Result<(ShardHandle, Thread), ShardError> {
     let mut starting = begin(options)?;
     let serves = starting.serves().await;
     starting.outcome(serves)
@@ -221,7 +230,7 @@ pub async fn start(
 /// A shard on its way to serve.
 pub struct Starting {
     handle: ShardHandle,
-    thread: JoinHandle<Result<(), ShardError>>,
+    thread: Thread,
     started: oneshot::Receiver<()>,
 }
 
@@ -250,16 +259,13 @@ impl Starting {
     }
 
     /// What became of it, once that is known.
-    pub fn outcome(
-        self,
-        serves: bool,
-    ) -> Result<(ShardHandle, JoinHandle<Result<(), ShardError>>), ShardError> {
+    pub fn outcome(self, serves: bool) -> Result<(ShardHandle, Thread), ShardError> {
         if serves {
             return Ok((self.handle, self.thread));
         }
         match self.thread.join() {
             Ok(Err(error)) => Err(error),
-            Ok(Ok(())) => panic!("the shard ended without saying why"),
+            Ok(Ok(_)) => panic!("the shard ended without saying why"),
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
@@ -296,7 +302,7 @@ async fn run(
     mut inbox: mpsc::UnboundedReceiver<ToShard>,
     changed: Arc<Notify>,
     mut ready: oneshot::Sender<()>,
-) -> Result<(), ShardError> {
+) -> Result<Starts, ShardError> {
     evolute_daemon::short_turns();
     let ShardOptions {
         data_dir,
@@ -386,7 +392,8 @@ async fn run(
         },
     };
     shard.registry.shutdown().await;
-    ended
+    ended?;
+    shard.end().map_err(ShardError::OpenStore)
 }
 
 struct Shard {
@@ -465,7 +472,7 @@ impl Shard {
             ToShard::Recall(answer) => {
                 let _ = answer.send(self.recall());
             }
-            ToShard::Starts(answer) => drop(answer.send(self.starts.borrow().clone())),
+            ToShard::Past(answer) => drop(answer.send(self.past())),
             ToShard::Judged(judgement, answer) => {
                 let shard = Rc::clone(self);
                 spawn_local(async move {
@@ -525,6 +532,17 @@ impl Shard {
             }
         }
         Ok(())
+    }
+
+    /// Nothing is acknowledged any more. The end is counted like a start: a copy that was made while this ran lacks it.
+    fn end(&self) -> Result<Starts, StoreError> {
+        let mut starts = self.starts.borrow_mut();
+        let this = starts.all.last().map(|start| start.instance.clone());
+        if let Some(this) = this.filter(|_| self.confirmed.get() && !starts.beside) {
+            starts.begin(this);
+            self.store.borrow().put_starts(&starts)?;
+        }
+        Ok(starts.clone())
     }
 
     fn confirm(&self) -> Result<(), StoreError> {
@@ -596,6 +614,15 @@ impl Shard {
         if was != (found.slow.is_some(), found.full) {
             self.changed.notify_one();
         }
+    }
+
+    fn past(&self) -> Past {
+        let end = |copyset: Rc<Copyset>| {
+            let (id, replica) = (copyset.id().0, copyset.created().replica.0);
+            Some(LogEnd { copyset: id, replica, last_index: copyset.group().log_end()? })
+        };
+        let ends = self.registry.all().into_iter().filter_map(end).collect();
+        Past { starts: self.starts.borrow().clone(), ends }
     }
 
     fn recall(&self) -> Vec<CopysetInventory> {

@@ -407,3 +407,31 @@ fn a_kept_port_that_somebody_else_took_names_them() {
         assert!(said.contains(word), "{word}: {said}");
     }
 }
+
+/// The copy knows of every start there was: that the chunkserver went on after it was made, only its end tells.
+#[test]
+fn a_copy_of_a_running_chunkserver_that_is_put_back_does_not_count() {
+    if !programs_are_built() {
+        return;
+    }
+    let temporary = tempfile::tempdir().expect("tempdir");
+    let dir = temporary.path().join("c");
+    let healthy = |dev: &Dev| {
+        until("health", || (dev.ask(&["cluster", "status"])["health"] == "ok").then_some(()));
+    };
+    let dev = Dev::start(&dir, &["--mds-port", "0"]);
+    healthy(&dev);
+    let (data, copy) = (dir.join("data/chunkserver-1"), temporary.path().join("copy"));
+    let copied = Command::new("cp").args(["-a", "--sparse=always"]).arg(&data).arg(&copy).status();
+    assert!(copied.expect("cp runs").success());
+    assert!(dev.stop().success());
+    let log = dir.join("logs/mds.log");
+    let said = |what: &str| fs::read_to_string(&log).expect("a log").contains(what);
+    assert!(said("has ended in order") && !said("was put back"));
+
+    fs::remove_dir_all(&data).expect("removed");
+    fs::rename(&copy, &data).expect("put back");
+    let dev = Dev::start(&dir, &[]);
+    until("somebody to notice", || said("was put back to an older copy of its directory").then_some(()));
+    assert!(dev.stop().success());
+}

@@ -20,6 +20,7 @@ use openraft::errors::{
 use openraft::raft::responder::Responder;
 use openraft::{ChangeMembers, OptionalSend, ServerState};
 
+use crate::log::GroupLog;
 use crate::machine::decode_membership;
 use crate::state::State;
 use crate::thread::Handle;
@@ -311,7 +312,8 @@ impl Group {
         let voters: BTreeSet<u64> = membership.voter_ids().collect();
         for (&replica, &host) in membership.nodes() {
             let matched = match &metrics.replication {
-                Some(_) if replica == state.me.replica.0 => metrics.last_log_index,
+                // As of the others: what it has told is on its disk.
+                Some(_) if replica == state.me.replica.0 => state.log().and_then(GroupLog::durable),
                 Some(replication) => {
                     replication.get(&replica).and_then(|matched| Some(matched.as_ref()?.index()))
                 }
@@ -327,6 +329,12 @@ impl Group {
             status.members.push(MemberStatus { member, voter: voters.contains(&replica), matched, heard });
         }
         status
+    }
+
+    /// Index of the last entry in the log; `None` while a raft snapshot is to take its place.
+    pub fn log_end(&self) -> Option<u64> {
+        let log = self.0.log().filter(|log| log.installing().is_none())?;
+        Some(log.bounds().1.map_or(0, |last| last.index))
     }
 
     /// Calls `f` on this thread each time the group gets a leader of a new term.

@@ -5,6 +5,8 @@
 //!  start ──▶ starts + this one, synced ──▶ "these were my starts" ──▶ control plane: is the newest it knows among them?
 //! ```
 //!
+//! An end in order is counted like a start, so that a copy that was made while the process ran lacks that.
+//!
 //! A directory that is put back to an older copy of itself, or that is a copy, lacks the newest start. It has forgotten
 //! votes and entries that others count on. (A number alone would not tell: a copy can be started often.)
 //!
@@ -22,7 +24,7 @@ const START_BYTES_MAX: usize = 64;
 
 const VALUE_VERSION: u8 = 1;
 
-/// One start of the process that served this directory.
+/// One start, or end in order, of a process that served this directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Start {
     /// Counted from 1.

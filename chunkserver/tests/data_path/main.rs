@@ -18,7 +18,7 @@ use evolute_chunkserver::addresses::Addresses;
 use evolute_chunkserver::chunk_store::{Identity, StoreOptions};
 use evolute_chunkserver::copyset::state::Created;
 use evolute_chunkserver::scrub::ScrubOptions;
-use evolute_chunkserver::shard::{self, ShardError, ShardHandle, ShardOptions, ToShard};
+use evolute_chunkserver::shard::{self, ShardHandle, ShardOptions, Thread, ToShard};
 use evolute_protocol::epoch::Epoch;
 use evolute_protocol::geometry::CHUNK_BYTES;
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId, VolumeId};
@@ -35,7 +35,7 @@ const SECOND: Epoch = Epoch { attachment: 1, incarnation: 1 };
 /// A shard with one copyset of one member, in a directory that outlives it.
 struct Running {
     handle: ShardHandle,
-    thread: Option<std::thread::JoinHandle<Result<(), ShardError>>>,
+    thread: Option<Thread>,
     address: SocketAddr,
 }
 

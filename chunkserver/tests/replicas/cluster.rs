@@ -12,7 +12,7 @@ use evolute_chunkserver::copyset::state::Created;
 use evolute_chunkserver::data_dir::{Absent, DataDir};
 use evolute_chunkserver::scrub::ScrubOptions;
 use evolute_chunkserver::shard::{
-    self, Judgement, ReplicaOfReport, ShardError, ShardHandle, ShardOptions, ShardReport, ToShard,
+    self, Judgement, ReplicaOfReport, ShardHandle, ShardOptions, ShardReport, Thread, ToShard,
 };
 use evolute_protocol::id::{ChunkserverId, ClusterId, CopysetId, ReplicaId};
 use evolute_raft::Role;
@@ -45,7 +45,7 @@ struct Server {
 
 struct Running {
     handle: ShardHandle,
-    thread: std::thread::JoinHandle<Result<(), ShardError>>,
+    thread: Thread,
     _data_dir: DataDir,
 }
 
@@ -78,7 +78,7 @@ impl Cluster {
         let servers = listeners
             .iter()
             .map(|listener| Server {
-                dir: tempfile::tempdir().expect("temp dir"),
+                dir: crate::client::quick_dir(),
                 address: listener.local_addr().expect("bound"),
                 running: None,
             })

@@ -9,8 +9,8 @@ use evolute_protocol::bounds::{INDEX_MAX, TERM_MAX};
 use evolute_protocol::id::ChunkserverId;
 use evolute_protocol::rpc::chunkservers_server;
 use evolute_protocol::rpc::{
-    ChunkserverAddress, ErrorWord, Inventory, MdsState, Order, Orders, RecallResponse, RegisterRequest,
-    RegisterResponse, Report, Start, StartDecision,
+    ChunkserverAddress, ErrorWord, Inventory, LogEnd, MdsState, Order, Orders, RecallResponse,
+    RegisterRequest, RegisterResponse, Report, Start, StartDecision,
 };
 use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_stream::Stream;
@@ -203,7 +203,7 @@ async fn register_again(
     };
     let deadline = tokio::time::Instant::now() + PREDECESSOR_PATIENCE;
     let mut news = mds.news();
-    let (token, same, verdict, note) = loop {
+    let (token, same, verdict, note, ended) = loop {
         news.mark_unchanged();
         let answer = mds.replicated.read(|state| {
             let known = prove(mds, state, id, &request.token, &request.instance, request.mds_seen.as_ref())?;
@@ -215,12 +215,22 @@ async fn register_again(
                 && known.server == update.server
                 && known.capacity_bytes == update.capacity_bytes
                 && known.version == update.version;
-            let verdict = verdict(id, known, &request.starts, request.decided());
             let newest = request.starts.last().map(started);
+            let mut verdict = verdict(id, known, &request.starts, request.decided());
+            // Of a start that nobody has heard of: until that is over it acknowledges nothing, so no leader can know more.
+            if verdict == Verdict::Newest
+                && known.started != newest
+                && request.decided() == StartDecision::None
+            {
+                verdict = verdict_by_logs(id, &mds.reports(), &request.ends);
+            }
             let note = known.dead
                 || (verdict == Verdict::Newest && newest.is_some() && known.started != newest)
                 || (known.accepted && request.decided() == StartDecision::Accepted);
-            Ok((known.token.clone(), same, verdict, note))
+            let ended = known.started.as_ref().zip(newest.as_ref()).is_some_and(|(known, newest)| {
+                known.instance == newest.instance && known.number < newest.number
+            });
+            Ok((known.token.clone(), same, verdict, note, ended))
         });
         match answer.await? {
             // Whoever was killed a moment ago has closed its connection, but perhaps its stream's end has not been seen
@@ -240,13 +250,17 @@ async fn register_again(
         Verdict::Newest if note => {
             let start = request.starts.last().map(started);
             let accepted = request.decided() == StartDecision::Accepted;
+            if accepted {
+                mds.reports().accept(&request.ends);
+            }
             let command = ChunkserverStarted { chunkserver: id.0, start, accepted };
             mds.carry_out(Command::ChunkserverStarted(command)).await?;
         }
         Verdict::Newest | Verdict::Accepted => {}
         Verdict::PutBack(why) => tracing::warn!(chunkserver = %id, why, "was put back to an older copy"),
     }
-    tracing::info!(chunkserver = %id, address = request.address, "is back");
+    let what = if ended { "has ended in order" } else { "is back" };
+    tracing::info!(chunkserver = %id, address = request.address, "{what}");
     Ok((id, token, verdict))
 }
 
@@ -284,6 +298,18 @@ fn verdict(id: ChunkserverId, known: &Chunkserver, starts: &[Start], decided: St
         last.number.saturating_sub(1),
         newest.number
     ))
+}
+
+/// One whose log ends before what it had acknowledged is older than it was: also if it was copied while it ran, and has had
+/// no start since.
+fn verdict_by_logs(id: ChunkserverId, reports: &Reports, ends: &[LogEnd]) -> Verdict {
+    reports.lacks(ends).map_or(Verdict::Newest, |(end, reached)| {
+        Verdict::PutBack(format!(
+            "{id} was put back to an older copy of its directory: the log of its replica of copyset-{} ends at entry {}, and \
+             it had acknowledged entry {reached}",
+            end.copyset, end.last_index
+        ))
+    })
 }
 
 /// Is this process that chunkserver, and nobody else?

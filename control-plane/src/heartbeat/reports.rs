@@ -13,8 +13,8 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use evolute_protocol::id::{ChunkserverId, CopysetId, VolumeId};
-use evolute_protocol::rpc::{ReplicaReport, Report, Role};
+use evolute_protocol::id::{ChunkserverId, CopysetId, ReplicaId, VolumeId};
+use evolute_protocol::rpc::{LogEnd, ReplicaReport, Report, Role};
 
 /// Reports that may be missed in a row before a chunkserver counts as offline. One is a lost packet, two a bad
 /// moment.
@@ -45,6 +45,8 @@ pub struct Reports {
     interval: Duration,
     streams: u64,
     began: Instant,
+    /// How far each replica has come: what it had acknowledged, and was committed, when a leader last said so.
+    reached: BTreeMap<CopysetId, BTreeMap<ReplicaId, u64>>,
     /// What imports wrote that ended lately, and when.
     imported: BTreeMap<VolumeId, (u64, Instant)>,
 }
@@ -112,7 +114,14 @@ pub struct KnownLeader {
 
 impl Reports {
     pub fn new(interval: Duration, now: Instant) -> Self {
-        Self { of: BTreeMap::new(), interval, streams: 0, began: now, imported: BTreeMap::new() }
+        Self {
+            of: BTreeMap::new(),
+            interval,
+            streams: 0,
+            began: now,
+            reached: BTreeMap::new(),
+            imported: BTreeMap::new(),
+        }
     }
 
     pub fn interval(&self) -> Duration {
@@ -198,8 +207,36 @@ impl Reports {
         }
         let Some(presence) = self.of.get_mut(&id) else { return false };
         presence.heard = Some(now);
-        presence.report = Some(Received::from(report));
+        let received = Received::from(report);
+        for (&copyset, says) in received.replicas.iter().filter(|(_, says)| says.role() == Role::Leader) {
+            let before = self.reached.remove(&copyset).unwrap_or_default();
+            let reached = says.members.iter().map(|member| {
+                let now = member.matched_index.min(says.committed_index);
+                let replica = ReplicaId(member.replica);
+                (replica, now.max(before.get(&replica).copied().unwrap_or(0)))
+            });
+            self.reached.insert(copyset, reached.collect());
+        }
+        presence.report = Some(received);
         true
+    }
+
+    /// The first of these replicas whose log ends before what it had acknowledged and was committed, and that index. (What
+    /// is committed and on a disk is never taken back by anybody.)
+    pub fn lacks<'a>(&self, ends: &'a [LogEnd]) -> Option<(&'a LogEnd, u64)> {
+        ends.iter().find_map(|end| {
+            let reached = self.reached.get(&CopysetId(end.copyset))?.get(&ReplicaId(end.replica))?;
+            (end.last_index < *reached).then_some((end, *reached))
+        })
+    }
+
+    /// What these replicas have is all that counts from now on.
+    pub fn accept(&mut self, ends: &[LogEnd]) {
+        for end in ends {
+            if let Some(of) = self.reached.get_mut(&CopysetId(end.copyset)) {
+                of.remove(&ReplicaId(end.replica));
+            }
+        }
     }
 
     /// Its process is there: it may be given work and counted on.

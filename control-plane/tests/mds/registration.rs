@@ -1,10 +1,13 @@
 //! Who may speak for a chunkserver.
 
 use evolute_protocol::id::ClusterId;
-use evolute_protocol::rpc::{CLUSTER_KEY, ErrorWord, MapRequest, RegisterRequest, Start, StartDecision};
+use evolute_protocol::rpc::{
+    CLUSTER_KEY, ErrorWord, LogEnd, MapRequest, RegisterRequest, Role, Start, StartDecision,
+};
 
 use crate::support::{
-    Chunkserver, Mds, first_registration, instance, register, registration, status, until, volumes, word,
+    Chunkserver, Mds, first_registration, instance, register, registration, status, three_chunkservers,
+    until, volumes, word,
 };
 
 #[tokio::test]
@@ -145,6 +148,57 @@ async fn a_directory_that_lacks_a_start_was_put_back() {
     // A start that is not this process's is no proof of anything.
     let forged = RegisterRequest { instance: name(5), ..with(vec![start(8), start(9)], undecided) };
     assert_eq!(word(register(mds.address, forged).await), ErrorWord::Invalid);
+}
+
+/// A copy that was made while the chunkserver ran knows of all its starts. What its leaders said shows how far it had come.
+#[tokio::test]
+async fn a_directory_whose_log_ends_before_what_it_had_acknowledged_was_put_back() {
+    let mds = Mds::start().await;
+    let [one, two, _three] = three_chunkservers(mds.address).await;
+    let (replica, copyset) = {
+        let mut seen = two.seen.lock().expect("lock");
+        let led = seen.replicas.values_mut().find(|replica| replica.role() == Role::Leader).expect("leads");
+        (led.committed_index, led.applied_index) = (100, 100);
+        // What it acknowledged and is not committed may be gone when it comes back.
+        led.members.iter_mut().for_each(|member| member.matched_index = 120);
+        let of_one = led.members.iter().find(|member| member.chunkserver == 1).expect("a member");
+        (of_one.replica, led.copyset)
+    };
+    two.report().await;
+    until("that was heard", || async {
+        let status = status(mds.address).await;
+        let of = status.copysets.iter().find(|of| of.id == copyset).expect("it is there");
+        of.replicas.iter().any(|of| of.applied_index == 100)
+    })
+    .await;
+    let disk = one.kill().await;
+    let start = |number: u8| Start { number: number.into(), instance: vec![number; 16] };
+    let ask = async |last_index: u64, number: u8, decided: StartDecision| {
+        let request = RegisterRequest {
+            instance: start(number).instance,
+            starts: vec![start(number)],
+            ends: vec![LogEnd { copyset, replica, last_index }],
+            decided: decided.into(),
+            ..registration(&disk)
+        };
+        loop {
+            match register(mds.address, request.clone()).await {
+                Err(status) if ErrorWord::of(&status) == Some(ErrorWord::DuplicateChunkserver) => {}
+                answer => break answer.expect("answered"),
+            }
+        }
+    };
+    let undecided = StartDecision::None;
+    let answer = ask(99, 1, undecided).await;
+    let why = "ends at entry 99, and it had acknowledged entry 100";
+    assert!(answer.put_back.contains(why), "{answer:?}");
+    assert_eq!(ask(100, 2, undecided).await.put_back, "");
+    // It is known, and serves: a leader may have heard more of it than it knew when it asked.
+    assert_eq!(ask(99, 2, undecided).await.put_back, "");
+    assert_ne!(ask(99, 3, undecided).await.put_back, "");
+    // An operator accepted it: that is all there is.
+    assert_eq!(ask(99, 3, StartDecision::Accepted).await.put_back, "");
+    assert_eq!(ask(99, 4, undecided).await.put_back, "");
 }
 
 /// A backend that has come to the wrong address must not hear that its volume was deleted, nor where its data goes.

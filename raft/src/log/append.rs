@@ -202,6 +202,10 @@ impl Core {
         core
     }
 
+    pub fn durable(&self) -> Mark {
+        self.durable
+    }
+
     /// Appends a record to the open batch.
     pub fn push(&mut self, record: &Record) -> Result<Place, Full> {
         if let Some(dead) = &self.dead {
@@ -568,11 +572,6 @@ impl Core {
             }
             self.memory.pop_front();
         }
-    }
-
-    #[cfg(test)]
-    pub fn durable(&self) -> Mark {
-        self.durable
     }
 
     pub fn usage(&self) -> LogUsage {

@@ -7,7 +7,7 @@ use std::collections::VecDeque;
 use openraft::EntryPayload;
 use openraft::entry::RaftEntry;
 
-use super::format::{GroupRecord, VoteRecord};
+use super::format::{GroupRecord, Mark, VoteRecord};
 use crate::types::{Entry, position};
 use crate::{GroupId, Position};
 
@@ -173,6 +173,12 @@ impl Index {
     pub fn last_before(&self, sequence: u64) -> Option<u64> {
         let count = self.places.partition_point(|place| place.sequence < sequence) as u64;
         (self.first + count).checked_sub(1).filter(|_| count > 0)
+    }
+
+    /// Index of the last entry that begins before `end`.
+    pub fn last_until(&self, end: Mark) -> Option<u64> {
+        let before = |place: &Place| (place.sequence, u64::from(place.offset)) < (end.sequence, end.offset);
+        (self.first + self.places.partition_point(before) as u64).checked_sub(1)
     }
 
     /// Forgets the values of entries before `upto`; the memory set free.

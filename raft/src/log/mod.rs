@@ -259,6 +259,11 @@ impl Log {
         told.await.unwrap_or(Err(LogError::Closed))
     }
 
+    /// Everything before it is durable.
+    fn durable(&self) -> format::Mark {
+        self.core().durable()
+    }
+
     pub fn usage(&self) -> LogUsage {
         self.core().usage()
     }

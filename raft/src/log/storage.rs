@@ -45,6 +45,11 @@ impl GroupLog {
         (index.purged, index.last())
     }
 
+    /// Index of the last entry that no crash of ours, or of the machine, can lose.
+    pub fn durable(&self) -> Option<u64> {
+        self.index.borrow().last_until(self.log.durable())
+    }
+
     /// The vote's term.
     pub fn term(&self) -> Option<u64> {
         self.index.borrow().vote.map(|vote| vote.term)
