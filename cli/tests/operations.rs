@@ -237,6 +237,7 @@ fn a_lost_chunkserver_is_declared_dead_removed_and_replaced_as_the_page_says() {
     let disk = four["zone"].as_str().expect("a zone").replace('z', "disk");
     host.sh(&format!("systemctl stop evolute-chunkserver@{disk}; rm -r srv/evolute/{disk}"));
     let [dead, remove, new] = &blocks("chunkserver-lost")[..] else { panic!("three blocks") };
+    until("its silence to be noticed", || (host.json("chunkserver show 4")["online"] == false).then_some(()));
     host.type_block(dead);
     until("it holds nothing any more", || {
         let shown = host.json("chunkserver show 4");
