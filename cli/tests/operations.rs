@@ -214,7 +214,8 @@ fn an_mds_is_backed_up_and_put_back_as_the_page_says() {
     host.type_block(back);
     until("it found out", || {
         let said = host.try_sh("evolute cluster status");
-        String::from_utf8_lossy(&said.stdout).contains("put back from a copy that is older").then_some(())
+        // "… a copy that is older", and soon "… an older copy and has learnt".
+        String::from_utf8_lossy(&said.stdout).contains("this MDS was put back from a").then_some(())
     });
     until("what was forgotten is known again", || {
         host.volumes().contains(&"recovered-2".to_owned()).then_some(())
