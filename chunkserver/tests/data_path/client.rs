@@ -26,12 +26,6 @@ pub fn block(byte: u8) -> Bytes {
 /// is missed by its connections, at once.
 pub const TIMING: Timing = Timing { heartbeat_ms: 150, election_ms_min: 5_000, election_ms_max: 10_000 };
 
-/// A directory of a chunkserver of several, in memory where there is such a place: on the disk of a busy machine it would be
-/// right to hand its leaders over.
-pub fn quick_dir() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).expect("temp dir")
-}
-
 /// A connection after its greeting.
 pub fn hello(address: SocketAddr, cluster: ClusterId, to: ChunkserverId) -> TcpStream {
     let mut socket = TcpStream::connect(address).expect("connected");

@@ -41,7 +41,7 @@ impl Three {
             .enumerate()
             .map(|(n, listener)| (id(n).0, listener.local_addr().expect("bound").to_string()))
             .collect();
-        let dirs: Vec<_> = (0..3).map(|_| crate::client::quick_dir()).collect();
+        let dirs: Vec<_> = (0..3).map(|_| tempfile::tempdir().expect("temp dir")).collect();
         let start = |(n, listener): (usize, TcpListener)| {
             Addresses::open(dirs[n].path()).learn(addresses.clone());
             Some(Running::start_on(id(n), dirs[n].path(), listener, members(), disk(n)))

@@ -78,7 +78,7 @@ impl Cluster {
         let servers = listeners
             .iter()
             .map(|listener| Server {
-                dir: crate::client::quick_dir(),
+                dir: tempfile::tempdir().expect("temp dir"),
                 address: listener.local_addr().expect("bound"),
                 running: None,
             })
