@@ -1,7 +1,7 @@
 //! `evolute dev` with the real programs: a cluster comes up, takes an image, survives its processes, comes back with its
 //! data, and leaves nothing running.
-//!
-//! The programs are found beside `evolute`; where they are not built the test says so and passes (`make` builds them first).
+
+mod programs;
 
 use std::fs::{self, File};
 use std::io::BufRead;
@@ -9,7 +9,6 @@ use std::net::TcpListener;
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use evolute_vhost_backend::backing::Capacity;
 use evolute_vhost_backend::volume::VolumeOptions;
@@ -19,30 +18,10 @@ use evolute_vhost_backend::volume::identity::Secret;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
-const EVOLUTE: &str = env!("CARGO_BIN_EXE_evolute");
-/// For everything that is waited for: far more than it takes, so that only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(120);
+use programs::{EVOLUTE, are_built, until};
 
 fn programs_are_built() -> bool {
-    let beside = Path::new(EVOLUTE).parent().expect("a directory");
-    let missing = ["evolute-mds", "evolute-chunkserver", "evolute-vhost", "vublk-bench"]
-        .iter()
-        .find(|name| !beside.join(name).exists());
-    if let Some(name) = missing {
-        eprintln!("skipped: {name} is not built (make build)");
-    }
-    missing.is_none()
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    are_built(&["evolute-mds", "evolute-chunkserver", "evolute-vhost", "vublk-bench"])
 }
 
 /// `evolute`, also where whoever runs this test ignores hangups (nohup): what is ignored at the start stays ignored.

@@ -3,22 +3,20 @@
 //! Each block of commands of the page names its scene: ```` ```sh scene ````. A scene below runs its blocks in their order and
 //! looks at what came of them; a block without a scene, or a scene without a block, fails. Of the words only the directories
 //! and the one program that is not ours are others: `systemctl` starts and stops the programs as its units would.
-//!
-//! Where the programs are not built the test says so and passes (`make` builds them first).
+
+mod programs;
 
 use std::fs;
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
-use std::time::{Duration, Instant};
 
 use evolute_vhost_backend::volume::client::Client;
 use serde_json::Value;
 
-const EVOLUTE: &str = env!("CARGO_BIN_EXE_evolute");
-/// For everything that is waited for: far more than it takes, so that only a hang reaches it.
-const PATIENCE: Duration = Duration::from_secs(120);
+use programs::{EVOLUTE, are_built, until};
+
 const SCENES: [&str; 4] = ["mds-backup", "mds-back", "chunkserver-lost", "votes"];
 
 /// The commands of each scene of the page, one string per block.
@@ -36,17 +34,6 @@ fn blocks(scene: &str) -> Vec<String> {
     }
     assert!(!found.is_empty(), "the page has no block of {scene}");
     found
-}
-
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = look() {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
 }
 
 /// One host that has all of it, under a directory of its own.
@@ -80,11 +67,7 @@ esac
 impl Host {
     /// An MDS and four chunkservers in zones of their own, as docs/operations.md names them; `None`: they are not built.
     fn begin() -> Option<Self> {
-        let beside = Path::new(EVOLUTE).parent().expect("a directory");
-        if let Some(name) =
-            ["evolute-mds", "evolute-chunkserver"].iter().find(|name| !beside.join(name).exists())
-        {
-            eprintln!("skipped: {name} is not built (make build)");
+        if !are_built(&["evolute-mds", "evolute-chunkserver"]) {
             return None;
         }
         let ports = free_ports();

@@ -216,16 +216,14 @@ async fn register_again(
                 && known.capacity_bytes == update.capacity_bytes
                 && known.version == update.version;
             let newest = request.starts.last().map(started);
+            let is_news = newest.is_some() && known.started != newest;
             let mut verdict = verdict(id, known, &request.starts, request.decided());
             // Of a start that nobody has heard of: until that is over it acknowledges nothing, so no leader can know more.
-            if verdict == Verdict::Newest
-                && known.started != newest
-                && request.decided() == StartDecision::None
-            {
+            if verdict == Verdict::Newest && is_news && request.decided() == StartDecision::None {
                 verdict = verdict_by_logs(id, &mds.reports(), &request.ends);
             }
             let note = known.dead
-                || (verdict == Verdict::Newest && newest.is_some() && known.started != newest)
+                || (verdict == Verdict::Newest && is_news)
                 || (known.accepted && request.decided() == StartDecision::Accepted);
             let ended = known.started.as_ref().zip(newest.as_ref()).is_some_and(|(known, newest)| {
                 known.instance == newest.instance && known.number < newest.number

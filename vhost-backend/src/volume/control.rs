@@ -95,7 +95,8 @@ pub enum AttachError {
     TakenOver(String),
     /// Not by this program: nothing but `volume delete` does it.
     #[error(
-        "volume {0:?} was deleted while this had it attached (`evolute volume delete`, with --force): its data are gone, and its          guest's disk has ended; remove that disk from the guest, and do not start this again"
+        "volume {0:?} was deleted while this had it attached (`evolute volume delete`, with --force): its data are gone, and \
+         its guest's disk has ended; remove that disk from the guest, and do not start this again"
     )]
     Deleted(String),
     /// It ended, which it does only when told to.
